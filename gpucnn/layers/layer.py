@@ -1,0 +1,272 @@
+"""The base of every layer: parameters, buffers, children, modes, state.
+
+A layer implements ``forward(x)``, which saves what backward needs while training and nothing in evaluation, and
+``backward(dy)``, which adds to its parameters' gradients and returns the gradient for its input. There is no
+tape: a container's backward calls its children's backward in reverse, and a reader can follow it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Self
+
+import numpy
+
+from gpucnn.errors import CheckpointError, DtypeError, ShapeError, StateError, locate
+from gpucnn.ops import Array
+from gpucnn.parameters import Parameter
+from gpucnn_kernels.problem import ProblemError
+
+
+class Layer:
+    """Base class of layers, containers and models.
+
+    Assign a :class:`Parameter` or a Layer to an attribute and it is found, named and saved by that attribute's
+    name. Arrays named in ``buffer_names`` are saved too, but not trained.
+
+    Attributes:
+        training: whether ``forward`` saves for backward and dropout and batch norm behave as in training.
+        path: the layer's name inside its model ("features.3"), empty for the model itself.
+    """
+
+    buffer_names: ClassVar[tuple[str, ...]] = ()
+
+    training: bool = True
+    path: str = ""
+    _saved: Any = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+        if isinstance(value, Layer):
+            value._set_path(f"{self.path}.{name}" if self.path else name)
+        elif isinstance(value, Parameter):
+            value.path = f"{self.path}.{name}" if self.path else name
+
+    def _set_path(self, path: str) -> None:
+        object.__setattr__(self, "path", path)
+        for name, parameter in self._own_parameters():
+            parameter.path = f"{path}.{name}" if path else name
+        for name, child in self.children():
+            child._set_path(f"{path}.{name}" if path else name)
+
+    # ------------------------------------------------------------ computing
+
+    def forward(self, x: Array) -> Array:
+        """The layer's output for ``x``."""
+        raise TypeError(f"{type(self).__name__} does not define forward(x)")
+
+    def backward(self, dy: Array) -> Array:
+        """The gradient for the last forward's input; adds to the parameters' gradients."""
+        raise TypeError(f"{type(self).__name__} does not define backward(dy)")
+
+    def __call__(self, x: Array) -> Array:
+        """``forward(x)``; errors are raised again with this layer's path in front."""
+        try:
+            return self.forward(x)
+        except ProblemError as error:
+            raise locate(ShapeError(str(error)), self.path, self) from error
+        except (ShapeError, DtypeError) as error:
+            located = locate(error, self.path, self)
+            if located is error:
+                raise
+            raise located from error
+
+    def _save(self, *values: Any) -> None:
+        """Keep ``values`` for backward while training; forget them in evaluation."""
+        self._saved = values if self.training else None
+
+    def _take_saved(self) -> Any:
+        """What forward saved, once: the arrays are free to go as soon as backward is done with them."""
+        saved = self._saved
+        if saved is None:
+            raise StateError(
+                f"layer '{self.path}' ({self}): backward needs a forward before it, in training mode (call "
+                "train() first); each forward serves one backward"
+            )
+        self._saved = None
+        return saved
+
+    # ------------------------------------------------------------ structure
+
+    def _own_parameters(self) -> Iterator[tuple[str, Parameter]]:
+        for name, value in vars(self).items():
+            if isinstance(value, Parameter):
+                yield name, value
+
+    def children(self) -> Iterator[tuple[str, Layer]]:
+        """(name, layer) of the layers directly inside this one."""
+        for name, value in vars(self).items():
+            if isinstance(value, Layer):
+                yield name, value
+
+    def named_layers(self, prefix: str = "") -> Iterator[tuple[str, Layer]]:
+        """(path, layer) of this layer and all below it, outermost first."""
+        yield prefix, self
+        for name, child in self.children():
+            yield from child.named_layers(f"{prefix}.{name}" if prefix else name)
+
+    def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
+        """(path, parameter), in the order of ``state_dict``; a shared one is given once."""
+        seen: set[int] = set()
+        for path, layer in self.named_layers():
+            for name, parameter in layer._own_parameters():
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield f"{path}.{name}" if path else name, parameter
+
+    def parameters(self) -> list[Parameter]:
+        """All parameters, for an optimizer."""
+        return [parameter for _, parameter in self.named_parameters()]
+
+    def named_buffers(self) -> Iterator[tuple[str, Array]]:
+        """(path, array) of saved arrays that are not trained, such as running statistics."""
+        for path, layer in self.named_layers():
+            for name in layer.buffer_names:
+                value = getattr(layer, name)
+                if value is not None:
+                    yield f"{path}.{name}" if path else name, value
+
+    @property
+    def parameter_count(self) -> int:
+        """The number of trainable values."""
+        return sum(parameter.size for parameter in self.parameters())
+
+    # ------------------------------------------------------------ modes
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch this layer and all below it to training (or evaluation) and return it."""
+        for _, layer in self.named_layers():
+            layer.training = mode
+            if not mode:
+                layer._saved = None
+        return self
+
+    def eval(self) -> Self:
+        """Switch to evaluation: running statistics, no dropout, nothing saved."""
+        return self.train(False)
+
+    def zero_grad(self) -> None:
+        """Set all gradients to zero."""
+        for parameter in self.parameters():
+            parameter.zero_grad()
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Freeze (False) or thaw all parameters."""
+        for parameter in self.parameters():
+            parameter.requires_grad = requires_grad
+        return self
+
+    def to(self, *, dtype: Any = None) -> Self:
+        """Convert parameters and floating-point buffers to ``dtype``; gradients are cleared.
+
+        An optimizer made before keeps the old arrays: make it afterwards.
+        """
+        if dtype is not None:
+            if numpy.dtype(dtype).kind != "f":
+                raise DtypeError(f"a layer's dtype must be floating point, got {numpy.dtype(dtype)}")
+            for _, layer in self.named_layers():
+                for _, parameter in layer._own_parameters():
+                    parameter.data = parameter.data.astype(dtype)
+                    parameter.gradient = numpy.zeros_like(parameter.data)
+                for name in layer.buffer_names:
+                    value = getattr(layer, name)
+                    if value is not None and value.dtype.kind == "f":
+                        setattr(layer, name, value.astype(dtype))
+        return self
+
+    # ------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Array]:
+        """Copies of all parameters and buffers by path: PyTorch's keys, in PyTorch's order."""
+        state: dict[str, Array] = {}
+        for path, layer in self.named_layers():
+            for name, parameter in layer._own_parameters():
+                state[f"{path}.{name}" if path else name] = parameter.data.copy()
+            for name in layer.buffer_names:
+                value = getattr(layer, name)
+                if value is not None:
+                    state[f"{path}.{name}" if path else name] = value.copy()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> tuple[list[str], list[str]]:
+        """Copy ``state`` into the parameters and buffers; returns (missing keys, unexpected keys).
+
+        Raises CheckpointError that lists every missing key, every one left over (both only with ``strict``)
+        and every one of another shape. Nothing is changed unless all is well.
+        """
+        targets: dict[str, Any] = {}
+        for path, layer in self.named_layers():
+            for name, parameter in layer._own_parameters():
+                targets[f"{path}.{name}" if path else name] = parameter.data
+            for name in layer.buffer_names:
+                if getattr(layer, name) is not None:
+                    targets[f"{path}.{name}" if path else name] = getattr(layer, name)
+        missing = [key for key in targets if key not in state]
+        unexpected = [key for key in state if key not in targets]
+        arrays = {key: _as_array(state[key]) for key in targets if key in state}
+        reshaped = [
+            f"{key}: {tuple(array.shape)}, expected {tuple(targets[key].shape)}"
+            for key, array in arrays.items()
+            if tuple(array.shape) != tuple(targets[key].shape)
+        ]
+        problems = []
+        if strict and missing:
+            problems.append("missing: " + ", ".join(missing))
+        if strict and unexpected:
+            problems.append("left over: " + ", ".join(unexpected))
+        if reshaped:
+            problems.append("of another shape: " + "; ".join(reshaped))
+        if problems:
+            raise CheckpointError(
+                f"the state does not fit {type(self).__name__}; "
+                + "; ".join(problems)
+                + ("" if reshaped or not strict else " (strict=False loads what fits)")
+            )
+        for key, array in arrays.items():
+            targets[key][...] = array
+        return missing, unexpected
+
+    # ------------------------------------------------------------ showing
+
+    def extra_repr(self) -> str:
+        """The arguments to show inside this layer's parentheses."""
+        return ""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
+
+
+def _as_array(value: Any) -> Any:
+    """A NumPy array of a saved value; PyTorch tensors come in through ``__array__``."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+    return numpy.asarray(value)
+
+
+def check_input(x: Any, dimensions: int, meaning: str, dtype: Any = None) -> None:
+    """Raise DtypeError or ShapeError unless x is a floating-point array of that many dimensions (and dtype)."""
+    shape, kind = getattr(x, "shape", None), getattr(getattr(x, "dtype", None), "kind", "")
+    if shape is None or not kind:
+        raise DtypeError(
+            f"expected an array of shape {meaning}, got {type(x).__name__}; use numpy.asarray(..., numpy.float32)"
+        )
+    if kind != "f":
+        raise DtypeError(
+            f"expected floating-point numbers, got dtype {x.dtype}; convert with x.astype(numpy.float32)"
+        )
+    if len(shape) != dimensions:
+        raise ShapeError(f"expected {dimensions} dimensions {meaning}, got shape {tuple(shape)}")
+    if dtype is not None and x.dtype != dtype:
+        raise DtypeError(
+            f"the input is {x.dtype} but the parameters are {dtype}; convert the input with x.astype('{dtype}') "
+            f"or the model with model.to(dtype='{x.dtype}')"
+        )
+
+
+def check_gradient(dy: Any, shape: tuple[int, ...]) -> None:
+    """Raise ShapeError unless ``dy`` has the shape of the forward's output."""
+    if tuple(dy.shape) != tuple(shape):
+        raise ShapeError(f"the gradient has shape {tuple(dy.shape)}, but the output had {tuple(shape)}")
+
+
+__all__ = ["Layer", "check_gradient", "check_input"]

@@ -1,0 +1,110 @@
+"""Parameters: trainable arrays with their gradients, as views in one flat buffer a dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy
+
+from gpucnn.errors import DtypeError, ShapeError
+from gpucnn.ops import Array, array_module
+
+
+class Parameter:
+    """A trainable array and its gradient.
+
+    Attributes:
+        data: the values.
+        gradient: an array of the same shape and dtype that ``backward`` adds to and ``zero_grad`` clears.
+        requires_grad: False freezes it; layers then leave its gradient alone and optimizers skip it.
+        path: where it is in its model ("features.0.weight"), for messages.
+    """
+
+    __slots__ = ("data", "gradient", "path", "requires_grad")
+
+    def __init__(self, data: Array, requires_grad: bool = True) -> None:
+        self.data = data
+        self.gradient = array_module(data).zeros_like(data)
+        self.requires_grad = requires_grad
+        self.path = ""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the values."""
+        return tuple(self.data.shape)
+
+    @property
+    def size(self) -> int:
+        """The number of values."""
+        return int(self.data.size)
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the values."""
+        return self.data.dtype
+
+    def add_gradient(self, gradient: Array) -> None:
+        """Add to the gradient, unless the parameter is frozen."""
+        if self.requires_grad:
+            self.gradient += gradient
+
+    def zero_grad(self) -> None:
+        """Set the gradient to zero."""
+        self.gradient.fill(0)
+
+    def copy_from(self, values: Any) -> None:
+        """Set the values in place (views of the flat buffer stay views).
+
+        Raises ShapeError where the shapes differ, DtypeError where ``values`` are not real numbers.
+        """
+        array = values if type(values) is type(self.data) else numpy.asarray(values)
+        if tuple(array.shape) != self.shape:
+            raise ShapeError(f"parameter '{self.path}' has shape {self.shape}, got {tuple(array.shape)}")
+        if array.dtype.kind not in "fiu":
+            raise DtypeError(f"parameter '{self.path}' takes real numbers, got dtype {array.dtype}")
+        self.data[...] = array
+
+    def __repr__(self) -> str:
+        return f"Parameter({self.path or 'unnamed'}, shape={self.shape}, dtype={self.dtype})"
+
+
+class FlatBuffer:
+    """Parameters of one dtype laid end to end: ``data`` and ``gradient`` are 1-d, each parameter a view of both.
+
+    An optimizer step, a clearing or a reduction is then one operation on one array.
+    """
+
+    def __init__(self, parameters: Iterable[Parameter]) -> None:
+        self.parameters = list(parameters)
+        first = self.parameters[0].data
+        module = array_module(first)
+        size = sum(parameter.size for parameter in self.parameters)
+        self.data = module.empty(size, first.dtype)
+        self.gradient = module.empty(size, first.dtype)
+        self.offsets: list[int] = []
+        start = 0
+        for parameter in self.parameters:
+            stop = start + parameter.size
+            view, gradient = self.data[start:stop], self.gradient[start:stop]
+            view[...] = parameter.data.reshape(-1)
+            gradient[...] = parameter.gradient.reshape(-1)
+            parameter.data = view.reshape(parameter.shape)
+            parameter.gradient = gradient.reshape(parameter.shape)
+            self.offsets.append(start)
+            start = stop
+
+    def holds(self) -> bool:
+        """Whether every parameter is still a view of this buffer (another buffer may have taken them over)."""
+        return all(
+            parameter.data.base is self.data and parameter.gradient.base is self.gradient
+            for parameter in self.parameters
+        )
+
+
+def flatten(parameters: Iterable[Parameter]) -> list[FlatBuffer]:
+    """Lay parameters into one flat buffer a dtype, in their order; each becomes a view."""
+    by_dtype: dict[Any, list[Parameter]] = {}
+    for parameter in parameters:
+        by_dtype.setdefault(parameter.dtype, []).append(parameter)
+    return [FlatBuffer(group) for group in by_dtype.values()]
