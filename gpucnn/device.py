@@ -53,8 +53,6 @@ def choose_device(requested: str | None = None) -> Device:
     usable, reason = cuda_status()
     if requested == "cuda":
         if not usable:
-            raise DeviceError(
-                f"device 'cuda' cannot be used: {reason}; use --device cpu, or auto to fall back"
-            )
+            raise DeviceError(f"device 'cuda' cannot be used: {reason}; use --device cpu, or auto to fall back")
         return Device("cuda", f"{source}; {reason}")
     return Device("cuda" if usable else "cpu", f"auto: {reason}")

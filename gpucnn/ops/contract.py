@@ -117,7 +117,7 @@ class Operations(Protocol):
         algorithm: str = "auto",
         out: Array | None = None,
     ) -> Array:
-        """The gradient for x of a transposed convolution: a plain convolution of dy (cropped to x's size by it)."""
+        """The gradient for x of a transposed convolution: a plain convolution of dy."""
 
     def conv_transpose2d_backward_filter(
         self,
@@ -224,9 +224,7 @@ class Operations(Protocol):
     ) -> Array:
         """The gradient for x, (N, C, H, W): dy over the divisor, added to each place of its window."""
 
-    def adaptive_avg_pool2d_forward(
-        self, x: Array, *, output_size: IntOrPair, out: Array | None = None
-    ) -> Array:
+    def adaptive_avg_pool2d_forward(self, x: Array, *, output_size: IntOrPair, out: Array | None = None) -> Array:
         """Means over windows floor(i * H / P) .. ceil((i + 1) * H / P): (N, C, P, Q) for any input size."""
 
     def adaptive_avg_pool2d_backward(
@@ -286,49 +284,45 @@ class Operations(Protocol):
         """max(x, 0); a NaN stays a NaN."""
 
     def relu_backward(self, dy: Array, y: Array, *, out: Array | None = None) -> Array:
-        """dy where the output y > 0, else 0."""
+        """Dy where the output y > 0, else 0."""
 
-    def leaky_relu_forward(
-        self, x: Array, *, negative_slope: float = 0.01, out: Array | None = None
-    ) -> Array:
-        """x where x > 0, else negative_slope * x."""
+    def leaky_relu_forward(self, x: Array, *, negative_slope: float = 0.01, out: Array | None = None) -> Array:
+        """X where x > 0, else negative_slope * x."""
 
     def leaky_relu_backward(
         self, dy: Array, x: Array, *, negative_slope: float = 0.01, out: Array | None = None
     ) -> Array:
-        """dy where x > 0, else negative_slope * dy."""
+        """Dy where x > 0, else negative_slope * dy."""
 
     def sigmoid_forward(self, x: Array, *, out: Array | None = None) -> Array:
         """1 / (1 + exp(-x)), without overflow at any x."""
 
     def sigmoid_backward(self, dy: Array, y: Array, *, out: Array | None = None) -> Array:
-        """dy * y * (1 - y)."""
+        """Dy * y * (1 - y)."""
 
     def tanh_forward(self, x: Array, *, out: Array | None = None) -> Array:
         """tanh(x)."""
 
     def tanh_backward(self, dy: Array, y: Array, *, out: Array | None = None) -> Array:
-        """dy * (1 - y * y)."""
+        """Dy * (1 - y * y)."""
 
     def gelu_forward(self, x: Array, *, approximate: str = "none", out: Array | None = None) -> Array:
-        """x * Phi(x), Phi the normal distribution function; "tanh" takes Hendrycks and Gimpel's approximation."""
+        """X * Phi(x), Phi the normal distribution function; "tanh" takes Hendrycks and Gimpel's approximation."""
 
-    def gelu_backward(
-        self, dy: Array, x: Array, *, approximate: str = "none", out: Array | None = None
-    ) -> Array:
-        """dy * (Phi(x) + x * phi(x)), or the tanh form's derivative."""
+    def gelu_backward(self, dy: Array, x: Array, *, approximate: str = "none", out: Array | None = None) -> Array:
+        """Dy * (Phi(x) + x * phi(x)), or the tanh form's derivative."""
 
     def silu_forward(self, x: Array, *, out: Array | None = None) -> Array:
-        """x * sigmoid(x)."""
+        """X * sigmoid(x)."""
 
     def silu_backward(self, dy: Array, x: Array, *, out: Array | None = None) -> Array:
-        """dy * s * (1 + x * (1 - s)) with s = sigmoid(x)."""
+        """Dy * s * (1 + x * (1 - s)) with s = sigmoid(x)."""
 
     def softmax_forward(self, x: Array, *, axis: int = -1, out: Array | None = None) -> Array:
         """exp(x - max) / sum, along ``axis``."""
 
     def softmax_backward(self, dy: Array, y: Array, *, axis: int = -1, out: Array | None = None) -> Array:
-        """y * (dy - sum(dy * y)), along ``axis``."""
+        """Y * (dy - sum(dy * y)), along ``axis``."""
 
     # ---------------------------------------------------------------- dropout
 
@@ -349,20 +343,18 @@ class Operations(Protocol):
         ``word >= probability * 2**32``: the same mask on every backend. See :mod:`gpucnn.random`.
         """
 
-    def dropout_backward(
-        self, dy: Array, mask: Array, *, probability: float, out: Array | None = None
-    ) -> Array:
-        """dy / (1 - probability) where the mask holds, 0 elsewhere."""
+    def dropout_backward(self, dy: Array, mask: Array, *, probability: float, out: Array | None = None) -> Array:
+        """Dy / (1 - probability) where the mask holds, 0 elsewhere."""
 
     # ---------------------------------------------------------------- linear
 
     def linear_forward(
         self, x: Array, weight: Array, bias: Array | None = None, *, out: Array | None = None
     ) -> Array:
-        """x (N, in) @ weight.T (weight is (out, in)) + bias (out,): (N, out)."""
+        """X (N, in) @ weight.T (weight is (out, in)) + bias (out,): (N, out)."""
 
     def linear_backward_data(self, dy: Array, weight: Array, *, out: Array | None = None) -> Array:
-        """dy (N, out) @ weight: (N, in)."""
+        """Dy (N, out) @ weight: (N, in)."""
 
     def linear_backward_weight(self, dy: Array, x: Array, *, out: Array | None = None) -> Array:
         """dy.T @ x: (out, in)."""
@@ -424,9 +416,7 @@ class Operations(Protocol):
     ) -> Array:
         """The gradient for the logits."""
 
-    def mean_squared_error_forward(
-        self, prediction: Array, target: Array, *, reduction: str = "mean"
-    ) -> Array:
+    def mean_squared_error_forward(self, prediction: Array, target: Array, *, reduction: str = "mean") -> Array:
         """(prediction - target) ** 2, its mean or sum."""
 
     def mean_squared_error_backward(
@@ -489,7 +479,7 @@ class Operations(Protocol):
         """The sum of x * x over all elements, accumulated in float64 or pairwise; inf or NaN pass through."""
 
     def scale(self, x: Array, factor: float) -> None:
-        """x *= factor, in place."""
+        """X *= factor, in place."""
 
     # ---------------------------------------------------------------- images
 

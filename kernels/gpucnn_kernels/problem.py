@@ -48,9 +48,7 @@ def resolve_padding(
         if padding != "same":
             raise ProblemError(f"padding must be numbers, 'same' or 'valid', got {padding!r}")
         if stride != (1, 1):
-            raise ProblemError(
-                f"padding='same' needs stride 1, got stride {stride}; give the padding as numbers"
-            )
+            raise ProblemError(f"padding='same' needs stride 1, got stride {stride}; give the padding as numbers")
         total_h, total_w = (d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True))
         return total_h // 2, total_h - total_h // 2, total_w // 2, total_w - total_w // 2
     numbers = _integers(padding, "padding")
@@ -273,9 +271,7 @@ def conv_transpose2d_problem(
             raise ProblemError(
                 f"output_padding {extra} must be smaller than the stride {strides} or the dilation {dilations}"
             )
-        length = (
-            (size - 1) * strides[axis] - 2 * pads[axis] + dilations[axis] * (kernel - 1) + extra[axis] + 1
-        )
+        length = (size - 1) * strides[axis] - 2 * pads[axis] + dilations[axis] * (kernel - 1) + extra[axis] + 1
         if length < 1:
             raise ProblemError(
                 f"a transposed convolution of {h}x{w} with kernel {tuple(weight_shape[2:])}, stride {strides} and "
@@ -332,9 +328,7 @@ class Pool2dProblem:
         n, c, h, w = _check_image(input_shape, "the input of 2d pooling")
         r, s = pair(kernel_size, "kernel_size")
         strides = (r, s) if stride is None else pair(stride, "stride")
-        return cls(
-            n, c, h, w, r, s, strides, pair(padding, "padding", 0), pair(dilation, "dilation"), ceil_mode
-        )
+        return cls(n, c, h, w, r, s, strides, pair(padding, "padding", 0), pair(dilation, "dilation"), ceil_mode)
 
     @property
     def extent(self) -> tuple[int, int]:
