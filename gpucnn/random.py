@@ -56,7 +56,7 @@ def words(seed: int, offset: int, count: int, stream: int = 0) -> NDArray[numpy.
     return philox4x32(counter, seed, stream).reshape(-1)[start : start + count]
 
 
-def uniform_from_words(word: NDArray[numpy.uint32]) -> NDArray[numpy.float64]:
+def uniform_from_words(word: NDArray[numpy.uint32]) -> Any:
     """Words as float64 in the open interval (0, 1): (word + 1/2) / 2**32."""
     return (word + 0.5) * 2.0**-32
 
@@ -69,7 +69,7 @@ def sample_uniform(seed: int, stream: int, samples: NDArray[Any] | Sequence[int]
     """
     blocks = -(-count // 4)
     sample_numbers = numpy.asarray(samples, numpy.uint64)
-    counter = sample_numbers[:, None] * numpy.uint64(blocks) + numpy.arange(blocks, dtype=numpy.uint64)
+    counter: Any = sample_numbers[:, None] * numpy.uint64(blocks) + numpy.arange(blocks, dtype=numpy.uint64)
     drawn = philox4x32(counter.reshape(-1), seed, stream).reshape(len(sample_numbers), 4 * blocks)
     return uniform_from_words(drawn[:, :count])
 

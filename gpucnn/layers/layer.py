@@ -27,12 +27,14 @@ class Layer:
     Attributes:
         training: whether ``forward`` saves for backward and dropout and batch norm behave as in training.
         path: the layer's name inside its model ("features.3"), empty for the model itself.
+        input_needs_gradient: whether ``backward`` computes the gradient for the input, or returns None.
     """
 
     buffer_names: ClassVar[tuple[str, ...]] = ()
 
     training: bool = True
     path: str = ""
+    input_needs_gradient: bool = True
     _saved: Any = None
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -144,6 +146,14 @@ class Layer:
     def eval(self) -> Self:
         """Switch to evaluation: running statistics, no dropout, nothing saved."""
         return self.train(False)
+
+    def skip_input_gradient(self, skip: bool = True) -> None:
+        """Let backward return None instead of the input's gradient, where that saves work.
+
+        Nobody needs the gradient for the images that a network is trained on, and for a first convolution it
+        costs as much as the forward pass. Layers that gain by it set ``input_needs_gradient``; a container hands
+        the call to the child that reads its input, if it is one alone; all others ignore it.
+        """
 
     def zero_grad(self) -> None:
         """Set all gradients to zero."""

@@ -1,0 +1,158 @@
+"""Layers made of layers. Each calls its children in forward, and their backward in reverse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from gpucnn.errors import ArgumentError, DtypeError, ShapeError
+from gpucnn.layers.layer import Layer, check_gradient
+from gpucnn.ops import Array, array_module
+
+
+class Identity(Layer):
+    """Passes its input on."""
+
+    def forward(self, x: Array) -> Array:
+        """x."""
+        return x
+
+    def backward(self, dy: Array) -> Array:
+        """dy."""
+        return dy
+
+
+class Sequential(Layer):
+    """Layers one after another, as ``torch.nn.Sequential``.
+
+    Args:
+        layers: the layers, named "0", "1", ...; or one dict of names to layers.
+    """
+
+    def __init__(self, *layers: Layer | Mapping[str, Layer]) -> None:
+        if len(layers) == 1 and isinstance(layers[0], Mapping):
+            named = dict(layers[0])
+        else:
+            named = {str(index): layer for index, layer in enumerate(layers)}  # type: ignore[misc]  # checked below
+        for name, layer in named.items():
+            self._add(name, layer)
+
+    def _add(self, name: str, layer: Layer) -> None:
+        if not isinstance(layer, Layer):
+            raise DtypeError(f"Sequential takes layers, got {type(layer).__name__} for '{name}'")
+        if not name or "." in name or (hasattr(self, name) and name not in dict(self.children())):
+            raise ArgumentError(f"'{name}' cannot be the name of a layer: it is taken or contains a dot")
+        setattr(self, name, layer)
+
+    def append(self, layer: Layer) -> Sequential:
+        """Add a layer at the end and return self."""
+        self._add(str(len(self)), layer)
+        return self
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self.children())
+
+    def __iter__(self) -> Iterator[Layer]:
+        return (layer for _, layer in self.children())
+
+    def __getitem__(self, index: int | str) -> Layer:
+        named = dict(self.children())
+        return named[index] if isinstance(index, str) else list(named.values())[index]
+
+    def forward(self, x: Array) -> Array:
+        """x through every layer in turn."""
+        for layer in self:
+            x = layer(x)
+        return x
+
+    def backward(self, dy: Array) -> Array:
+        """dy through every layer's backward, last to first."""
+        for layer in reversed(list(self)):
+            dy = layer.backward(dy)
+        return dy
+
+    def skip_input_gradient(self, skip: bool = True) -> None:
+        """Hand the call to the first layer."""
+        for layer in self:
+            layer.skip_input_gradient(skip)
+            return
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({_indented(self)})"
+
+
+class Residual(Layer):
+    """activation(body(x) + shortcut(x)) (He et al. 2016).
+
+    Args:
+        body: the learned part.
+        shortcut: what brings x to the body's shape, such as a strided 1x1 convolution; nothing unless given.
+        activation: applied to the sum, if any.
+    """
+
+    def __init__(self, body: Layer, shortcut: Layer | None = None, activation: Layer | None = None) -> None:
+        self.body, self.shortcut, self.activation = body, shortcut, activation
+
+    def forward(self, x: Array) -> Array:
+        """Add what the body and the shortcut make of x."""
+        y = self.body(x)
+        other = x if self.shortcut is None else self.shortcut(x)
+        if y.shape != other.shape:
+            raise ShapeError(
+                f"the body gives shape {tuple(y.shape)}, the shortcut {tuple(other.shape)}; give a shortcut that "
+                "makes them equal"
+            )
+        y = y + other
+        return y if self.activation is None else self.activation(y)
+
+    def backward(self, dy: Array) -> Array:
+        """The sum of the gradients that come back through the body and the shortcut."""
+        if self.activation is not None:
+            dy = self.activation.backward(dy)
+        dx = self.body.backward(dy)
+        return dx + (dy if self.shortcut is None else self.shortcut.backward(dy))
+
+    def __repr__(self) -> str:
+        return f"Residual({_indented(self)})"
+
+
+class Concatenate(Layer):
+    """Branches that read the same input, their outputs joined along the channels.
+
+    Args:
+        branches: layers whose outputs (N, C_i, H, W) agree in all but C_i; named "0", "1", ...
+    """
+
+    def __init__(self, *branches: Layer) -> None:
+        if not branches:
+            raise ArgumentError("Concatenate needs at least one branch")
+        for index, branch in enumerate(branches):
+            setattr(self, str(index), branch)
+
+    def forward(self, x: Array) -> Array:
+        """(N, sum of C_i, H, W)."""
+        outputs = [branch(x) for _, branch in self.children()]
+        shapes = [tuple(output.shape) for output in outputs]
+        if len({shape[:1] + shape[2:] for shape in shapes}) != 1:
+            raise ShapeError(f"the branches' outputs must agree in all but the channels, got shapes {shapes}")
+        y = array_module(x).concatenate(outputs, axis=1)
+        self._save(y.shape, [shape[1] for shape in shapes])
+        return y
+
+    def backward(self, dy: Array) -> Array:
+        """The sum of the branches' gradients."""
+        output_shape, widths = self._take_saved()
+        check_gradient(dy, output_shape)
+        dx, start = None, 0
+        for (_, branch), width in zip(self.children(), widths, strict=True):
+            part = branch.backward(dy[:, start : start + width])
+            dx = part if dx is None else dx + part
+            start += width
+        return dx
+
+    def __repr__(self) -> str:
+        return f"Concatenate({_indented(self)})"
+
+
+def _indented(layer: Layer) -> str:
+    lines = [f"({name}): {child!r}" for name, child in layer.children()]
+    return "".join("\n  " + line.replace("\n", "\n  ") for line in lines) + "\n" if lines else ""

@@ -1,0 +1,259 @@
+"""Convolution layers."""
+
+from __future__ import annotations
+
+import numpy
+
+from gpucnn import initializers
+from gpucnn.errors import ArgumentError, ShapeError
+from gpucnn.layers.layer import Layer, check_gradient, check_input
+from gpucnn.ops import Array, backend_of
+from gpucnn.parameters import Parameter
+from gpucnn_kernels.problem import IntOrPair, Padding, pair, resolve_padding
+
+
+def check_positive(**values: int) -> None:
+    """Raise ArgumentError unless each named value is a positive integer."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
+            raise ArgumentError(f"{name} must be a positive integer, got {value!r}")
+
+
+def _check_groups(in_channels: int, out_channels: int, groups: int) -> None:
+    check_positive(in_channels=in_channels, out_channels=out_channels, groups=groups)
+    if in_channels % groups or out_channels % groups:
+        raise ArgumentError(
+            f"groups={groups} must divide in_channels={in_channels} and out_channels={out_channels}"
+        )
+
+
+class Conv2d(Layer):
+    """Two-dimensional convolution (cross-correlation), as ``torch.nn.Conv2d``.
+
+    Input (N, in_channels, H, W), output (N, out_channels, P, Q) with
+    P = floor((H + padding - dilation * (kernel - 1) - 1) / stride) + 1, padding counted on both sides.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        kernel_size: kernel height and width; even and rectangular kernels are fine.
+        stride: step between windows.
+        padding: zeros around the image: an integer, (height, width), (top, bottom, left, right), "same" (keeps
+            the size, stride 1) or "valid" (none).
+        dilation: step between the kernel's points.
+        groups: the channels are split into this many separate convolutions; ``in_channels`` is depthwise.
+        bias: whether to add a learned number to each output channel.
+        algorithm: how to compute: "auto", or a dict of names by direction, such as
+            {"backward_data": "dilated"}; ``gpucnn.ops.cpu.conv2d_algorithms(direction)`` lists the names.
+
+    Parameters: ``weight`` (out_channels, in_channels / groups, kH, kW), ``bias`` (out_channels,); both start
+    uniform in +-1 / sqrt(fan_in).
+
+    Example:
+        >>> layer = Conv2d(3, 16, kernel_size=3, stride=2)
+        >>> layer(numpy.zeros((4, 3, 224, 224), numpy.float32)).shape
+        (4, 16, 111, 111)
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: IntOrPair,
+        stride: IntOrPair = 1,
+        padding: Padding = 0,
+        dilation: IntOrPair = 1,
+        groups: int = 1,
+        bias: bool = True,
+        *,
+        algorithm: str | dict[str, str] = "auto",
+    ) -> None:
+        _check_groups(in_channels, out_channels, groups)
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size = pair(kernel_size, "kernel_size")
+        self.stride, self.dilation = pair(stride, "stride"), pair(dilation, "dilation")
+        resolve_padding(
+            padding, self.kernel_size, self.stride, self.dilation
+        )  # raises now, not at the first batch
+        self.padding = padding
+        self.algorithm = {"forward": "auto", "backward_data": "auto", "backward_filter": "auto"}
+        if isinstance(algorithm, dict):
+            if unknown := set(algorithm) - set(self.algorithm):
+                raise ArgumentError(
+                    f"unknown direction {sorted(unknown)} in algorithm; use {list(self.algorithm)}"
+                )
+            self.algorithm |= algorithm
+        elif algorithm != "auto":
+            raise ArgumentError(
+                f"algorithm must be 'auto' or a dict by direction ({', '.join(self.algorithm)}), got {algorithm!r}"
+            )
+        self.weight = Parameter(
+            numpy.empty((out_channels, in_channels // groups, *self.kernel_size), numpy.float32)
+        )
+        self.bias = Parameter(numpy.empty(out_channels, numpy.float32)) if bias else None
+        initializers.default_weight_and_bias(self.weight.data, None if self.bias is None else self.bias.data)
+
+    def forward(self, x: Array) -> Array:
+        """Convolve x (N, in_channels, H, W)."""
+        check_input(x, 4, f"(N, {self.in_channels}, H, W)", self.weight.dtype)
+        if x.shape[1] != self.in_channels:
+            raise ShapeError(f"expected {self.in_channels} input channels, got {x.shape[1]} (shape {x.shape})")
+        y = backend_of(x).conv2d_forward(
+            x,
+            self.weight.data,
+            None if self.bias is None else self.bias.data,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            algorithm=self.algorithm["forward"],
+        )
+        self._save(x, y.shape)
+        return y
+
+    def backward(self, dy: Array) -> Array:
+        """The gradient for x; adds to ``weight.gradient`` and ``bias.gradient``."""
+        x, output_shape = self._take_saved()
+        check_gradient(dy, output_shape)
+        ops = backend_of(dy)
+        if self.bias is not None and self.bias.requires_grad:
+            self.bias.add_gradient(ops.conv2d_backward_bias(dy))
+        if self.weight.requires_grad:
+            self.weight.add_gradient(
+                ops.conv2d_backward_filter(
+                    dy,
+                    x,
+                    kernel_size=self.kernel_size,
+                    stride=self.stride,
+                    padding=self.padding,
+                    dilation=self.dilation,
+                    groups=self.groups,
+                    algorithm=self.algorithm["backward_filter"],
+                )
+            )
+        if not self.input_needs_gradient:
+            return None
+        return ops.conv2d_backward_data(
+            dy,
+            self.weight.data,
+            input_size=x.shape[2:],
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            algorithm=self.algorithm["backward_data"],
+        )
+
+    def skip_input_gradient(self, skip: bool = True) -> None:
+        """Leave the gradient for x out of backward (or, with False, compute it again)."""
+        self.input_needs_gradient = not skip
+
+    def extra_repr(self) -> str:
+        """The arguments that differ from the defaults, and the sizes."""
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        if self.padding != 0:
+            text += f", padding={self.padding!r}"
+        if self.dilation != (1, 1):
+            text += f", dilation={self.dilation}"
+        if self.groups != 1:
+            text += f", groups={self.groups}"
+        return text if self.bias is not None else text + ", bias=False"
+
+
+class ConvTranspose2d(Layer):
+    """Transposed convolution, as ``torch.nn.ConvTranspose2d``: the input gradient of a convolution, as a layer.
+
+    Input (N, in_channels, H, W), output (N, out_channels, H', W') with
+    H' = (H - 1) * stride - 2 * padding + dilation * (kernel - 1) + output_padding + 1.
+
+    Parameters: ``weight`` (in_channels, out_channels / groups, kH, kW), ``bias`` (out_channels,).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: IntOrPair,
+        stride: IntOrPair = 1,
+        padding: IntOrPair = 0,
+        output_padding: IntOrPair = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: IntOrPair = 1,
+    ) -> None:
+        _check_groups(in_channels, out_channels, groups)
+        self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
+        self.kernel_size = pair(kernel_size, "kernel_size")
+        self.stride, self.dilation = pair(stride, "stride"), pair(dilation, "dilation")
+        self.padding = pair(padding, "padding", 0)
+        self.output_padding = pair(output_padding, "output_padding", 0)
+        self.weight = Parameter(
+            numpy.empty((in_channels, out_channels // groups, *self.kernel_size), numpy.float32)
+        )
+        self.bias = Parameter(numpy.empty(out_channels, numpy.float32)) if bias else None
+        initializers.default_weight_and_bias(self.weight.data, None if self.bias is None else self.bias.data)
+
+    def forward(self, x: Array) -> Array:
+        """Spread x (N, in_channels, H, W) through the kernel."""
+        check_input(x, 4, f"(N, {self.in_channels}, H, W)", self.weight.dtype)
+        if x.shape[1] != self.in_channels:
+            raise ShapeError(f"expected {self.in_channels} input channels, got {x.shape[1]} (shape {x.shape})")
+        y = backend_of(x).conv_transpose2d_forward(
+            x,
+            self.weight.data,
+            None if self.bias is None else self.bias.data,
+            stride=self.stride,
+            padding=self.padding,
+            output_padding=self.output_padding,
+            dilation=self.dilation,
+            groups=self.groups,
+        )
+        self._save(x, y.shape)
+        return y
+
+    def backward(self, dy: Array) -> Array:
+        """The gradient for x; adds to ``weight.gradient`` and ``bias.gradient``."""
+        x, output_shape = self._take_saved()
+        check_gradient(dy, output_shape)
+        ops = backend_of(dy)
+        if self.bias is not None and self.bias.requires_grad:
+            self.bias.add_gradient(ops.conv2d_backward_bias(dy))
+        if self.weight.requires_grad:
+            self.weight.add_gradient(
+                ops.conv_transpose2d_backward_filter(
+                    dy,
+                    x,
+                    kernel_size=self.kernel_size,
+                    stride=self.stride,
+                    padding=self.padding,
+                    dilation=self.dilation,
+                    groups=self.groups,
+                )
+            )
+        if not self.input_needs_gradient:
+            return None
+        return ops.conv_transpose2d_backward_data(
+            dy,
+            self.weight.data,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+        )
+
+    def skip_input_gradient(self, skip: bool = True) -> None:
+        """Leave the gradient for x out of backward (or, with False, compute it again)."""
+        self.input_needs_gradient = not skip
+
+    def extra_repr(self) -> str:
+        """The sizes and the arguments that differ from the defaults."""
+        text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        for name, default in (
+            ("padding", (0, 0)),
+            ("output_padding", (0, 0)),
+            ("dilation", (1, 1)),
+            ("groups", 1),
+        ):
+            if getattr(self, name) != default:
+                text += f", {name}={getattr(self, name)}"
+        return text if self.bias is not None else text + ", bias=False"

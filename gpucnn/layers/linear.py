@@ -1,0 +1,88 @@
+"""The fully connected layer, and Flatten, which leads to it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy
+
+from gpucnn import initializers
+from gpucnn.errors import ArgumentError, DtypeError, ShapeError
+from gpucnn.layers.convolution import check_positive
+from gpucnn.layers.layer import Layer, check_gradient, check_input
+from gpucnn.ops import Array, backend_of
+from gpucnn.parameters import Parameter
+
+
+class Linear(Layer):
+    """y = x @ weight.T + bias, as ``torch.nn.Linear``: (N, in_features) -> (N, out_features).
+
+    Parameters: ``weight`` (out_features, in_features), ``bias`` (out_features,); both start uniform in
+    +-1 / sqrt(in_features).
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        check_positive(in_features=in_features, out_features=out_features)
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = Parameter(numpy.empty((out_features, in_features), numpy.float32))
+        self.bias = Parameter(numpy.empty(out_features, numpy.float32)) if bias else None
+        initializers.default_weight_and_bias(self.weight.data, None if self.bias is None else self.bias.data)
+
+    def forward(self, x: Array) -> Array:
+        """Apply to x (N, in_features)."""
+        check_input(x, 2, f"(N, {self.in_features})", self.weight.dtype)
+        if x.shape[1] != self.in_features:
+            raise ShapeError(
+                f"expected {self.in_features} input features, got {x.shape[1]} (shape {x.shape}); an image of "
+                "another size than the network was made for does this"
+            )
+        y = backend_of(x).linear_forward(x, self.weight.data, None if self.bias is None else self.bias.data)
+        self._save(x)
+        return y
+
+    def backward(self, dy: Array) -> Array:
+        """The gradient for x; adds to ``weight.gradient`` and ``bias.gradient``."""
+        (x,) = self._take_saved()
+        check_gradient(dy, (x.shape[0], self.out_features))
+        ops = backend_of(dy)
+        if self.bias is not None and self.bias.requires_grad:
+            self.bias.add_gradient(ops.linear_backward_bias(dy))
+        if self.weight.requires_grad:
+            self.weight.add_gradient(ops.linear_backward_weight(dy, x))
+        if not self.input_needs_gradient:
+            return None
+        return ops.linear_backward_data(dy, self.weight.data)
+
+    def skip_input_gradient(self, skip: bool = True) -> None:
+        """Leave the gradient for x out of backward (or, with False, compute it again)."""
+        self.input_needs_gradient = not skip
+
+    def extra_repr(self) -> str:
+        """The sizes."""
+        text = f"in_features={self.in_features}, out_features={self.out_features}"
+        return text if self.bias is not None else text + ", bias=False"
+
+
+class Flatten(Layer):
+    """Joins all dimensions from ``start_dim`` on, as ``torch.nn.Flatten``: (N, C, H, W) -> (N, C * H * W)."""
+
+    def __init__(self, start_dim: int = 1) -> None:
+        if start_dim < 1:
+            raise ArgumentError(f"start_dim must be at least 1 (dimension 0 is the batch), got {start_dim}")
+        self.start_dim = start_dim
+
+    def forward(self, x: Array) -> Array:
+        """Reshape x."""
+        if not hasattr(x, "reshape"):
+            raise DtypeError(f"expected an array, got {type(x).__name__}")
+        self._save(x.shape)
+        return x.reshape(*x.shape[: self.start_dim], math.prod(x.shape[self.start_dim :]))
+
+    def backward(self, dy: Array) -> Array:
+        """Reshape dy back."""
+        (shape,) = self._take_saved()
+        return dy.reshape(shape)
+
+    def extra_repr(self) -> str:
+        """The argument, where it is not the default."""
+        return "" if self.start_dim == 1 else f"start_dim={self.start_dim}"

@@ -1,0 +1,115 @@
+"""Batch normalization (Ioffe and Szegedy 2015)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy
+
+from gpucnn.errors import ArgumentError, ShapeError
+from gpucnn.layers.convolution import check_positive
+from gpucnn.layers.layer import Layer, check_gradient, check_input
+from gpucnn.ops import Array, backend_of
+from gpucnn.parameters import Parameter
+
+
+class _BatchNorm(Layer):
+    """What the one- and two-dimensional batch norm share."""
+
+    buffer_names: ClassVar[tuple[str, ...]] = ("running_mean", "running_var", "num_batches_tracked")
+    dimensions: ClassVar[int]
+    meaning: ClassVar[str]
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+    ) -> None:
+        check_positive(num_features=num_features)
+        if not eps > 0:
+            raise ArgumentError(f"eps must be positive, got {eps}")
+        if momentum is not None and not 0 <= momentum <= 1:
+            raise ArgumentError(f"momentum must be between 0 and 1, or None for a plain average, got {momentum}")
+        self.num_features, self.eps, self.momentum = num_features, eps, momentum
+        self.affine, self.track_running_stats = affine, track_running_stats
+        self.weight = Parameter(numpy.ones(num_features, numpy.float32)) if affine else None
+        self.bias = Parameter(numpy.zeros(num_features, numpy.float32)) if affine else None
+        self.running_mean: Any = numpy.zeros(num_features, numpy.float32) if track_running_stats else None
+        self.running_var: Any = numpy.ones(num_features, numpy.float32) if track_running_stats else None
+        self.num_batches_tracked: Any = numpy.zeros((), numpy.int64) if track_running_stats else None
+
+    def _affine(self) -> tuple[Array | None, Array | None]:
+        return (None if self.weight is None else self.weight.data), (None if self.bias is None else self.bias.data)
+
+    def forward(self, x: Array) -> Array:
+        """Normalize each channel of x: by the batch in training, by the running statistics in evaluation."""
+        check_input(x, self.dimensions, self.meaning, None if self.weight is None else self.weight.dtype)
+        if x.shape[1] != self.num_features:
+            raise ShapeError(f"expected {self.num_features} channels, got {x.shape[1]} (shape {x.shape})")
+        ops, (weight, bias) = backend_of(x), self._affine()
+        if not self.training and self.track_running_stats:
+            return ops.batch_norm_inference(x, weight, bias, self.running_mean, self.running_var, epsilon=self.eps)
+        momentum = self.momentum
+        if self.training and self.track_running_stats:
+            self.num_batches_tracked += 1
+            if momentum is None:
+                momentum = 1.0 / float(self.num_batches_tracked)
+        y, mean, inverse_std = ops.batch_norm_forward(
+            x,
+            weight,
+            bias,
+            self.running_mean,
+            self.running_var,
+            momentum=momentum if momentum is not None else 0.0,
+            epsilon=self.eps,
+        )
+        self._save(x, mean, inverse_std)
+        return y
+
+    def backward(self, dy: Array) -> Array:
+        """The gradient for x; adds to ``weight.gradient`` and ``bias.gradient``."""
+        x, mean, inverse_std = self._take_saved()
+        check_gradient(dy, x.shape)
+        dx, dweight, dbias = backend_of(dy).batch_norm_backward(dy, x, self._affine()[0], mean, inverse_std)
+        if self.weight is not None and self.bias is not None:
+            self.weight.add_gradient(dweight)
+            self.bias.add_gradient(dbias)
+        return dx
+
+    def extra_repr(self) -> str:
+        """The channels, and what differs from the defaults."""
+        text = f"{self.num_features}"
+        defaults = (("eps", 1e-5), ("momentum", 0.1), ("affine", True), ("track_running_stats", True))
+        for name, default in defaults:
+            if getattr(self, name) != default:
+                text += f", {name}={getattr(self, name)}"
+        return text
+
+
+class BatchNorm2d(_BatchNorm):
+    """Batch normalization of images (N, C, H, W) over N, H and W, as ``torch.nn.BatchNorm2d``.
+
+    Training: y = (x - mean) / sqrt(variance + eps) * weight + bias with the batch's mean and biased variance;
+    the running statistics move by ``momentum`` towards the mean and the unbiased variance (``None``: their plain
+    average over all batches). Evaluation uses the running statistics, so any batch size works, one included.
+
+    Args:
+        num_features: C.
+        eps: added to the variance.
+        momentum: how fast the running statistics move.
+        affine: whether to learn ``weight`` and ``bias``, both (C,).
+        track_running_stats: without it, evaluation normalizes by the batch too.
+    """
+
+    dimensions: ClassVar[int] = 4
+    meaning: ClassVar[str] = "(N, C, H, W)"
+
+
+class BatchNorm1d(_BatchNorm):
+    """Batch normalization of features (N, C) over N, as ``torch.nn.BatchNorm1d``; see :class:`BatchNorm2d`."""
+
+    dimensions: ClassVar[int] = 2
+    meaning: ClassVar[str] = "(N, C)"
