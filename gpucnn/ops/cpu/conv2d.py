@@ -1,0 +1,278 @@
+"""Two-dimensional convolution on NumPy: the public operations, and which algorithm "auto" stands for.
+
+The arithmetic is in the modules beside this one, an idea each; every algorithm of a direction gives the same
+result up to rounding. ``algorithm="auto"`` is :func:`conv2d_choose`. float16 arrays are computed in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy
+from numpy.typing import DTypeLike, NDArray
+
+from gpucnn.errors import ArgumentError, ShapeError
+from gpucnn.ops.cpu import conv2d_data, conv2d_depthwise, conv2d_im2col, conv2d_positions
+from gpucnn.ops.cpu.checks import require_dimensions, require_floating, require_shape
+from gpucnn.ops.cpu.memory import calculation_dtype, result_array
+from gpucnn_kernels.problem import Conv2dProblem, IntOrPair, Padding, pair
+
+Forward = Callable[
+    [Conv2dProblem, NDArray[Any], NDArray[Any], NDArray[Any] | None, NDArray[Any]], None
+]  # (problem, x, weight, bias, out)
+Backward = Callable[
+    [Conv2dProblem, NDArray[Any], NDArray[Any], NDArray[Any]], None
+]  # (problem, dy, weight or x, out)
+
+_FORWARD: dict[str, Forward] = {
+    "im2col": conv2d_im2col.forward,
+    "tensordot": conv2d_positions.forward,
+    "depthwise": conv2d_depthwise.forward,
+}
+_BACKWARD_DATA: dict[str, Backward] = {
+    "col2im": conv2d_data.col2im,
+    "dilated": conv2d_data.dilated,
+    "scatter": conv2d_positions.backward_data,
+    "depthwise": conv2d_depthwise.backward_data,
+}
+_BACKWARD_FILTER: dict[str, Backward] = {
+    "im2col": conv2d_im2col.backward_filter,
+    "tensordot": conv2d_positions.backward_filter,
+    "depthwise": conv2d_depthwise.backward_filter,
+}
+_DIRECTIONS: dict[str, tuple[str, ...]] = {
+    "forward": tuple(_FORWARD),
+    "backward_data": tuple(_BACKWARD_DATA),
+    "backward_filter": tuple(_BACKWARD_FILTER),
+}
+
+
+# ---------------------------------------------------------------- which algorithm
+
+
+def conv2d_algorithms(direction: str) -> tuple[str, ...]:
+    """Names that ``algorithm`` takes for "forward", "backward_data" or "backward_filter", without "auto".
+
+    Raises ArgumentError for another direction.
+    """
+    if direction not in _DIRECTIONS:
+        raise ArgumentError(f"direction must be one of {', '.join(_DIRECTIONS)}, got {direction!r}")
+    return _DIRECTIONS[direction]
+
+
+def conv2d_choose(direction: str, problem: Conv2dProblem, dtype: DTypeLike) -> str:
+    """The name that "auto" stands for, for this Conv2dProblem and dtype; both precisions choose alike.
+
+    ================  ==========================================  =================
+    direction         problem                                     algorithm
+    ================  ==========================================  =================
+    any               one input channel a group                   depthwise
+    forward           any other                                   im2col
+    backward_data     any other                                   col2im
+    backward_filter   any other                                   im2col
+    ================  ==========================================  =================
+    """
+    conv2d_algorithms(direction)
+    if conv2d_depthwise.is_depthwise(problem) and problem.groups > 1:
+        return "depthwise"
+    return "col2im" if direction == "backward_data" else "im2col"
+
+
+def _resolve(direction: str, algorithm: str, problem: Conv2dProblem, dtype: DTypeLike) -> str:
+    names = conv2d_algorithms(direction)
+    if algorithm == "auto":
+        return conv2d_choose(direction, problem, dtype)
+    if algorithm not in names:
+        raise ArgumentError(
+            f"unknown algorithm {algorithm!r} for conv2d {direction}; choose auto or one of {', '.join(names)}"
+        )
+    if algorithm == "depthwise" and not conv2d_depthwise.is_depthwise(problem):
+        others = ", ".join(name for name in names if name != "depthwise")
+        raise ArgumentError(
+            f"algorithm 'depthwise' needs as many groups as input channels, got groups={problem.groups} for "
+            f"{problem.C} channels; choose auto or one of {others}"
+        )
+    return algorithm
+
+
+# ---------------------------------------------------------------- the operations
+
+
+def conv2d_forward(
+    x: NDArray[Any],
+    weight: NDArray[Any],
+    bias: NDArray[Any] | None = None,
+    *,
+    stride: IntOrPair = 1,
+    padding: Padding = 0,
+    dilation: IntOrPair = 1,
+    groups: int = 1,
+    algorithm: str = "auto",
+    out: NDArray[Any] | None = None,
+) -> NDArray[Any]:
+    """Cross-correlation of x (N, C, H, W) with weight (K, C / groups, R, S), plus bias (K,): (N, K, P, Q).
+
+    y[n, k, p, q] = bias[k] + sum over c, r, s of
+    x[n, c, p * stride_h - pad_top + r * dilation_h, q * stride_w - pad_left + s * dilation_w] * weight[k, c, r, s]
+
+    with x zero outside the image, c over the channels of k's group, and
+    P = floor((H + pad_top + pad_bottom - dilation_h * (R - 1) - 1) / stride_h) + 1.
+
+    Raises ProblemError or ShapeError where shapes do not fit, DtypeError where an array is not floating-point,
+    ArgumentError for an algorithm that is unknown or cannot do this problem.
+    """
+    require_floating(x, "x")
+    require_floating(weight, "weight")
+    problem = Conv2dProblem.from_shapes(
+        x.shape, weight.shape, stride=stride, padding=padding, dilation=dilation, groups=groups
+    )
+    check_bias(bias, problem.K)
+    name = _resolve("forward", algorithm, problem, x.dtype)
+    dtype = _common_dtype(x, weight)
+
+    def compute(target: NDArray[Any]) -> None:
+        offset = None if bias is None else bias.astype(dtype, copy=False)
+        _FORWARD[name](problem, x.astype(dtype, copy=False), _dense(weight, dtype), offset, target)
+
+    return _compute_into(out, problem.output_shape, x.dtype, dtype, (x, weight, bias), compute)
+
+
+def conv2d_backward_data(
+    dy: NDArray[Any],
+    weight: NDArray[Any],
+    *,
+    input_size: Sequence[int],
+    stride: IntOrPair = 1,
+    padding: Padding = 0,
+    dilation: IntOrPair = 1,
+    groups: int = 1,
+    algorithm: str = "auto",
+    out: NDArray[Any] | None = None,
+) -> NDArray[Any]:
+    """The gradient for x, (N, C, H, W), from dy (N, K, P, Q); ``input_size`` is (H, W).
+
+    dx[n, c, h, w] is the sum of dy[n, k, p, q] * weight[k, c, r, s] over all k, p, q, r, s in which x[n, c, h, w]
+    was multiplied by weight[k, c, r, s] for y[n, k, p, q]. Raises what :func:`conv2d_forward` does.
+    """
+    require_floating(dy, "dy")
+    require_floating(weight, "weight")
+    require_dimensions(weight, 4, "(K, C / groups, R, S)", "weight")
+    problem = Conv2dProblem.from_output(
+        dy.shape,
+        weight.shape,
+        pair(input_size, "input_size"),
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+    )
+    name = _resolve("backward_data", algorithm, problem, dy.dtype)
+    dtype = _common_dtype(dy, weight)
+
+    def compute(target: NDArray[Any]) -> None:
+        _BACKWARD_DATA[name](problem, dy.astype(dtype, copy=False), _dense(weight, dtype), target)
+
+    return _compute_into(out, problem.input_shape, dy.dtype, dtype, (dy, weight), compute)
+
+
+def conv2d_backward_filter(
+    dy: NDArray[Any],
+    x: NDArray[Any],
+    *,
+    kernel_size: IntOrPair,
+    stride: IntOrPair = 1,
+    padding: Padding = 0,
+    dilation: IntOrPair = 1,
+    groups: int = 1,
+    algorithm: str = "auto",
+    out: NDArray[Any] | None = None,
+) -> NDArray[Any]:
+    """The gradient for the weight, (K, C / groups, R, S), summed over the batch.
+
+    dw[k, c, r, s] is the sum over n, p, q of dy[n, k, p, q] times the input that weight[k, c, r, s] met there.
+    Whether it is a mean over the batch is for the loss to say, through dy. Raises what :func:`conv2d_forward`
+    does.
+    """
+    require_floating(dy, "dy")
+    require_floating(x, "x")
+    require_dimensions(dy, 4, "(N, K, P, Q)", "dy")
+    require_dimensions(x, 4, "(N, C, H, W)", "x")
+    if groups < 1 or x.shape[1] % groups:
+        raise ShapeError(f"groups={groups} must divide the {x.shape[1]} input channels")
+    problem = Conv2dProblem.from_output(
+        (x.shape[0], *dy.shape[1:]),
+        (dy.shape[1], x.shape[1] // groups, *pair(kernel_size, "kernel_size")),
+        x.shape[2:],
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+    )
+    if dy.shape[0] != x.shape[0]:
+        raise ShapeError(f"dy has {dy.shape[0]} images and x {x.shape[0]}; they must have as many")
+    name = _resolve("backward_filter", algorithm, problem, x.dtype)
+    dtype = _common_dtype(dy, x)
+
+    def compute(target: NDArray[Any]) -> None:
+        if problem.N == 0:
+            target[...] = 0
+        else:
+            _BACKWARD_FILTER[name](problem, dy.astype(dtype, copy=False), x.astype(dtype, copy=False), target)
+
+    return _compute_into(out, problem.weight_shape, x.dtype, dtype, (dy, x), compute)
+
+
+def conv2d_backward_bias(dy: NDArray[Any], *, out: NDArray[Any] | None = None) -> NDArray[Any]:
+    """The gradient for the bias, (K,): the sum of dy (N, K, P, Q) over N, P and Q."""
+    require_floating(dy, "dy")
+    require_dimensions(dy, 4, "(N, K, P, Q)", "dy")
+    out = result_array(out, (dy.shape[1],), dy.dtype)
+    # Pixels first: those are contiguous, and NumPy sums contiguous numbers pairwise, which keeps rounding small.
+    out[...] = dy.sum(axis=(2, 3), dtype=calculation_dtype(dy.dtype)).sum(axis=0)
+    return out
+
+
+# ---------------------------------------------------------------- arrays in, arrays out
+
+
+def _common_dtype(a: NDArray[Any], b: NDArray[Any]) -> numpy.dtype[Any]:
+    return calculation_dtype(numpy.result_type(a, b))
+
+
+def check_bias(bias: NDArray[Any] | None, channels: int) -> None:
+    """Raise ShapeError or DtypeError unless ``bias`` is None or one number an output channel."""
+    if bias is not None:
+        require_floating(bias, "bias")
+        require_shape(bias, (channels,), "bias")
+
+
+def _dense(weight: NDArray[Any], dtype: DTypeLike) -> NDArray[Any]:
+    return numpy.ascontiguousarray(weight, dtype)
+
+
+def _compute_into(
+    out: NDArray[Any] | None,
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+    compute_dtype: DTypeLike,
+    inputs: Sequence[NDArray[Any] | None],
+    compute: Callable[[NDArray[Any]], None],
+) -> NDArray[Any]:
+    """The result of ``compute``, in ``out`` where it is given.
+
+    The algorithms write to contiguous arrays of the type they compute in, which no input shares memory with; where
+    ``out`` is none such, the result goes through a temporary one.
+    """
+    result = result_array(out, shape, dtype)
+    direct = (
+        result.flags.c_contiguous
+        and result.dtype == compute_dtype
+        and (out is None or not any(array is not None and numpy.may_share_memory(out, array) for array in inputs))
+    )
+    target = result if direct else numpy.empty(shape, compute_dtype)
+    if target.size:
+        compute(target)
+    if not direct:
+        result[...] = target
+    return result

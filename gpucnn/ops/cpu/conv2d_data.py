@@ -1,0 +1,89 @@
+"""The input gradient: col2im, and the convolution of the dilated gradient.
+
+"col2im":   columns (CRS, PQ) = w^T (CRS, K) @ dy (K, PQ), then added up where windows overlap
+"dilated":  dy with stride - 1 zeros between its elements, padded by k - p - 1 (k dilated), convolved at stride 1
+            with the kernel rotated by 180 degrees and its input and output channels exchanged
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy
+from numpy.typing import NDArray
+
+from gpucnn.ops.cpu import conv2d_im2col
+from gpucnn.ops.cpu.conv2d_im2col import SMALL_FLOPS, is_pointwise
+from gpucnn.ops.cpu.im2col import Overlaps, positions
+from gpucnn.ops.cpu.threads import parallel_for, scratch
+from gpucnn_kernels.problem import Conv2dProblem
+
+_BLOCK_BYTES = 768 << 10
+
+
+def col2im(problem: Conv2dProblem, dy: NDArray[Any], weight: NDArray[Any], out: NDArray[Any]) -> None:
+    """Dx (N, C, H, W) into ``out``: one GEMM for the columns of a few output rows, which are then added up."""
+    g, k = problem.groups, problem.K // problem.groups
+    depth = problem.C // g * problem.R * problem.S
+    matrix = weight.reshape(g, k, depth).transpose(0, 2, 1)
+    rows = max(_BLOCK_BYTES // (problem.C * problem.R * problem.S * problem.Q * dy.itemsize), 1)
+
+    def add_image(n: int) -> None:
+        if is_pointwise(problem):
+            numpy.matmul(matrix, dy[n].reshape(g, k, -1), out=out[n].reshape(g, depth, -1))
+            return
+        overlaps = Overlaps(problem, out[n])
+        for top in range(0, problem.P, rows):
+            part = dy[n, :, top : top + rows]
+            gradient = part.reshape(g, k, -1)
+            columns = scratch("columns", (g, depth, gradient.shape[2]), dy.dtype)
+            numpy.matmul(matrix, gradient, out=columns)
+            windows = columns.reshape(problem.C, problem.R, problem.S, *part.shape[1:])
+            for r in range(problem.R):
+                for s in range(problem.S):
+                    where = positions(problem, r, s, (top, top + part.shape[1]))
+                    overlaps.total[:, *where] += windows[:, r, s]
+        overlaps.finish()
+
+    parallel_for(problem.N, add_image, small=problem.flops < SMALL_FLOPS)
+
+
+def rotated(weight: NDArray[Any], groups: int) -> NDArray[Any]:
+    """Weights (K, C / G, R, S) rotated by 180 degrees, input and output channels exchanged: (C, K / G, R, S)."""
+    k, c, r, s = weight.shape
+    by_group = weight.reshape(groups, k // groups, c, r, s)[..., ::-1, ::-1]
+    return numpy.ascontiguousarray(by_group.transpose(0, 2, 1, 3, 4)).reshape(groups * c, k // groups, r, s)
+
+
+def dilated(problem: Conv2dProblem, dy: NDArray[Any], weight: NDArray[Any], out: NDArray[Any]) -> None:
+    """Dx (N, C, H, W) into ``out``: dilate and pad dy, rotate the kernel, convolve at stride 1."""
+    before = (problem.extent[0] - 1 - problem.padding[0], problem.extent[1] - 1 - problem.padding[2])
+    spread = numpy.zeros(
+        (problem.N, problem.K, problem.H + problem.extent[0] - 1, problem.W + problem.extent[1] - 1), dy.dtype
+    )
+    taken, placed = zip(
+        *(
+            _place(count, step, start, size)
+            for count, step, start, size in zip(
+                (problem.P, problem.Q), problem.stride, before, spread.shape[2:], strict=True
+            )
+        ),
+        strict=True,
+    )
+    spread[:, :, *placed] = dy[:, :, *taken]
+    convolution = Conv2dProblem(
+        *(problem.N, problem.K, spread.shape[2], spread.shape[3], problem.C, problem.R, problem.S),
+        dilation=problem.dilation,
+        groups=problem.groups,
+    )
+    conv2d_im2col.forward(convolution, spread, rotated(weight, problem.groups), None, out)
+
+
+def _place(count: int, step: int, start: int, size: int) -> tuple[slice, slice]:
+    """Which of ``count`` elements, put ``step`` apart from place ``start`` on, lie in 0 .. size - 1, and where.
+
+    Where the padding is larger than k - 1, ``start`` is negative: the outermost elements touch padding only.
+    """
+    first = max(0, -(start // step)) if start < 0 else 0
+    last = min(count, (size - 1 - start) // step + 1)
+    return slice(first, last), slice(start + first * step, start + (last - 1) * step + 1, step)
