@@ -1,0 +1,213 @@
+"""Batches for the model, prepared by background threads a few ahead of the step that uses them."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy
+from numpy.typing import NDArray
+
+from gpucnn.data.dataset import Dataset
+from gpucnn.data.transforms import Augmentation, Preprocessing
+from gpucnn.errors import ArgumentError
+from gpucnn.random import permutation
+
+_SHUFFLE_STREAM = 1 << 32  # the epoch is added; augmentation owns 2 << 32 and splitting 3 << 32
+_WAKE_SECONDS = 0.5  # how long a wait lasts before it looks around: Windows delivers Ctrl-C only between waits
+
+
+class Batch(NamedTuple):
+    """Model inputs, float32 (count, channels, height, width); their labels; their numbers in the data set."""
+
+    images: NDArray[numpy.float32]
+    labels: NDArray[Any]
+    indices: NDArray[numpy.int64]
+
+
+class Loader:
+    """The batches of a data set, an epoch at a time.
+
+    Args:
+        dataset: where images and labels come from.
+        batch_size: images a batch; the last one of an epoch may be smaller.
+        preprocessing: how images become inputs; by default normalized by the data set's own statistics. A
+            preprocessed data set takes none.
+        augmentation: random changes to the images; None for evaluation.
+        shuffle: a new random order each epoch; False keeps the data set's order.
+        seed: decides the orders and what is random about each image.
+        drop_last: leave out a last batch that is smaller than ``batch_size``.
+        workers: background threads; 0 prepares each batch when it is asked for.
+        prefetch: how many batches may be ready or under way ahead of the one in use.
+
+    The order and every value depend on ``seed``, the epoch and the image's number alone, not on ``workers``,
+    ``prefetch`` or where the epoch was started. Raises ArgumentError for sizes out of range.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        *,
+        preprocessing: Preprocessing | None = None,
+        augmentation: Augmentation | None = None,
+        shuffle: bool = False,
+        seed: int = 0,
+        drop_last: bool = False,
+        workers: int = 2,
+        prefetch: int = 4,
+    ) -> None:
+        for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0), ("prefetch", prefetch, 1)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ArgumentError(f"{name} must be a whole number, {least} or more, got {value!r}")
+        if drop_last and batch_size > len(dataset):
+            raise ArgumentError(
+                f"batch_size {batch_size} with drop_last leaves nothing of the {len(dataset)} images of "
+                f"'{dataset.name}'; use a smaller batch_size"
+            )
+        if dataset.preprocessed and (preprocessing is not None or augmentation):
+            raise ArgumentError(
+                f"'{dataset.name}' holds inputs that are already preprocessed; it takes no preprocessing and no "
+                "augmentation (ArrayDataset, with uint8 images, takes both)"
+            )
+        if preprocessing is None and not dataset.preprocessed:
+            preprocessing = Preprocessing.for_dataset(dataset)
+        self.dataset, self.batch_size = dataset, batch_size
+        self.preprocessing, self.augmentation = preprocessing, augmentation
+        self.shuffle, self.seed, self.drop_last = shuffle, seed, drop_last
+        self.workers, self.prefetch = workers, prefetch
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self.dataset), self.batch_size)
+        return whole + bool(rest and not self.drop_last)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.epoch(0)
+
+    def order(self, number: int) -> NDArray[numpy.int64]:
+        """The images' numbers in the order in which epoch ``number`` takes them."""
+        if not self.shuffle:
+            return numpy.arange(len(self.dataset))
+        return permutation(self.seed, _SHUFFLE_STREAM | number, len(self.dataset))
+
+    def epoch(self, number: int, start_batch: int = 0) -> EpochIterator:
+        """The batches of epoch ``number`` from ``start_batch`` on.
+
+        The iterator's threads end when it is exhausted, closed (``close`` or the end of a ``with`` block), dropped,
+        or has raised what preparing a batch raised. Raises ArgumentError for numbers out of range.
+        """
+        if not 0 <= number < 1 << 32:
+            raise ArgumentError(f"epoch number must be from 0 to 2**32 - 1, got {number}")
+        if not 0 <= start_batch <= len(self):
+            raise ArgumentError(f"start_batch must be from 0 to {len(self)}, the batches of an epoch, got {start_batch}")
+        order = self.order(number)
+
+        def prepare(batch: int) -> Batch:
+            indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            images = self.dataset.images(indices)
+            if self.preprocessing is not None:
+                images = self.preprocessing.apply(
+                    images, self.augmentation, seed=self.seed, epoch=number, indices=indices
+                )
+            return Batch(images, self.dataset.labels[indices], indices)
+
+        return EpochIterator(prepare, start_batch, len(self), self.workers, self.prefetch)
+
+
+class EpochIterator(Iterator[Batch]):
+    """The batches ``start`` .. ``stop`` - 1 of one epoch, in order. Made by :meth:`Loader.epoch`."""
+
+    def __init__(self, prepare: Callable[[int], Batch], start: int, stop: int, workers: int, prefetch: int) -> None:
+        self._queue = _Queue(prepare, start, stop, prefetch)
+        # The threads know the queue but not this object: when it is dropped, the finalizer tells them to end.
+        self._threads = [
+            threading.Thread(target=self._queue.work, name=f"gpucnn-loader-{number}", daemon=True)
+            for number in range(min(workers, stop - start))
+        ]
+        self._finalizer = weakref.finalize(self, self._queue.stop)
+        for thread in self._threads:
+            thread.start()
+
+    def __next__(self) -> Batch:
+        try:
+            return self._queue.get(inline=not self._threads)
+        except BaseException:  # the end, an error in a worker, or Ctrl-C: in each case it is over
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the threads and forget prepared batches; further ``next`` calls raise StopIteration."""
+        self._finalizer()
+        for thread in self._threads:
+            thread.join()
+
+    def __enter__(self) -> EpochIterator:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _Queue:
+    """Batch numbers handed out in order, results handed over in order, never more than ``prefetch`` ahead."""
+
+    def __init__(self, prepare: Callable[[int], Batch], start: int, stop: int, prefetch: int) -> None:
+        self._prepare, self._end, self._prefetch = prepare, stop, prefetch
+        self._to_prepare = self._to_hand_over = start
+        self._ready: dict[int, Batch | BaseException] = {}
+        self._stopped = False
+        self._changed = threading.Condition()
+
+    def get(self, inline: bool) -> Batch:
+        number = self._to_hand_over
+        if self._stopped or number >= self._end:
+            raise StopIteration
+        if inline:
+            result: Batch | BaseException = self._prepare(number)
+        else:
+            with self._changed:
+                while number not in self._ready:
+                    self._changed.wait(_WAKE_SECONDS)
+                result = self._ready.pop(number)
+        with self._changed:
+            self._to_hand_over = number + 1
+            self._changed.notify_all()
+        if not isinstance(result, BaseException):
+            return result
+        try:
+            raise result
+        finally:
+            del result  # the error's traceback holds this frame; the frame must not hold the error
+
+    def work(self) -> None:
+        while (number := self._next_number()) is not None:
+            try:
+                result: Batch | BaseException = self._prepare(number)
+            except BaseException as error:  # handed over to whoever asks for this batch
+                result = error
+            with self._changed:
+                if not self._stopped:
+                    self._ready[number] = result
+                self._changed.notify_all()
+            del result  # a batch may be large, and the next one can be long in coming
+
+    def _next_number(self) -> int | None:
+        with self._changed:
+            while not self._stopped and self._to_prepare < self._end:
+                if self._to_prepare < self._to_hand_over + self._prefetch:
+                    self._to_prepare += 1
+                    return self._to_prepare - 1
+                self._changed.wait(_WAKE_SECONDS)
+            return None
+
+    def stop(self) -> None:
+        # Condition's lock is reentrant, so the garbage collector may call this in a thread that holds it.
+        with self._changed:
+            self._stopped = True
+            self._ready.clear()
+            self._changed.notify_all()
