@@ -1,0 +1,91 @@
+"""Pictures as the network wants them: from bytes N, H, W, C to normalized floats N, C, H, W in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy
+from numpy.typing import DTypeLike, NDArray
+
+from gpucnn.errors import ArgumentError, DtypeError, ShapeError
+from gpucnn.ops.cpu.checks import require_dimensions, require_shape
+from gpucnn.ops.cpu.memory import result_array
+from gpucnn.ops.cpu.threads import parallel_for
+
+_SMALL = 1 << 17
+
+
+def _check_images(images: Any) -> None:
+    if not isinstance(images, numpy.ndarray) or images.dtype != numpy.uint8:
+        found = images.dtype if isinstance(images, numpy.ndarray) else type(images).__qualname__
+        raise DtypeError(f"images must be a numpy.ndarray of uint8, got {found}")
+    require_dimensions(images, 4, "(N, H, W, C)", "images")
+
+
+def images_to_float(
+    images: NDArray[Any],
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    flip: NDArray[Any] | None = None,
+    crop_offset: NDArray[Any] | None = None,
+    crop_size: Sequence[int] | None = None,
+    dtype: DTypeLike = "float32",
+    out: NDArray[Any] | None = None,
+) -> NDArray[Any]:
+    """uint8 images (N, H, W, C) as normalized floats (N, C, h, w): (pixel / 255 - mean[c]) / std[c].
+
+    ``flip`` (N,) booleans mirrors left to right; ``crop_offset`` (N, 2) integers (row, column; may be negative)
+    and ``crop_size`` (h, w) cut a window first, whose places outside the image are 0 *after* normalization (the
+    mean colour). Without an offset the window is the top left corner.
+    Raises DtypeError, ShapeError or ArgumentError for arrays and sequences that do not fit.
+    """
+    _check_images(images)
+    n, height, width, channels = images.shape
+    if len(mean) != channels or len(std) != channels:
+        raise ShapeError(f"images have {channels} channels, but mean has {len(mean)} values and std {len(std)}")
+    if min(std, default=1.0) <= 0:
+        raise ArgumentError(f"std must be positive, got {tuple(std)}")
+    if flip is not None:
+        require_shape(flip, (n,), "flip")
+    if crop_offset is not None:
+        require_shape(crop_offset, (n, 2), "crop_offset")
+    h, w = (height, width) if crop_size is None else (int(crop_size[0]), int(crop_size[1]))
+    result = result_array(out, (n, channels, h, w), dtype)
+    factor = [1 / (255 * float(value)) for value in std]
+    shift = [-float(m) / float(s) for m, s in zip(mean, std, strict=True)]
+
+    def convert(target: NDArray[Any], source: NDArray[Any]) -> None:
+        for channel in range(channels):
+            plane = target[:, channel]
+            numpy.multiply(source[..., channel], factor[channel], out=plane, dtype=plane.dtype, casting="unsafe")
+            plane += plane.dtype.type(shift[channel])
+
+    def convert_one(number: int) -> None:
+        top, left = (0, 0) if crop_offset is None else (int(value) for value in crop_offset[number])
+        rows = slice(max(top, 0), max(0, min(top + h, height)))
+        columns = slice(max(left, 0), max(0, min(left + w, width)))
+        window = images[number : number + 1, rows, columns]
+        target = result[number : number + 1]
+        if window.shape[1:3] != (h, w):
+            target[...] = 0
+        if not window.size:
+            return
+        row, column = rows.start - top, columns.start - left
+        place = target[..., row : row + window.shape[1], column : column + window.shape[2]]
+        convert(place, window)
+        if flip is not None and flip[number]:
+            target[...] = target[..., ::-1].copy()
+
+    if flip is None and crop_offset is None and (h, w) == (height, width):
+        step = max(1, _SMALL // max(1, images[:1].size))
+        count = -(-n // step)
+        parallel_for(
+            count,
+            lambda i: convert(result[i * step : (i + 1) * step], images[i * step : (i + 1) * step]),
+            small=images.size < _SMALL,
+        )
+    else:
+        parallel_for(n, convert_one, small=images.size < _SMALL)
+    return result

@@ -1,0 +1,237 @@
+"""Losses and their gradients: softmax cross-entropy, binary cross-entropy with logits, mean squared error.
+
+The definitions are PyTorch's, with its class weights, label smoothing and reductions. Sums run in float64.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy
+from numpy.typing import NDArray
+
+from gpucnn.errors import ArgumentError, DtypeError, ShapeError
+from gpucnn.ops.cpu.checks import require_choice, require_dimensions, require_floating, require_shape
+from gpucnn.ops.cpu.memory import FloatArray, calculation_dtype, result_array
+
+_REDUCTIONS = ("mean", "sum", "none")
+
+
+def _reduced(terms: NDArray[Any], reduction: str, divisor: float, dtype: Any) -> NDArray[Any]:
+    if reduction == "none":
+        return terms.astype(dtype, copy=False)
+    total = terms.sum(dtype=numpy.float64)
+    if reduction == "mean":
+        total /= numpy.float64(divisor)  # 0 / 0, the mean of nothing, is NaN as in PyTorch
+    return numpy.asarray(total, dtype)
+
+
+# ---------------------------------------------------------------- softmax cross-entropy
+
+
+def _check_labels(labels: NDArray[Any], classes: int) -> None:
+    outside = (labels < 0) | (labels >= classes)
+    if outside.any():
+        position = int(outside.argmax())
+        raise ArgumentError(
+            f"label {int(labels[position])} at position {position} is out of range: with {classes} classes, "
+            f"labels are 0 .. {classes - 1}; check the data set and the model's num_classes"
+        )
+
+
+def _weighted_targets(
+    shape: tuple[int, ...], targets: Any, weight: FloatArray | None, label_smoothing: float, dtype: Any
+) -> tuple[FloatArray, float]:
+    """The targets with smoothing and class weights, (N, C), and the divisor of "mean"."""
+    n, classes = shape
+    if not 0 <= label_smoothing <= 1:
+        raise ArgumentError(f"label_smoothing must lie between 0 and 1, got {label_smoothing!r}")
+    if weight is not None:
+        require_shape(weight, (classes,), "the class weights")
+    if not isinstance(targets, numpy.ndarray):
+        raise DtypeError(f"the targets must be a numpy.ndarray, got {type(targets).__qualname__}")
+    divisor = float(n)
+    if targets.ndim == 1:
+        if targets.dtype.kind not in "iu":
+            raise DtypeError(
+                f"targets (N,) are class numbers and must be integers, got dtype {targets.dtype}; "
+                "convert them with .astype('int64'), or give probabilities of shape (N, C)"
+            )
+        require_shape(targets, (n,), "the targets")
+        _check_labels(targets, classes)
+        smoothed = numpy.full(shape, label_smoothing / classes, dtype)
+        smoothed[numpy.arange(n), targets] += dtype.type(1 - label_smoothing)
+        if weight is not None:
+            divisor = float(weight[targets].sum(dtype=numpy.float64))
+    else:
+        if targets.dtype.kind != "f":
+            raise DtypeError(
+                f"targets of shape {targets.shape} are probabilities and must be floating point, got dtype "
+                f"{targets.dtype}; class numbers have shape ({n},)"
+            )
+        require_shape(targets, shape, "the targets")
+        smoothed = targets.astype(dtype)
+        if label_smoothing:
+            smoothed *= dtype.type(1 - label_smoothing)
+            smoothed += dtype.type(label_smoothing / classes)
+    if weight is not None:
+        smoothed *= weight.astype(dtype, copy=False)
+    return smoothed, divisor
+
+
+def softmax_cross_entropy_forward(
+    logits: FloatArray,
+    targets: NDArray[Any],
+    *,
+    weight: FloatArray | None = None,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> tuple[FloatArray, FloatArray]:
+    """(loss, probabilities) for logits (N, C) and targets (N,) of class numbers or (N, C) of probabilities.
+
+    With smoothing e, the target is (1 - e) * one_hot + e / C; a class weight multiplies each class's term, and for
+    class numbers "mean" divides by the sum of the targets' weights. ``reduction`` is "mean", "sum" or "none" (loss
+    then (N,)). Raises ArgumentError for a class number outside 0 .. C - 1, DtypeError for targets that are neither
+    integers (N,) nor floating point (N, C).
+    """
+    require_floating(logits, "the logits")
+    require_dimensions(logits, 2, "(N, classes)", "the logits")
+    require_choice(reduction, _REDUCTIONS, "reduction")
+    dtype = calculation_dtype(logits.dtype)
+    target, divisor = _weighted_targets(logits.shape, targets, weight, label_smoothing, dtype)
+    if logits.shape[1] == 0:
+        raise ShapeError(f"the logits must have at least one class, got shape {logits.shape}")
+    with numpy.errstate(all="ignore"):
+        wide = logits.astype(dtype, copy=False)
+        shifted = wide - wide.max(axis=1, keepdims=True)
+        probabilities = numpy.exp(shifted)
+        total = probabilities.sum(axis=1, keepdims=True)
+        probabilities /= total
+        shifted -= numpy.log(total)
+        if targets.ndim == 1:
+            # A class that no target mentions must not matter, even where its logit is minus infinity.
+            shifted[target == 0] = 0
+        terms = -(target * shifted).sum(axis=1)
+        loss = _reduced(terms, reduction, divisor, logits.dtype)
+    return loss, probabilities.astype(logits.dtype, copy=False)
+
+
+def softmax_cross_entropy_backward(
+    probabilities: FloatArray,
+    targets: NDArray[Any],
+    *,
+    weight: FloatArray | None = None,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    out: FloatArray | None = None,
+) -> FloatArray:
+    """The gradient for the logits of the loss ("none": of the sum of the losses)."""
+    require_floating(probabilities, "the probabilities")
+    require_dimensions(probabilities, 2, "(N, classes)", "the probabilities")
+    require_choice(reduction, _REDUCTIONS, "reduction")
+    dtype = calculation_dtype(probabilities.dtype)
+    target, divisor = _weighted_targets(probabilities.shape, targets, weight, label_smoothing, dtype)
+    result = result_array(out, probabilities.shape, probabilities.dtype)
+    with numpy.errstate(all="ignore"):
+        gradient = probabilities * target.sum(axis=1, keepdims=True)
+        gradient -= target
+        if reduction == "mean":
+            gradient /= dtype.type(divisor)
+        result[...] = gradient
+    return result
+
+
+# ---------------------------------------------------------------- binary cross-entropy
+
+
+def _check_pair(logits: Any, targets: Any, reduction: str, first: str, second: str) -> None:
+    require_floating(logits, first)
+    require_floating(targets, second)
+    require_shape(targets, logits.shape, second)
+    require_choice(reduction, _REDUCTIONS, "reduction")
+
+
+def _broadcast(factor: FloatArray | None, shape: tuple[int, ...], name: str) -> Any:
+    if factor is None:
+        return 1
+    try:
+        return numpy.broadcast_to(factor, shape)
+    except ValueError:
+        raise ShapeError(f"{name} of shape {factor.shape} does not broadcast to the logits' {shape}") from None
+
+
+def binary_cross_entropy_with_logits_forward(
+    logits: FloatArray,
+    targets: FloatArray,
+    *,
+    weight: FloatArray | None = None,
+    positive_weight: FloatArray | None = None,
+    reduction: str = "mean",
+) -> FloatArray:
+    """-(p * t * log(s) + (1 - t) * log(1 - s)) * w with s = sigmoid(logits), without overflow.
+
+    ``targets`` has the shape of the logits; ``weight`` (w) and ``positive_weight`` (p) broadcast to it.
+    """
+    _check_pair(logits, targets, reduction, "the logits", "the targets")
+    dtype = calculation_dtype(logits.dtype)
+    x, t = logits.astype(dtype, copy=False), targets.astype(dtype, copy=False)
+    w = _broadcast(weight, logits.shape, "weight")
+    p = _broadcast(positive_weight, logits.shape, "positive_weight")
+    with numpy.errstate(all="ignore"):
+        # -log s = log1p(exp(-|x|)) + max(-x, 0), and -log(1 - s) is x more.
+        minus_log = numpy.log1p(numpy.exp(-numpy.abs(x))) + numpy.maximum(-x, 0)
+        terms = ((1 - t) * x + (1 + (p - 1) * t) * minus_log) * w
+        return _reduced(terms, reduction, terms.size, logits.dtype)
+
+
+def binary_cross_entropy_with_logits_backward(
+    logits: FloatArray,
+    targets: FloatArray,
+    *,
+    weight: FloatArray | None = None,
+    positive_weight: FloatArray | None = None,
+    reduction: str = "mean",
+    out: FloatArray | None = None,
+) -> FloatArray:
+    """The gradient for the logits."""
+    _check_pair(logits, targets, reduction, "the logits", "the targets")
+    dtype = calculation_dtype(logits.dtype)
+    x, t = logits.astype(dtype, copy=False), targets.astype(dtype, copy=False)
+    w = _broadcast(weight, logits.shape, "weight")
+    p = _broadcast(positive_weight, logits.shape, "positive_weight")
+    result = result_array(out, logits.shape, logits.dtype)
+    with numpy.errstate(all="ignore"):
+        gradient = (1 - t) - (1 + (p - 1) * t) / (1 + numpy.exp(x))
+        gradient = gradient * w
+        if reduction == "mean":
+            gradient = gradient / dtype.type(max(1, x.size))
+        result[...] = gradient
+    return result
+
+
+# ---------------------------------------------------------------- mean squared error
+
+
+def mean_squared_error_forward(
+    prediction: FloatArray, target: FloatArray, *, reduction: str = "mean"
+) -> FloatArray:
+    """(prediction - target) ** 2, its mean or sum."""
+    _check_pair(prediction, target, reduction, "the prediction", "the target")
+    dtype = calculation_dtype(prediction.dtype)
+    with numpy.errstate(all="ignore"):
+        difference = numpy.subtract(prediction, target, dtype=dtype, casting="same_kind")
+        return _reduced(difference * difference, reduction, difference.size, prediction.dtype)
+
+
+def mean_squared_error_backward(
+    prediction: FloatArray, target: FloatArray, *, reduction: str = "mean", out: FloatArray | None = None
+) -> FloatArray:
+    """2 * (prediction - target), over the element count for "mean"."""
+    _check_pair(prediction, target, reduction, "the prediction", "the target")
+    dtype = calculation_dtype(prediction.dtype)
+    result = result_array(out, prediction.shape, prediction.dtype)
+    factor = 2 / max(1, prediction.size) if reduction == "mean" else 2.0
+    with numpy.errstate(all="ignore"):
+        difference = numpy.subtract(prediction, target, dtype=dtype, casting="same_kind")
+        result[...] = difference * dtype.type(factor)
+    return result

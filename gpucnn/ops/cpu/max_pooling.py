@@ -1,0 +1,128 @@
+"""Max pooling: one NumPy pass over all windows for each place in the window, on blocks that stay in the cache.
+
+The argmax is the place r * S + s in the window, one byte where it fits: a quarter of what an index into the image
+would take, and enough, with the shapes, for the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy
+from numpy.typing import NDArray
+
+from gpucnn.errors import DtypeError
+from gpucnn.ops.cpu.blocks import SMALL, image_blocks
+from gpucnn.ops.cpu.checks import require_floating, require_shape
+from gpucnn.ops.cpu.memory import FloatArray, calculation_dtype, result_array
+from gpucnn.ops.cpu.threads import parallel_for
+from gpucnn.ops.cpu.windows import first_inside, rows_and_columns
+from gpucnn_kernels.problem import IntOrPair, Pool2dProblem
+
+
+def argmax_dtype(problem: Pool2dProblem) -> numpy.dtype[Any]:
+    """uint8 where the window has at most 256 places, otherwise int32."""
+    return numpy.dtype(numpy.uint8 if problem.R * problem.S <= 256 else numpy.int32)
+
+
+def max_pool2d_forward(
+    x: FloatArray,
+    *,
+    kernel_size: IntOrPair,
+    stride: IntOrPair | None = None,
+    padding: IntOrPair = 0,
+    dilation: IntOrPair = 1,
+    ceil_mode: bool = False,
+    out: FloatArray | None = None,
+) -> tuple[FloatArray, NDArray[Any]]:
+    """(y, argmax), both (N, C, P, Q): the largest value of each window and its place r * S + s in it.
+
+    Padding never wins. On ties the first place in row order wins; the first NaN of a window wins. argmax is uint8
+    where the window has at most 256 places, otherwise int32.
+    """
+    require_floating(x, "the input")
+    problem = Pool2dProblem.from_shapes(
+        x.shape, kernel_size, stride=stride, padding=padding, dilation=dilation, ceil_mode=ceil_mode
+    )
+    y = result_array(out, problem.output_shape, x.dtype, like=x)
+    argmax = result_array(None, problem.output_shape, argmax_dtype(problem), like=x)
+    rows, columns = rows_and_columns(problem)
+    starts = numpy.add.outer(
+        [problem.S * r for r in first_inside(rows, problem.P)], first_inside(columns, problem.Q)
+    ).astype(argmax.dtype)
+    blocks = image_blocks(x.shape, x.itemsize)
+
+    def scan(best: FloatArray, place: NDArray[Any], image: FloatArray, with_nan: bool) -> None:
+        best[...] = -numpy.inf
+        place[...] = starts
+        for r, row in enumerate(rows):
+            for s, column in enumerate(columns):
+                value = image[:, :, row.pixels, column.pixels]
+                top = best[:, :, row.windows, column.windows]
+                at = place[:, :, row.windows, column.windows]
+                better = value > top
+                if with_nan:
+                    better |= (value != value) & (top == top)
+                # Places only grow, so the larger of the old place and better * new place is the winner's.
+                numpy.maximum(at, better.view(numpy.uint8) * argmax.dtype.type(r * problem.S + s), out=at)
+                numpy.maximum(top, value, out=top)
+
+    def task(number: int) -> None:
+        images, channels = blocks[number]
+        best, place, image = y[images, channels], argmax[images, channels], x[images, channels]
+        scan(best, place, image, False)
+        if numpy.isnan(best).any():
+            scan(best, place, image, True)
+
+    parallel_for(len(blocks), task, small=x.size < SMALL)
+    return y, argmax
+
+
+def max_pool2d_backward(
+    dy: FloatArray,
+    argmax: NDArray[Any],
+    *,
+    input_size: Sequence[int],
+    kernel_size: IntOrPair,
+    stride: IntOrPair | None = None,
+    padding: IntOrPair = 0,
+    dilation: IntOrPair = 1,
+    ceil_mode: bool = False,
+    out: FloatArray | None = None,
+) -> FloatArray:
+    """The gradient for x, (N, C, H, W): each dy added at its window's argmax."""
+    require_floating(dy, "the output gradient")
+    problem = Pool2dProblem.from_shapes(
+        (*dy.shape[:2], *input_size),
+        kernel_size,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        ceil_mode=ceil_mode,
+    )
+    require_shape(dy, problem.output_shape, "the output gradient")
+    require_shape(argmax, problem.output_shape, "argmax")
+    if argmax.dtype != argmax_dtype(problem):
+        raise DtypeError(f"argmax must have dtype {argmax_dtype(problem)}, got {argmax.dtype}")
+    dx = result_array(out, problem.input_shape, dy.dtype, like=dy)
+    rows, columns = rows_and_columns(problem)
+    blocks = image_blocks(problem.input_shape, dy.itemsize)
+    wide = calculation_dtype(dy.dtype)
+
+    def task(number: int) -> None:
+        block = blocks[number]
+        place, gradient = argmax[block], dy[block]
+        total = dx[block] if wide == dx.dtype else numpy.empty(dx[block].shape, wide)
+        total[...] = 0
+        for r, row in enumerate(rows):
+            for s, column in enumerate(columns):
+                windows = (..., row.windows, column.windows)
+                pixels = total[:, :, row.pixels, column.pixels]
+                chosen = place[windows] == r * problem.S + s
+                numpy.add(pixels, gradient[windows], out=pixels, where=chosen)
+        if total.dtype != dx.dtype:
+            dx[block] = total
+
+    parallel_for(len(blocks), task, small=dx.size < SMALL)
+    return dx

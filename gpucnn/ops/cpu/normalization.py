@@ -1,0 +1,216 @@
+"""Batch normalization: Ioffe and Szegedy, ICML 2015.
+
+Each task takes a few channels, small enough to stay in the cache, and makes all its passes over them there. The
+values are shifted by a first mean before they are squared, and the shift's own rounding error is taken out again
+(the corrected two-pass algorithm: Chan, Golub and LeVeque, The American Statistician 37, 1983). So a large mean
+over a small variance costs no digits, and sums over long rows are split into pieces that are added in float64.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy
+from numpy.typing import NDArray
+
+from gpucnn.errors import ShapeError
+from gpucnn.ops.cpu.blocks import PLANE_BYTES, SMALL, ranges
+from gpucnn.ops.cpu.checks import require_floating, require_shape
+from gpucnn.ops.cpu.memory import FloatArray, calculation_dtype, result_array
+from gpucnn.ops.cpu.threads import parallel_for, scratch
+
+_PIECE = 512  # numbers added in the calculation dtype before float64 takes over
+
+
+def _check_input(x: Any, **per_channel: Any) -> None:
+    require_floating(x, "the input")
+    if x.ndim not in (2, 4):
+        raise ShapeError(f"batch norm takes (N, C) or (N, C, H, W), got shape {x.shape}")
+    for name, array in per_channel.items():
+        if array is not None:
+            require_floating(array, name)
+            require_shape(array, (x.shape[1],), name)
+
+
+def _by_channel(x: FloatArray) -> FloatArray:
+    """A view (C, N, H, W) or (C, N, 1, 1)."""
+    return x.swapaxes(0, 1) if x.ndim == 4 else x.T[:, :, None, None]
+
+
+def _channel_blocks(x: FloatArray) -> list[slice]:
+    values = x.size // max(1, x.shape[1])
+    return ranges(x.shape[1], max(1, PLANE_BYTES // max(1, values * calculation_dtype(x.dtype).itemsize)))
+
+
+def _row_sums(rows: FloatArray) -> NDArray[numpy.float64]:
+    """Sums of contiguous rows, each a list of short pieces in its own dtype, the pieces in float64."""
+    whole = rows.shape[1] // _PIECE * _PIECE
+    pieces = rows[:, :whole].reshape(rows.shape[0], -1, _PIECE)
+    sums: NDArray[numpy.float64] = numpy.add.reduce(pieces, axis=2).sum(axis=1, dtype=numpy.float64)
+    sums += numpy.add.reduce(rows[:, whole:], axis=1)
+    return sums
+
+
+def _row_products(a: FloatArray, b: FloatArray) -> NDArray[numpy.float64]:
+    """Dot products of contiguous rows, in pieces as above."""
+    whole = a.shape[1] // _PIECE * _PIECE
+    shape = (a.shape[0], -1, _PIECE)
+    sums: NDArray[numpy.float64] = numpy.vecdot(a[:, :whole].reshape(shape), b[:, :whole].reshape(shape)).sum(
+        axis=1, dtype=numpy.float64
+    )
+    sums += numpy.vecdot(a[:, whole:], b[:, whole:])
+    return sums
+
+
+def _spread(values: NDArray[Any], dtype: Any) -> NDArray[Any]:
+    """Per-channel values as a column of the calculation dtype."""
+    return values.astype(dtype)[:, None]
+
+
+def batch_norm_forward(
+    x: FloatArray,
+    weight: FloatArray | None = None,
+    bias: FloatArray | None = None,
+    running_mean: FloatArray | None = None,
+    running_var: FloatArray | None = None,
+    *,
+    momentum: float = 0.1,
+    epsilon: float = 1e-5,
+    out: FloatArray | None = None,
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """(y, mean, inverse_std) with statistics over all axes but 1 of x (N, C) or (N, C, H, W).
+
+    y = (x - mean) * inverse_std * weight + bias, inverse_std = 1 / sqrt(biased variance + epsilon). The running
+    statistics, where given, move in place by ``momentum`` towards the mean and the *unbiased* variance.
+    Raises ShapeError with fewer than two values a channel.
+    """
+    _check_input(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+    channels = x.shape[1]
+    count = x.size // max(1, channels)
+    if channels and count < 2:
+        raise ShapeError(
+            f"batch norm in training needs at least two values a channel, got {count} from an input of shape "
+            f"{x.shape}: a batch of one has no variance; use a larger batch (drop_last=True drops a last batch of "
+            "one) or evaluation mode"
+        )
+    y = numpy.empty_like(x, subok=False) if out is None else result_array(out, x.shape, x.dtype)
+    wide = calculation_dtype(x.dtype)
+    mean, variance = numpy.empty(channels, numpy.float64), numpy.empty(channels, numpy.float64)
+    source, target = _by_channel(x), _by_channel(y)
+    blocks = _channel_blocks(x)
+
+    def task(number: int) -> None:
+        part = blocks[number]
+        values = scratch("batch_norm", source[part].shape, wide)
+        rows = values.reshape(values.shape[0], -1)
+        with numpy.errstate(all="ignore"):
+            values[...] = source[part]
+            shift = (_row_sums(rows) / count).astype(wide)
+            rows -= shift[:, None]
+            correction = _row_sums(rows) / count
+            mean[part] = shift + correction
+            variance[part] = numpy.maximum(_row_products(rows, rows) / count - correction * correction, 0)
+            factor = 1 / numpy.sqrt(variance[part] + epsilon)
+            if weight is not None:
+                factor = factor * weight[part]
+            offset = -correction * factor
+            if bias is not None:
+                offset = offset + bias[part]
+            rows *= _spread(factor, wide)
+            numpy.add(values, offset.astype(wide)[:, None, None, None], out=target[part], casting="same_kind")
+
+    parallel_for(len(blocks), task, small=x.size < SMALL)
+    with numpy.errstate(all="ignore"):
+        if running_mean is not None:
+            running_mean += (momentum * (mean - running_mean)).astype(running_mean.dtype)
+        if running_var is not None:
+            unbiased = variance * (count / max(1, count - 1))
+            running_var += (momentum * (unbiased - running_var)).astype(running_var.dtype)
+        return y, mean.astype(wide), (1 / numpy.sqrt(variance + epsilon)).astype(wide)
+
+
+def batch_norm_backward(
+    dy: FloatArray,
+    x: FloatArray,
+    weight: FloatArray | None,
+    mean: FloatArray,
+    inverse_std: FloatArray,
+    *,
+    out: FloatArray | None = None,
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """(dx, dweight, dbias) of the training-time batch norm."""
+    _check_input(x, weight=weight, mean=mean, inverse_std=inverse_std)
+    require_floating(dy, "the output gradient")
+    require_shape(dy, x.shape, "the output gradient")
+    channels = x.shape[1]
+    count = max(1, x.size // max(1, channels))
+    dx = numpy.empty_like(dy, subok=False) if out is None else result_array(out, dy.shape, dy.dtype)
+    wide = calculation_dtype(x.dtype)
+    dweight, dbias = numpy.empty(channels, numpy.float64), numpy.empty(channels, numpy.float64)
+    source, gradient, target = _by_channel(x), _by_channel(dy), _by_channel(dx)
+    blocks = _channel_blocks(x)
+
+    def task(number: int) -> None:
+        part = blocks[number]
+        values = scratch("batch_norm", source[part].shape, wide)
+        slopes = scratch("batch_norm_gradient", source[part].shape, wide)
+        rows, slope_rows = values.reshape(values.shape[0], -1), slopes.reshape(slopes.shape[0], -1)
+        with numpy.errstate(all="ignore"):
+            numpy.subtract(source[part], mean[part, None, None, None], out=values, casting="same_kind")
+            slopes[...] = gradient[part]
+            # The mean was rounded to its dtype; what that left over is taken out of the sums.
+            left_over = _row_sums(rows) / count
+            total = _row_sums(slope_rows)
+            scale = inverse_std[part].astype(numpy.float64)
+            product = (_row_products(rows, slope_rows) - left_over * total) * scale
+            dbias[part], dweight[part] = total, product
+            factor = scale if weight is None else scale * weight[part]
+            # dx = factor * (dy - total / n - (x - mean) * scale * product / n)
+            slant = -factor * scale * product / count
+            offset = -factor * total / count - slant * left_over
+            rows *= _spread(slant, wide)
+            slope_rows *= _spread(factor, wide)
+            rows += slope_rows
+            numpy.add(values, offset.astype(wide)[:, None, None, None], out=target[part], casting="same_kind")
+
+    parallel_for(len(blocks), task, small=x.size < SMALL)
+    with numpy.errstate(all="ignore"):
+        return dx, dweight.astype(x.dtype), dbias.astype(x.dtype)
+
+
+def batch_norm_inference(
+    x: FloatArray,
+    weight: FloatArray | None,
+    bias: FloatArray | None,
+    running_mean: FloatArray,
+    running_var: FloatArray,
+    *,
+    epsilon: float = 1e-5,
+    out: FloatArray | None = None,
+) -> FloatArray:
+    """(x - running_mean) / sqrt(running_var + epsilon) * weight + bias."""
+    _check_input(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+    y = numpy.empty_like(x, subok=False) if out is None else result_array(out, x.shape, x.dtype)
+    wide = calculation_dtype(x.dtype)
+    shape = (1, -1) + (1,) * (x.ndim - 2)
+    with numpy.errstate(all="ignore"):
+        factor = 1 / numpy.sqrt(running_var.astype(numpy.float64) + epsilon)
+        if weight is not None:
+            factor = factor * weight
+        factor = factor.astype(wide).reshape(shape)
+        middle = running_mean.astype(wide).reshape(shape)
+        offset = None if bias is None else bias.astype(wide).reshape(shape)
+        step = max(1, PLANE_BYTES // max(1, x[:1].size * wide.itemsize))
+        blocks = ranges(x.shape[0], step)
+
+    def task(number: int) -> None:
+        part = blocks[number]
+        with numpy.errstate(all="ignore"):
+            values = x[part] - middle
+            values *= factor
+            if offset is not None:
+                values += offset
+            y[part] = values
+
+    parallel_for(len(blocks), task, small=x.size < SMALL)
+    return y

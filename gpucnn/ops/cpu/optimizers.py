@@ -1,0 +1,205 @@
+"""Optimizer steps in place on flat 1-d buffers, PyTorch's update formulas; and what they share.
+
+Each step walks the buffers in blocks, so that its ten or so NumPy passes meet the numbers in the cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy
+
+from gpucnn.errors import ArgumentError
+from gpucnn.ops.cpu.blocks import ELEMENTS, SMALL, ranges
+from gpucnn.ops.cpu.checks import require_dimensions, require_floating, require_shape
+from gpucnn.ops.cpu.memory import FloatArray, calculation_dtype, flat_views
+from gpucnn.ops.cpu.threads import parallel_for
+
+_SQUARES = 1 << 13  # below OpenBLAS's threshold for threads, so that a sum has one order of addition
+
+
+def _update(kernel: Callable[..., None], parameter: FloatArray, *buffers: FloatArray | None) -> None:
+    """Run ``kernel`` on equal blocks of the buffers, each float32 or wider; what it changed is written back."""
+    present = [parameter, *(buffer for buffer in buffers if buffer is not None)]
+    for buffer in present:
+        require_floating(buffer, "an optimizer's buffer")
+        require_dimensions(buffer, 1, "(a flat buffer)", "an optimizer's buffer")
+        require_shape(buffer, parameter.shape, "an optimizer's buffer")
+    wide = calculation_dtype(parameter.dtype)
+    parts = ranges(parameter.size, ELEMENTS)
+
+    def task(number: int) -> None:
+        blocks = [None if buffer is None else buffer[parts[number]] for buffer in (parameter, *buffers)]
+        with numpy.errstate(all="ignore"):
+            if all(block is None or block.dtype == wide for block in blocks):
+                kernel(*blocks)
+                return
+            calculated = [None if block is None else block.astype(wide) for block in blocks]
+            kernel(*calculated)
+            for index, (block, value) in enumerate(zip(blocks, calculated, strict=True)):
+                if index != 1 and block is not None and value is not None:  # number 1 is the gradient
+                    block[...] = value
+
+    parallel_for(len(parts), task, small=parameter.size < SMALL)
+
+
+def sgd_step(
+    parameter: FloatArray,
+    gradient: FloatArray,
+    momentum_buffer: FloatArray | None,
+    *,
+    lr: float,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    first_step: bool = False,
+) -> None:
+    """PyTorch's SGD on 1-d arrays, in place; ``first_step`` starts the momentum at the gradient itself."""
+    if momentum and momentum_buffer is None:
+        raise ArgumentError(f"SGD with momentum={momentum} needs a momentum_buffer, got None")
+
+    def kernel(parameter: FloatArray, gradient: FloatArray, velocity: FloatArray | None) -> None:
+        step = -gradient if maximize else gradient.copy()
+        if weight_decay:
+            step += weight_decay * parameter
+        if momentum and velocity is not None:
+            if first_step:
+                velocity[...] = step
+            else:
+                velocity *= momentum
+                velocity += (1 - dampening) * step if dampening else step
+            if nesterov:
+                step += momentum * velocity
+            else:
+                step[...] = velocity
+        step *= lr
+        parameter -= step
+
+    _update(kernel, parameter, gradient, momentum_buffer)
+
+
+def adam_step(
+    parameter: FloatArray,
+    gradient: FloatArray,
+    first_moment: FloatArray,
+    second_moment: FloatArray,
+    *,
+    lr: float,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    epsilon: float = 1e-8,
+    weight_decay: float = 0.0,
+    decoupled: bool = False,
+    step: int = 1,
+) -> None:
+    """Adam (Kingma and Ba), or AdamW (Loshchilov and Hutter) where ``decoupled``; ``step`` counts from 1."""
+    if step < 1:
+        raise ArgumentError(f"Adam's step counts from 1, got {step}")
+    step_size = lr / (1 - beta1**step)
+    root_correction = 1 / math.sqrt(1 - beta2**step)
+
+    def kernel(parameter: FloatArray, gradient: FloatArray, first: FloatArray, second: FloatArray) -> None:
+        if weight_decay and decoupled:
+            parameter *= 1 - lr * weight_decay
+        elif weight_decay:
+            gradient = gradient + weight_decay * parameter
+        change = gradient - first
+        change *= 1 - beta1
+        first += change
+        numpy.multiply(gradient, gradient, out=change)
+        change *= 1 - beta2
+        second *= beta2
+        second += change
+        numpy.sqrt(second, out=change)
+        change *= root_correction
+        change += epsilon
+        numpy.divide(first, change, out=change)
+        change *= step_size
+        parameter -= change
+
+    _update(kernel, parameter, gradient, first_moment, second_moment)
+
+
+def rmsprop_step(
+    parameter: FloatArray,
+    gradient: FloatArray,
+    square_average: FloatArray,
+    momentum_buffer: FloatArray | None,
+    gradient_average: FloatArray | None,
+    *,
+    lr: float,
+    alpha: float = 0.99,
+    epsilon: float = 1e-8,
+    weight_decay: float = 0.0,
+    momentum: float = 0.0,
+) -> None:
+    """PyTorch's RMSprop, centered where ``gradient_average`` is given."""
+    if momentum and momentum_buffer is None:
+        raise ArgumentError(f"RMSprop with momentum={momentum} needs a momentum_buffer, got None")
+
+    def kernel(
+        parameter: FloatArray,
+        gradient: FloatArray,
+        square: FloatArray,
+        velocity: FloatArray | None,
+        average: FloatArray | None,
+    ) -> None:
+        if weight_decay:
+            gradient = gradient + weight_decay * parameter
+        work = gradient * gradient
+        work *= 1 - alpha
+        square *= alpha
+        square += work
+        if average is None:
+            numpy.sqrt(square, out=work)
+        else:
+            numpy.subtract(gradient, average, out=work)
+            work *= 1 - alpha
+            average += work
+            numpy.multiply(average, average, out=work)
+            numpy.subtract(square, work, out=work)
+            # Rounding may leave a variance just below 0 where the gradient hardly changes.
+            numpy.maximum(work, 0, out=work)
+            numpy.sqrt(work, out=work)
+        work += epsilon
+        numpy.divide(gradient, work, out=work)
+        if momentum and velocity is not None:
+            velocity *= momentum
+            velocity += work
+            numpy.multiply(velocity, lr, out=work)
+        else:
+            work *= lr
+        parameter -= work
+
+    _update(kernel, parameter, gradient, square_average, momentum_buffer, gradient_average)
+
+
+def sum_of_squares(x: FloatArray) -> float:
+    """The sum of x * x over all elements, accumulated in float64; inf or NaN pass through."""
+    require_floating(x, "the array")
+    views = flat_views(x)
+    flat = views[0] if views is not None else x.reshape(-1)
+    parts = ranges(flat.size, 8 * _SQUARES)
+    sums = numpy.zeros(len(parts), numpy.float64)
+
+    def task(number: int) -> None:
+        part = flat[parts[number]]
+        with numpy.errstate(all="ignore"):
+            total = 0.0
+            for chunk in ranges(part.size, _SQUARES):
+                wide = part[chunk].astype(numpy.float64)
+                total += float(numpy.dot(wide, wide))
+            sums[number] = total
+
+    parallel_for(len(parts), task, small=flat.size < SMALL)
+    return math.fsum(sums) if numpy.isfinite(sums).all() else float(sums.sum())
+
+
+def scale(x: FloatArray, factor: float) -> None:
+    """X *= factor, in place."""
+    require_floating(x, "the array")
+    with numpy.errstate(all="ignore"):
+        numpy.multiply(x, x.dtype.type(factor), out=x)
