@@ -60,7 +60,8 @@ def locate(error: Exception, path: str, layer: Any) -> Exception:
     """
     if getattr(error, "layer_path", None) is not None:
         return error
-    name = f"layer '{path}' ({layer})" if path else f"{layer}"
+    shown = str(layer) if "\n" not in str(layer) else type(layer).__name__  # a container's repr is a whole tree
+    name = f"layer '{path}' ({shown})" if path else shown
     located = type(error)(f"{name}: {error}")
     located.layer_path = path  # type: ignore[attr-defined]
     return located

@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy
+from numpy.typing import NDArray
+
+from gpucnn import layers
+from gpucnn.errors import ArgumentError, CheckpointError, DtypeError, ShapeError
 from gpucnn.layers import Layer
 
 if TYPE_CHECKING:
-    pass
+    from collections.abc import Mapping, Sequence
+
+    from gpucnn.data import Augmentation, Dataset, DataSplits, Preprocessing
+    from gpucnn.training import Callback, EvaluationResult, History
+
+    Data = Dataset | DataSplits | tuple[Any, Any]
 
 
 class Model(Layer):
     """A network that is trained as a whole.
+
+    Derive from it, assign layers to attributes, write ``forward`` and ``backward``; or use
+    :class:`Sequential`, or one of the registry (:func:`gpucnn.models.create`).
 
     Attributes:
         name: its name in the registry, or its class's.
         input_shape: (C, H, W) of one input image, or None where any will do.
         num_classes: the width of its output, or None where unknown.
         options: what else the registry needs to build it again.
+        preprocessing: how ``fit`` made inputs of images, for ``evaluate`` and ``predict``; None before.
+        classes: the names of the classes that it was trained on; empty before.
     """
 
     name: str = ""
     input_shape: tuple[int, int, int] | None = None
     num_classes: int | None = None
-    options: dict[str, Any]
+    options: Mapping[str, Any] = {}
+    preprocessing: Preprocessing | None = None
+    classes: Sequence[str] = ()
 
     def __init__(
         self,
@@ -31,7 +49,7 @@ class Model(Layer):
         name: str = "",
         input_shape: tuple[int, int, int] | None = None,
         num_classes: int | None = None,
-        options: dict[str, Any] | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         self.name = name or type(self).__name__
         self.input_shape, self.num_classes = input_shape, num_classes
@@ -50,3 +68,205 @@ class Model(Layer):
             "image_size": size,
             **self.options,
         }
+
+    # ------------------------------------------------------------ training
+
+    def fit(
+        self,
+        train: Data,
+        validation: Data | None = None,
+        *,
+        epochs: int = 10,
+        batch_size: int = 64,
+        augmentation: Augmentation | str | None = None,
+        preprocessing: Preprocessing | None = None,
+        output: str | Path | None = None,
+        resume: bool = False,
+        verbose: bool = True,
+        callbacks: Sequence[Callback] = (),
+        **options: Any,
+    ) -> History:
+        """Train on labelled images; returns the history, one record an epoch.
+
+        Args:
+            train: a data set, splits as ``gpucnn.data.load`` gives them (validation included), or a pair of
+                arrays: uint8 images (N, H, W, C) or (N, H, W), or ready float inputs (N, C, H, W); and integer
+                labels (N,).
+            validation: likewise; what the best epoch is chosen by.
+            epochs: passes over the training set.
+            batch_size: images in a step.
+            augmentation: random changes of the images, as an Augmentation or its text ("flip,shift=2").
+            preprocessing: size and normalization of uint8 images; by the training set's own mean and standard
+                deviation, at the model's input size, unless given.
+            output: a folder for checkpoints and history; nothing is written without it.
+            resume: go on from the last checkpoint in ``output``.
+            verbose: show progress.
+            callbacks: called as the training goes.
+            options: the other fields of :class:`gpucnn.training.TrainingOptions`: optimizer="adamw", lr=...,
+                schedule="one-cycle", label_smoothing=..., seed=...
+
+        Raises ArgumentError, DataError, ShapeError or DtypeError for what does not fit, before anything is
+        trained; NonFiniteError where the loss is no number, naming the layer that went first.
+        """
+        from gpucnn.data import DataSplits, Preprocessing, parse_augmentation
+        from gpucnn.training import RunFolder, Trainer, TrainingOptions, make_progress
+
+        if isinstance(train, DataSplits):
+            validation = train.validation if validation is None else validation
+            train = train.train
+        train_set = as_dataset(train, self.classes)
+        validation_set = None if validation is None else as_dataset(validation, train_set.classes)
+        if preprocessing is None and not train_set.preprocessed:
+            size = None if self.input_shape is None else self.input_shape[1:]
+            preprocessing = Preprocessing.for_dataset(train_set, size)
+        if isinstance(augmentation, str):
+            augmentation = parse_augmentation(augmentation, train_set.image_shape)
+        if resume and output is None:
+            raise ArgumentError("resume=True needs output=..., the folder of the run to go on with")
+        run = None
+        if output is not None:
+            run = RunFolder(output)
+            if not resume:
+                run.create({"architecture": self.architecture})
+        trainer = Trainer(
+            self,
+            train_set,
+            validation_set,
+            options=TrainingOptions(epochs=epochs, batch_size=batch_size, **options),
+            preprocessing=preprocessing,
+            augmentation=augmentation,
+            run=run,
+            callbacks=callbacks,
+            progress=make_progress(quiet=not verbose),
+        )
+        history = trainer.fit(resume=resume)
+        self.preprocessing, self.classes = preprocessing, list(train_set.classes)
+        return history
+
+    def evaluate(self, data: Data, *, batch_size: int = 64) -> EvaluationResult:
+        """Loss, accuracy and confusion matrix on labelled images, given as to :meth:`fit`."""
+        from gpucnn.data import DataSplits
+        from gpucnn.training import evaluate
+
+        if isinstance(data, DataSplits):
+            data = data.test or data.validation or data.train
+        return evaluate(self, as_dataset(data, self.classes), self.preprocessing, batch_size)
+
+    def predict(self, images: Any, *, batch_size: int = 64) -> NDArray[numpy.floating[Any]]:
+        """Class probabilities (N, classes).
+
+        Args:
+            images: uint8 (N, H, W, C), (N, H, W) or one image (H, W, C), prepared as in training; or ready float
+                inputs (N, C, H, W).
+            batch_size: images at a time.
+        """
+        from gpucnn.ops import backend_of
+        from gpucnn.training.evaluation import evaluation_mode
+
+        inputs = numpy.asarray(images)
+        if inputs.dtype == numpy.uint8:
+            if self.preprocessing is None:
+                raise ArgumentError(
+                    "this model does not know how its images are normalized; train it with fit, load it from a "
+                    "run, set model.preprocessing, or pass float inputs (N, C, H, W)"
+                )
+            if inputs.ndim == 3 and inputs.shape[-1] in (1, 3):
+                inputs = inputs[None]
+            if inputs.ndim == 3:
+                inputs = inputs[..., None]
+        elif inputs.dtype.kind != "f":
+            raise DtypeError(f"predict takes uint8 images or float inputs, got dtype {inputs.dtype}")
+        if inputs.ndim != 4:
+            raise ShapeError(f"predict takes (N, H, W, C) images or (N, C, H, W) inputs, got shape {inputs.shape}")
+        if len(inputs) == 0:
+            raise ShapeError(f"predict was given no images (shape {inputs.shape})")
+        probabilities = []
+        with evaluation_mode(self):
+            for start in range(0, len(inputs), batch_size):
+                batch = inputs[start : start + batch_size]
+                if self.preprocessing is not None and batch.dtype == numpy.uint8:
+                    batch = self.preprocessing.apply(batch)
+                logits = self(batch)
+                probabilities.append(backend_of(logits).softmax_forward(logits, axis=1))
+        return numpy.concatenate(probabilities)
+
+    # ------------------------------------------------------------ files
+
+    def save(self, path: str | Path) -> None:
+        """Write the weights, and what rebuilds the model, to a safetensors file that ``gpucnn.models.load`` reads.
+
+        The tensors are named "model." and PyTorch's keys. Raises StorageError where the file cannot be written.
+        """
+        from gpucnn.training import Checkpoint, write_checkpoint
+
+        data: dict[str, Any] = {"classes": list(self.classes)}
+        if self.preprocessing is not None:
+            data["preprocessing"] = self.preprocessing.to_dict()
+        write_checkpoint(Path(path), Checkpoint(self.state_dict(), architecture=self.architecture, data=data))
+
+    def load(self, path: str | Path, strict: bool = True) -> None:
+        """Read the weights of a checkpoint or a run folder into this model.
+
+        Raises CheckpointError where the file is missing, damaged or of another model.
+        """
+        from gpucnn.training import read_checkpoint
+
+        checkpoint = read_checkpoint(checkpoint_path(path))
+        try:
+            self.load_state_dict(checkpoint.evaluation_state, strict=strict)
+        except CheckpointError as error:
+            name = (checkpoint.architecture or {}).get("name", "an unnamed model")
+            raise CheckpointError(
+                f"{path} is a checkpoint of {name}, this model is {self.name}: {error}"
+            ) from error
+        self._adopt(checkpoint.data)
+
+    def _adopt(self, data: Mapping[str, Any]) -> None:
+        """Take classes and preprocessing from a checkpoint's data."""
+        from gpucnn.data import Preprocessing
+
+        self.classes = list(data.get("classes", []))
+        if data.get("preprocessing") is not None:
+            self.preprocessing = Preprocessing(**data["preprocessing"])
+
+
+class Sequential(Model, layers.Sequential):
+    """Layers one after another (see :class:`gpucnn.layers.Sequential`), as a model that can be fitted.
+
+    Example:
+        >>> model = Sequential(layers.Flatten(), layers.Linear(64, 10))
+        >>> model.fit((images, labels), epochs=3)  # doctest: +SKIP
+    """
+
+    def __init__(self, *parts: Layer | Mapping[str, Layer]) -> None:
+        Model.__init__(self)
+        layers.Sequential.__init__(self, *parts)
+
+
+def checkpoint_path(path: str | Path) -> Path:
+    """The checkpoint file that ``path`` means: itself, or the best (else the last) of a run folder."""
+    from gpucnn.training import RunFolder
+
+    if not Path(path).is_dir():
+        return Path(path)
+    run = RunFolder(path)
+    if run.best_path.exists():
+        return run.best_path
+    if run.last_path.exists():
+        return run.last_path
+    raise CheckpointError(f"{path} is a folder without a checkpoint; give the folder of a run, or a file")
+
+
+def as_dataset(data: Any, classes: Sequence[str] = ()) -> Dataset:
+    """``data`` as a data set: one already, or a pair (images, labels) of arrays."""
+    from gpucnn.data import ArrayDataset, Dataset, TensorDataset
+
+    if isinstance(data, Dataset):
+        return data
+    if not (isinstance(data, (tuple, list)) and len(data) == 2):
+        raise DtypeError(f"expected a data set or a pair (images, labels), got {type(data).__name__}")
+    images = numpy.asarray(data[0])
+    names = list(classes) or None
+    if images.dtype.kind == "f":
+        return TensorDataset(images, data[1], classes=names)
+    return ArrayDataset(images, data[1], classes=names)
