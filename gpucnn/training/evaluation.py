@@ -1,0 +1,166 @@
+"""How a model does on a data set: loss, accuracy, and what it takes for what."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+from numpy.typing import NDArray
+
+from gpucnn.data.dataset import Dataset
+from gpucnn.data.loader import Loader
+from gpucnn.data.transforms import Preprocessing
+from gpucnn.errors import ArgumentError, DataError, ShapeError
+from gpucnn.layers import Layer
+from gpucnn.metrics import confusion_matrix, f1, per_class_accuracy, precision
+from gpucnn.ops import backend_of
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EvaluationResult:
+    """What :func:`evaluate` found.
+
+    Attributes:
+        loss: the mean cross-entropy over the images, without label smoothing or class weights.
+        accuracy: the share of images classified rightly, 0 .. 1.
+        confusion: int64 (classes, classes): rows the true class, columns the predicted one.
+        per_class_accuracy: (classes,); NaN for a class without images.
+        labels: the true class of each image, in the data set's order.
+        predictions: the class with the largest probability of each image.
+        probabilities: (images, classes), float32.
+        classes: the names of the classes.
+    """
+
+    loss: float
+    accuracy: float
+    confusion: NDArray[numpy.int64]
+    per_class_accuracy: NDArray[numpy.float64]
+    labels: NDArray[numpy.int64]
+    predictions: NDArray[numpy.int64]
+    probabilities: NDArray[numpy.float32]
+    classes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the single images, fit for JSON; what is not known is None."""
+        columns = (
+            self.confusion.sum(axis=1).tolist(),
+            _known(self.per_class_accuracy),
+            _known(precision(self.confusion)),
+            _known(f1(self.confusion)),
+        )
+        return {
+            "images": len(self.labels),
+            "loss": self.loss,
+            "accuracy": self.accuracy,
+            "per_class": [
+                {"class": name, "images": images, "accuracy": recall, "precision": share, "f1": mean}
+                for name, images, recall, share, mean in zip(self.classes, *columns, strict=True)
+            ],
+            "confusion": self.confusion.tolist(),
+        }
+
+
+def evaluate(
+    model: Layer,
+    dataset: Dataset,
+    preprocessing: Preprocessing | None = None,
+    batch_size: int = 64,
+    *,
+    workers: int = 2,
+    after_batch: Callable[[int], None] | None = None,
+) -> EvaluationResult:
+    """Run ``model`` in evaluation mode over all of ``dataset``; the model's modes are as before afterwards.
+
+    Args:
+        model: gives logits (N, classes).
+        dataset: its labels are class numbers.
+        preprocessing: how its images become the model's input; needed unless the data set is preprocessed.
+        batch_size: images at a time; it changes the speed and, in the last digits, the sums.
+        workers: threads that prepare batches.
+        after_batch: called with the number of images done after each batch; what it raises ends the evaluation.
+
+    Raises DataError for labels that are no classes of the model, ArgumentError where the preprocessing is missing.
+    """
+    check_class_labels(dataset)
+    if preprocessing is None and not dataset.preprocessed:
+        raise ArgumentError(
+            f"the images of '{dataset.name}' need preprocessing; pass the one that the model was trained with"
+        )
+    loader = Loader(dataset, batch_size, preprocessing=preprocessing, workers=workers)
+    loss_sum, done = 0.0, 0
+    predictions: list[NDArray[numpy.int64]] = []
+    probabilities: list[NDArray[numpy.float32]] = []
+    with evaluation_mode(model), contextlib.closing(loader.epoch(0)) as batches:
+        for batch in batches:
+            logits = model(batch.images)
+            if done == 0:
+                check_logits(logits, dataset)
+            batch_loss, shares = backend_of(logits).softmax_cross_entropy_forward(
+                logits, batch.labels, reduction="sum"
+            )
+            loss_sum += float(batch_loss)
+            predictions.append(logits.argmax(axis=1))
+            probabilities.append(shares)
+            done += len(batch.labels)
+            if after_batch is not None:
+                after_batch(done)
+    all_probabilities, all_predictions = numpy.concatenate(probabilities), numpy.concatenate(predictions)
+    confusion = confusion_matrix(dataset.labels, all_predictions, all_probabilities.shape[1])
+    return EvaluationResult(
+        loss=loss_sum / done,
+        accuracy=float(confusion.trace()) / done,
+        confusion=confusion,
+        per_class_accuracy=per_class_accuracy(confusion),
+        labels=dataset.labels,
+        predictions=all_predictions,
+        probabilities=all_probabilities,
+        classes=list(dataset.classes),
+    )
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: Layer) -> Iterator[None]:
+    """Inside the block ``model`` is in evaluation mode; afterwards each layer is in the mode that it was in."""
+    modes = [(layer, layer.training) for _, layer in model.named_layers()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for layer, mode in modes:
+            layer.training = mode
+
+
+def check_class_labels(dataset: Dataset) -> None:
+    """Raise DataError unless the labels of ``dataset`` are class numbers, each with a name."""
+    labels, count = dataset.labels, len(dataset.classes)
+    if len(labels) == 0:
+        raise DataError(f"data set '{dataset.name}' has no images")
+    if labels.dtype.kind not in "iu" or labels.ndim != 1:
+        raise DataError(
+            f"the labels of '{dataset.name}' are {labels.dtype} of shape {labels.shape}; training and evaluation "
+            "here classify: labels must be one integer an image"
+        )
+    outside = numpy.flatnonzero((labels < 0) | (labels >= count))
+    if len(outside):
+        raise DataError(
+            f"label {labels[outside[0]]} of image {outside[0]} of '{dataset.name}' is out of range: the data set "
+            f"has {count} classes, so labels go from 0 to {count - 1}"
+        )
+
+
+def check_logits(logits: Any, dataset: Dataset) -> None:
+    """Raise ShapeError unless ``logits`` are (N, number of classes)."""
+    count = len(dataset.classes)
+    if logits.ndim != 2 or logits.shape[1] != count:
+        shown = ", ".join(dataset.classes[:5]) + (", ..." if count > 5 else "")
+        raise ShapeError(
+            f"the model gives an output of shape {tuple(logits.shape)}, but '{dataset.name}' has {count} classes "
+            f"({shown}), which takes (N, {count}); make the model with num_classes={count}"
+        )
+
+
+def _known(values: NDArray[numpy.float64]) -> list[float | None]:
+    return [None if numpy.isnan(value) else float(value) for value in values]

@@ -1,0 +1,86 @@
+"""What is settled before the first step: preprocessing, class weights, and whether model and data fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy
+
+from gpucnn.data.dataset import Dataset
+from gpucnn.data.loader import Loader
+from gpucnn.data.transforms import Preprocessing
+from gpucnn.errors import ArgumentError, DataError, ShapeError
+from gpucnn.layers import BatchNorm1d, BatchNorm2d, Layer
+from gpucnn.training.evaluation import check_class_labels, check_logits, evaluation_mode
+
+
+def default_preprocessing(model: Layer, dataset: Dataset) -> Preprocessing | None:
+    """Resizing to the model's ``input_shape`` and normalization by ``dataset``; None for preprocessed ones."""
+    if dataset.preprocessed:
+        return None
+    shape = getattr(model, "input_shape", None)
+    return Preprocessing.for_dataset(dataset, None if shape is None else (shape[1], shape[2]))
+
+
+def class_weights(weights: str | Sequence[float] | None, dataset: Dataset) -> list[float] | None:
+    """The loss's weight for each class of ``dataset``.
+
+    "balanced" is images / (classes * images of the class), so that every class weighs alike in an epoch and the
+    mean weight of an image is 1; a class without images weighs nothing. Raises ArgumentError where there is not
+    one weight a class.
+    """
+    count = len(dataset.classes)
+    if weights is None:
+        return None
+    if isinstance(weights, str):
+        images = numpy.bincount(dataset.labels, minlength=count)
+        return [len(dataset) / (count * int(number)) if number else 0.0 for number in images]
+    if len(weights) != count:
+        raise ArgumentError(
+            f"class_weights has {len(weights)} numbers, but '{dataset.name}' has {count} classes; give one a class"
+        )
+    return [float(weight) for weight in weights]
+
+
+def check_data(train: Dataset, validation: Dataset | None) -> None:
+    """Raise DataError unless all labels are classes, and both sets have the same ones."""
+    check_class_labels(train)
+    if validation is None:
+        return
+    check_class_labels(validation)
+    if list(validation.classes) != list(train.classes):
+        raise DataError(
+            f"the validation set has classes {_shown(validation.classes)}, the training set "
+            f"{_shown(train.classes)}; they must be the same, in the same order"
+        )
+    if validation.preprocessed != train.preprocessed:
+        raise DataError("training and validation set must both be preprocessed, or neither")
+
+
+def check_model(model: Layer, dataset: Dataset, preprocessing: Preprocessing | None) -> None:
+    """Run one image through ``model``, so that what does not fit is said now and not after a minute.
+
+    Raises ShapeError where the image has the wrong number of channels or size, or the output is not
+    (1, number of classes).
+    """
+    with Loader(dataset, 1, preprocessing=preprocessing, workers=0).epoch(0) as batches:
+        images = next(batches).images
+    expected = getattr(model, "input_shape", None)
+    if expected is not None and images.shape[1] != expected[0]:
+        raise ShapeError(
+            f"the model takes images of {expected[0]} channels, but those of '{dataset.name}' have "
+            f"{images.shape[1]}; make the model with in_channels={images.shape[1]}"
+        )
+    with evaluation_mode(model):
+        check_logits(model(images), dataset)
+
+
+def leaves_single_image(model: Layer, images: int, batch_size: int) -> bool:
+    """Whether the last batch of an epoch is a single image and the model has batch norm."""
+    if not (images > batch_size > 1 and images % batch_size == 1):
+        return False
+    return any(isinstance(layer, (BatchNorm1d, BatchNorm2d)) for _, layer in model.named_layers())
+
+
+def _shown(names: Sequence[str]) -> str:
+    return f"[{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}] ({len(names)})"

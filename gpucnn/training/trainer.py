@@ -1,0 +1,433 @@
+"""The training loop: batches through the model, the loss, back, and a step; saved so that nothing is ever lost."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy
+
+from gpucnn.data.dataset import Dataset
+from gpucnn.data.loader import Batch, Loader
+from gpucnn.data.transforms import Augmentation, Preprocessing
+from gpucnn.errors import ArgumentError, CheckpointError, NonFiniteError
+from gpucnn.layers import Layer
+from gpucnn.losses import CrossEntropyLoss
+from gpucnn.optimizers import Optimizer
+from gpucnn.random import default_generator
+from gpucnn.schedules import Schedule
+from gpucnn.training.averaging import WeightAverage
+from gpucnn.training.callbacks import Callback
+from gpucnn.training.checkpoint import Checkpoint, Position, write_checkpoint
+from gpucnn.training.diagnosis import find_first_non_finite
+from gpucnn.training.evaluation import EvaluationResult, evaluate
+from gpucnn.training.history import EpochRecord, History
+from gpucnn.training.interruption import InterruptWatch, TrainingInterrupted
+from gpucnn.training.options import TrainingOptions
+from gpucnn.training.preparation import (
+    check_data,
+    check_model,
+    class_weights,
+    default_preprocessing,
+    leaves_single_image,
+)
+from gpucnn.training.progress import Progress
+from gpucnn.training.run_folder import RunFolder
+
+_DROPOUT_OFFSET = 1 << 40  # the words before it are left to the initial weights, which start from the same seed
+
+
+class _ValidationStopped(Exception):
+    """Leaves the validation where a signal has come."""
+
+
+class Trainer:
+    """Trains a model that classifies images.
+
+    Args:
+        model: gives logits (N, number of classes).
+        train: what to train on.
+        validation: what to measure on after every epoch, if anything.
+        options: the recipe; the defaults unless given.
+        preprocessing: how images become inputs; by default resized to the model's ``input_shape`` and normalized
+            by the training set's statistics. Data sets that are preprocessed take none.
+        augmentation: random changes to the training images.
+        run: where to save; nothing is saved without it.
+        callbacks: hooks, see :class:`~gpucnn.training.Callback`.
+        progress: what to show while training; nothing unless given. See ``make_progress``.
+
+    Attributes:
+        history: the epochs so far.
+        optimizer, schedule: made by :meth:`fit`.
+        best_state: the evaluated ``state_dict`` of the best epoch, kept here where there is no ``run``.
+
+    A last batch of a single image is left out of each epoch where the model has batch norm, which cannot normalize
+    it after pooling to one value a channel and learns nothing but noise from it before; every epoch has another
+    order, so no image is always left out.
+
+    Raises DataError for labels that are no classes, ShapeError where the model's output does not fit the classes,
+    all before the first step.
+    """
+
+    def __init__(
+        self,
+        model: Layer,
+        train: Dataset,
+        validation: Dataset | None = None,
+        *,
+        options: TrainingOptions | None = None,
+        preprocessing: Preprocessing | None = None,
+        augmentation: Augmentation | None = None,
+        run: RunFolder | None = None,
+        callbacks: Sequence[Callback] = (),
+        progress: Progress | None = None,
+    ) -> None:
+        self.model, self.train, self.validation = model, train, validation
+        self.options = options or TrainingOptions()
+        self.augmentation = augmentation or None
+        self.run, self.callbacks, self.progress = run, tuple(callbacks), progress or Progress()
+        check_data(train, validation)
+        self.preprocessing = preprocessing or default_preprocessing(model, train)
+        self._leaves_out_last = leaves_single_image(model, len(train), self.options.batch_size)
+        self.loader = Loader(
+            train,
+            self.options.batch_size,
+            preprocessing=self.preprocessing,
+            augmentation=self.augmentation,
+            shuffle=True,
+            seed=self.options.seed,
+            drop_last=self._leaves_out_last,
+            workers=self.options.workers,
+            prefetch=self.options.prefetch,
+        )
+        check_model(model, train, self.preprocessing)
+        weights = class_weights(self.options.class_weights, train)
+        self.loss = CrossEntropyLoss(weights, self.options.label_smoothing)
+        self.history = History(monitor=self.options.monitor)
+        self.best_state: dict[str, Any] | None = None
+        self.optimizer: Optimizer
+        self.schedule: Schedule
+        self._average: WeightAverage | None = None
+        self._position = Position()
+        self._saved_at, self._saved_step = 0.0, 0
+        self._step_callbacks = [
+            callback for callback in self.callbacks if type(callback).on_step_end is not Callback.on_step_end
+        ]
+
+    # ------------------------------------------------------------ the run
+
+    def fit(self, resume: bool = False) -> History:
+        """Train to the end and return the history.
+
+        The model then holds the weights of the last step, or their average with ``ema_decay``; those of the best
+        epoch are in the run's ``best.safetensors`` (or :attr:`best_state`), early stopping or not.
+
+        With ``resume``, go on from the run's last checkpoint, or begin where there is none yet. A run that was
+        killed and resumed ends with the same bits as one that was not, given the same number of BLAS threads.
+
+        Raises:
+            NonFiniteError: the loss or a gradient became infinite or NaN; the weights and the last checkpoint are
+                from before that. The message names the layer where it began.
+            TrainingInterrupted: SIGINT or SIGTERM came; the step was finished and everything saved.
+            CheckpointError: the checkpoint is damaged, or of another model, data set or recipe.
+            ArgumentError: the run folder holds a run already and ``resume`` was not asked for.
+            StorageError: a file could not be written; the previous checkpoint is as it was.
+        """
+        self._begin(resume)
+        try:
+            with (
+                InterruptWatch(self.progress.message) as watch,
+                numpy.errstate(
+                    over="ignore", invalid="ignore", divide="ignore"
+                ),  # looked for at every step instead
+            ):
+                for callback in self.callbacks:
+                    callback.on_fit_start(self)
+                while not self._position.finished:
+                    self._train_epoch(watch)
+                    self._end_epoch(watch)
+        finally:
+            self.model.skip_input_gradient(False)
+            self.progress.close()
+        if self._average is not None:
+            self._average.apply()
+        for callback in self.callbacks:
+            callback.on_fit_end(self)
+        return self.history
+
+    def _begin(self, resume: bool) -> None:
+        options, run = self.options, self.run
+        if resume and run is None:
+            raise ArgumentError("resuming needs a run folder; pass run=RunFolder(path)")
+        checkpoint = None
+        if run is not None:
+            if resume and run.last_path.exists():
+                checkpoint = run.read_last()
+            elif run.last_path.exists():
+                raise ArgumentError(f"{run.path} already holds a run; resume it, or choose another folder")
+        self.optimizer = options.make_optimizer(self.model)
+        self.schedule = options.make_schedule(len(self.loader))
+        self._average = None if options.ema_decay is None else WeightAverage(self.model, options.ema_decay)
+        self.model.train()
+        self.model.skip_input_gradient()
+        if checkpoint is not None and run is not None:
+            self._restore(checkpoint, run)
+        else:
+            self._position = Position()
+            self.history = History(monitor=options.monitor)
+            default_generator.manual_seed(options.seed)
+            default_generator.reserve(_DROPOUT_OFFSET)
+        if run is not None:
+            if not run.config_path.exists():
+                run.create({"options": options.to_dict(), "model": self._architecture(), "data": self._data()})
+            run.remove_temporary_files()
+            if checkpoint is None:
+                self._save()  # so that a run killed at once restarts from these weights, and a full disk shows now
+            self.history.write(run.history_path)
+        self._saved_at, self._saved_step = time.monotonic(), self._position.step
+        if self._leaves_out_last and self._position.step == 0:
+            self.progress.message(
+                f"the last batch of each epoch would be a single image ({len(self.train)} images, batch size "
+                f"{options.batch_size}), which batch norm cannot learn from; it is left out"
+            )
+
+    def _train_epoch(self, watch: InterruptWatch) -> None:
+        position, options = self._position, self.options
+        steps = len(self.loader)
+        self.progress.begin_epoch(position.epoch + 1, options.epochs, self._images_an_epoch(), position.images)
+        if position.batch >= steps:  # stopped between the last step and the end of the validation
+            return
+        began = time.perf_counter()
+        with self.loader.epoch(position.epoch, start_batch=position.batch) as batches:
+            for batch in batches:
+                loss, correct = self._step(batch)
+                count = len(batch.labels)
+                position.batch += 1
+                position.step += 1
+                position.loss_sum += loss * count
+                position.correct += correct
+                position.images += count
+                now = time.perf_counter()
+                position.train_seconds += now - began
+                position.seconds += now - began
+                self.progress.step(count, position.loss_sum / position.images, position.correct / position.images)
+                for callback in self._step_callbacks:
+                    callback.on_step_end(self, loss)
+                self._stop_if_asked(watch)
+                self._save_if_due()
+                began = time.perf_counter()
+
+    def _step(self, batch: Batch) -> tuple[float, int]:
+        """(loss, images classified rightly) of a batch, after the optimizer's step."""
+        optimizer, images, labels = self.optimizer, batch.images, batch.labels
+        random_state = default_generator.state
+        optimizer.zero_grad()
+        logits = self.model(images)
+        loss: float = self.loss(logits, labels)
+        if not math.isfinite(loss):
+            raise self._non_finite("loss", loss, batch, random_state)
+        self.model.backward(self.loss.backward())
+        clip = self.options.clip_norm
+        norm = optimizer.gradient_norm() if clip is None else optimizer.clip_gradient_norm(clip)
+        if not math.isfinite(norm):
+            raise self._non_finite("gradient's norm", norm, batch, random_state)
+        optimizer.lr = self.schedule(self._position.step)
+        optimizer.step()
+        if self._average is not None:
+            self._average.update(self._position.step + 1)
+        return loss, int(numpy.count_nonzero(logits.argmax(axis=1) == labels))
+
+    def _end_epoch(self, watch: InterruptWatch) -> None:
+        position, options = self._position, self.options
+        began = time.perf_counter()
+        result = self._validate(watch)
+        position.seconds += time.perf_counter() - began
+        record = EpochRecord(
+            epoch=position.epoch + 1,
+            step=position.step,
+            lr=self.optimizer.lr,
+            train_loss=position.loss_sum / position.images,
+            train_accuracy=position.correct / position.images,
+            validation_loss=None if result is None else result.loss,
+            validation_accuracy=None if result is None else result.accuracy,
+            seconds=position.seconds,
+            images_per_second=position.images / max(position.train_seconds, 1e-9),
+        )
+        self.history.records.append(record)
+        position.next_epoch()
+        patience = options.early_stopping
+        self.history.stopped_early = (
+            patience is not None and self.history.epochs_since_best >= patience and position.epoch < options.epochs
+        )
+        position.finished = position.epoch >= options.epochs or self.history.stopped_early
+        is_best = self.history.best is record
+        if is_best:
+            self._save_best()
+        self._save()
+        if self.run is not None:
+            self.history.write(self.run.history_path)
+        self.progress.end_epoch(record, is_best and result is not None)
+        if self.history.stopped_early:
+            self.progress.message(f"stopped early: no better epoch in {patience}")
+        for callback in self.callbacks:
+            callback.on_epoch_end(self, record)
+
+    def _validate(self, watch: InterruptWatch) -> EvaluationResult | None:
+        if self.validation is None:
+            return None
+        self.progress.validate(len(self.validation))
+
+        def stop_if_asked(images_done: int) -> None:
+            if watch.received is not None:
+                raise _ValidationStopped
+
+        try:
+            with self._averaged_weights():
+                result = evaluate(
+                    self.model,
+                    self.validation,
+                    self.preprocessing,
+                    self.options.resolved_evaluation_batch_size,
+                    workers=self.options.workers,
+                    after_batch=stop_if_asked,
+                )
+        except _ValidationStopped:  # only out here is the model back at the weights to save
+            self._stop_if_asked(watch)
+            raise
+        if not math.isfinite(result.loss):
+            raise NonFiniteError(
+                f"the validation loss is {result.loss} after epoch {self._position.epoch + 1}, though training's "
+                f"is finite; {self._what_is_kept()}; lower the learning rate, or set clip_norm"
+            )
+        return result
+
+    # ------------------------------------------------------------ saving and restoring
+
+    def _averaged_weights(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._average is None else self._average.in_use()
+
+    def _architecture(self) -> dict[str, Any] | None:
+        return getattr(self.model, "architecture", None)
+
+    def _data(self) -> dict[str, Any]:
+        labels = numpy.ascontiguousarray(self.train.labels, numpy.int64)
+        return {
+            "dataset": self.train.name,
+            "classes": list(self.train.classes),
+            "train_images": len(self.train),
+            "label_checksum": zlib.crc32(labels.data),
+            "preprocessing": None if self.preprocessing is None else self.preprocessing.to_dict(),
+            "augmentation": None if self.augmentation is None else self.augmentation.to_text(),
+        }
+
+    def _checkpoint(self) -> Checkpoint:
+        return Checkpoint(
+            model=self.model.state_dict(),
+            architecture=self._architecture(),
+            options=self.options.to_dict(),
+            data=self._data(),
+            position=self._position,
+            generator=default_generator.state,
+            history=self.history.records,
+            stopped_early=self.history.stopped_early,
+        )
+
+    def _save(self) -> None:
+        if self.run is None:
+            return
+        checkpoint = self._checkpoint()
+        checkpoint.optimizer = self.optimizer.state_dict()
+        if self._average is not None:
+            checkpoint.ema = self._average.average
+        write_checkpoint(self.run.last_path, checkpoint)
+        self._saved_at, self._saved_step = time.monotonic(), self._position.step
+
+    def _save_best(self) -> None:
+        with self._averaged_weights():
+            if self.run is None:
+                self.best_state = self.model.state_dict()
+            else:
+                write_checkpoint(self.run.best_path, self._checkpoint())
+
+    def _save_if_due(self) -> None:
+        steps, seconds = self.options.checkpoint_steps, self.options.checkpoint_seconds
+        if (steps is not None and self._position.step - self._saved_step >= steps) or (
+            seconds is not None and time.monotonic() - self._saved_at >= seconds
+        ):
+            self._save()
+
+    def _stop_if_asked(self, watch: InterruptWatch) -> None:
+        """Save and raise TrainingInterrupted where a signal has come."""
+        if watch.received is None:
+            return
+        text = f"stopped in epoch {self._position.epoch + 1}, step {self._position.step}"
+        if self.run is None:
+            raise TrainingInterrupted(f"{text}; without a run folder nothing is saved", watch.received)
+        self._save()
+        raise TrainingInterrupted(f"{text}; saved in {self.run.last_path}, resume from there", watch.received)
+
+    def _restore(self, checkpoint: Checkpoint, run: RunFolder) -> None:
+        path, options = run.last_path, TrainingOptions.from_dict(checkpoint.options)
+        architecture = self._architecture()
+        if checkpoint.architecture != architecture:
+            raise CheckpointError(
+                f"{path} is a checkpoint of {_described(checkpoint.architecture)}, but the model is "
+                f"{_described(architecture)}; resume with the model of the run"
+            )
+        changed = [
+            f"{name} ({getattr(options, name)!r}, now {getattr(self.options, name)!r})"
+            for name in options.differences(self.options)
+        ]
+        data = self._data()
+        changed += [
+            f"{name} ({checkpoint.data.get(name)!r}, now {data[name]!r})"
+            for name in data
+            if name != "dataset" and checkpoint.data.get(name) != data[name]
+        ]
+        if changed:
+            raise CheckpointError(
+                f"the run in {run.path} was started differently: {'; '.join(changed)}; resume it as it was "
+                "started, or start a new run"
+            )
+        self.model.load_state_dict(checkpoint.model)
+        self.optimizer.load_state_dict(checkpoint.optimizer)
+        if self._average is not None:
+            self._average.load(checkpoint.ema)
+        self._position = checkpoint.position
+        self._position.finished = checkpoint.stopped_early or self._position.epoch >= self.options.epochs
+        self.history = History(checkpoint.history, self.options.monitor, checkpoint.stopped_early)
+        default_generator.restore(checkpoint.generator)
+
+    # ------------------------------------------------------------ trouble
+
+    def _non_finite(self, what: str, value: float, batch: Batch, random_state: dict[str, int]) -> NonFiniteError:
+        default_generator.restore(random_state)
+        self.optimizer.zero_grad()
+        cause = find_first_non_finite(self.model, self.loss, batch.images, batch.labels)
+        position = self._position
+        return NonFiniteError(
+            f"the {what} became {value} at step {position.step + 1} (epoch {position.epoch + 1}, batch "
+            f"{position.batch + 1}): {cause}; {self._what_is_kept()}; lower the learning rate, warm up, or set "
+            "clip_norm"
+        )
+
+    def _what_is_kept(self) -> str:
+        if self.run is None:
+            return "the weights are those of the step before"
+        return f"the checkpoint of step {self._saved_step} is kept in {self.run.last_path}"
+
+    def _images_an_epoch(self) -> int:
+        return len(self.train) - 1 if self._leaves_out_last else len(self.train)
+
+
+def _described(architecture: dict[str, Any] | None) -> str:
+    if architecture is None:
+        return "a model without a name"
+    rest = ", ".join(
+        f"{name}={value}" for name, value in architecture.items() if name != "name" and value is not None
+    )
+    return f"'{architecture.get('name')}' ({rest})"
