@@ -1,5 +1,9 @@
 """Models: by name through :func:`create`, or by their classes."""
 
+from __future__ import annotations
+
+from pathlib import Path
+
 from gpucnn.models.animalnet import AnimalNet
 from gpucnn.models.lenet5 import LeNet5
 from gpucnn.models.mobilenet import MobileNetV2
@@ -8,6 +12,14 @@ from gpucnn.models.registry import ModelInfo, available, create, describe
 from gpucnn.models.resnet import ResNet, resnet18, resnet50
 from gpucnn.models.summary import LayerSummary, ModelSummary, summary
 from gpucnn.models.vgg import VGGSmall
+
+
+def load(path: str | Path) -> Model:
+    """The model in a checkpoint file or run folder; see :func:`gpucnn.models.saved.load`."""
+    from gpucnn.models.saved import load as load_saved  # loads training, which making a model does not need
+
+    return load_saved(path)
+
 
 __all__ = [
     "AnimalNet",
@@ -22,6 +34,7 @@ __all__ = [
     "available",
     "create",
     "describe",
+    "load",
     "resnet18",
     "resnet50",
     "summary",

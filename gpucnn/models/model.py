@@ -123,11 +123,6 @@ class Model(Layer):
             augmentation = parse_augmentation(augmentation, train_set.image_shape)
         if resume and output is None:
             raise ArgumentError("resume=True needs output=..., the folder of the run to go on with")
-        run = None
-        if output is not None:
-            run = RunFolder(output)
-            if not resume:
-                run.create({"architecture": self.architecture})
         trainer = Trainer(
             self,
             train_set,
@@ -135,7 +130,7 @@ class Model(Layer):
             options=TrainingOptions(epochs=epochs, batch_size=batch_size, **options),
             preprocessing=preprocessing,
             augmentation=augmentation,
-            run=run,
+            run=None if output is None else RunFolder(output),
             callbacks=callbacks,
             progress=make_progress(quiet=not verbose),
         )
@@ -209,9 +204,9 @@ class Model(Layer):
 
         Raises CheckpointError where the file is missing, damaged or of another model.
         """
-        from gpucnn.training import read_checkpoint
+        from gpucnn.models.saved import read_model_checkpoint
 
-        checkpoint = read_checkpoint(checkpoint_path(path))
+        checkpoint = read_model_checkpoint(path)
         try:
             self.load_state_dict(checkpoint.evaluation_state, strict=strict)
         except CheckpointError as error:
@@ -219,9 +214,9 @@ class Model(Layer):
             raise CheckpointError(
                 f"{path} is a checkpoint of {name}, this model is {self.name}: {error}"
             ) from error
-        self._adopt(checkpoint.data)
+        self.adopt(checkpoint.data)
 
-    def _adopt(self, data: Mapping[str, Any]) -> None:
+    def adopt(self, data: Mapping[str, Any]) -> None:
         """Take classes and preprocessing from a checkpoint's data."""
         from gpucnn.data import Preprocessing
 
@@ -241,20 +236,6 @@ class Sequential(Model, layers.Sequential):
     def __init__(self, *parts: Layer | Mapping[str, Layer]) -> None:
         Model.__init__(self)
         layers.Sequential.__init__(self, *parts)
-
-
-def checkpoint_path(path: str | Path) -> Path:
-    """The checkpoint file that ``path`` means: itself, or the best (else the last) of a run folder."""
-    from gpucnn.training import RunFolder
-
-    if not Path(path).is_dir():
-        return Path(path)
-    run = RunFolder(path)
-    if run.best_path.exists():
-        return run.best_path
-    if run.last_path.exists():
-        return run.last_path
-    raise CheckpointError(f"{path} is a folder without a checkpoint; give the folder of a run, or a file")
 
 
 def as_dataset(data: Any, classes: Sequence[str] = ()) -> Dataset:
