@@ -55,7 +55,7 @@ _MODELS: dict[str, tuple[Callable[..., Model], ModelInfo]] = {
             ModelInfo(
                 "animalnet",
                 (3, 224, 224),
-                143_514,
+                143_770,
                 "four strided convolutions and one linear layer, the articles' classifier of photographs",
                 {"batch_norm": True, "dropout": 0.0},
             ),
