@@ -69,8 +69,8 @@ class RunFolder:
         return self.path / _CONFUSION
 
     def holds_run(self) -> bool:
-        """Whether any file of a run is in the folder."""
-        return any((self.path / name).exists() for name in _FILES)
+        """Whether anything of a run that began is in the folder; a config alone is of one that did not."""
+        return any((self.path / name).exists() for name in _FILES if name != _CONFIG)
 
     def create(self, config: Mapping[str, Any] | None = None, *, overwrite: bool = False) -> RunFolder:
         """Make the folder for a new run and write its config; returns itself.
