@@ -1,0 +1,103 @@
+"""``gpucnn info``: what this machine has, which device would be chosen and why, what there is to train."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy
+from threadpoolctl import threadpool_info
+
+import gpucnn
+from gpucnn import models
+from gpucnn.cli.precision import ON_CPU
+from gpucnn.cli.recipes import FOLDER, RECIPES
+from gpucnn.cli.report import print_json, table
+from gpucnn.cli.settings import Settings
+from gpucnn.data import load
+from gpucnn.device import choose_device, cuda_status
+from gpucnn.errors import DeviceError, GpucnnError
+from gpucnn.ops.cpu.threads import thread_count
+
+
+def run(settings: Settings, arguments: dict[str, Any]) -> int:
+    """Print it; the exit status."""
+    found = collect(settings)
+    if settings["json"]:
+        print_json(found)
+        return 0
+    libraries = ", ".join(
+        f"{library['name']} {library['version']} ({library['threads']} threads)" for library in found["blas"]
+    )
+    device = found["device"]
+    print(f"gpucnn    {found['gpucnn']}, {found['path']}")
+    print(f"Python    {found['python']}, {found['platform']}")
+    print(f"NumPy     {found['numpy']}, BLAS: {libraries or 'unknown'}")
+    print(f"threads   {found['threads']}")
+    print(f"device    {device['name'] or 'none'} ({device['reason']})")
+    print(f"CUDA      {'usable' if found['cuda']['usable'] else 'not usable'}: {found['cuda']['reason']}")
+    print(f"precision {', '.join(found['precisions'])}\n")
+    rows = [
+        (entry["name"], "x".join(map(str, entry["input_shape"])), f"{entry['parameters']:,}")
+        for entry in found["models"]
+    ]
+    print(table(("model", "input", "parameters"), rows))
+    print()
+    width = max(len(name) for name in found["data"])
+    for name, state in found["data"].items():
+        print(f"{name:{width}}  {state['detail']}")
+    return 0
+
+
+def collect(settings: Settings) -> dict[str, Any]:
+    """Everything that ``info`` tells, fit for JSON."""
+    usable, reason = cuda_status()
+    return {
+        "gpucnn": gpucnn.__version__,
+        "path": str(Path(gpucnn.__file__).parent),
+        "python": platform.python_version(),
+        "executable": sys.executable,
+        "platform": platform.platform(),
+        "numpy": numpy.__version__,
+        "blas": [
+            {"name": library["internal_api"], "version": library["version"], "threads": library["num_threads"]}
+            for library in threadpool_info()
+            if library["user_api"] == "blas"
+        ],
+        "threads": thread_count(),
+        "device": _device(settings),
+        "cuda": {"usable": usable, "reason": reason},
+        "precisions": list(ON_CPU),
+        "models": [_model(name) for name in models.available()],
+        "data": {name: _data(name, settings["data-dir"]) for name in RECIPES if name != FOLDER},
+    }
+
+
+def _device(settings: Settings) -> dict[str, Any]:
+    try:
+        device = choose_device(settings["device"])
+    except DeviceError as error:  # what it is asked to tell, not a failure of telling it
+        return {"name": None, "reason": str(error)}
+    return {"name": device.name, "reason": device.reason}
+
+
+def _model(name: str) -> dict[str, Any]:
+    info = models.describe(name)
+    return {
+        "name": name,
+        "input_shape": list(info.input_shape),
+        "parameters": info.parameter_count,
+        "options": info.options,
+        "description": info.description,
+    }
+
+
+def _data(name: str, data_dir: str | None) -> dict[str, Any]:
+    try:
+        splits = load(name, data_dir=data_dir, download=False)
+    except GpucnnError as error:
+        return {"found": False, "detail": str(error)}
+    sizes = ", ".join(f"{len(part):,} {part_name}" for part_name, part in splits.parts().items())
+    return {"found": True, "detail": f"found: {sizes}"}

@@ -1,0 +1,210 @@
+"""Run folders as the commands use them: where a run goes, what it was told, and its trained network."""
+
+from __future__ import annotations
+
+import itertools
+import platform
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+import gpucnn
+from gpucnn import models
+from gpucnn.cli.precision import make_preprocessing
+from gpucnn.cli.recipes import FOLDER, RECIPES
+from gpucnn.cli.settings import Settings
+from gpucnn.data import DataSplits, Preprocessing, load
+from gpucnn.device import Device, choose_device
+from gpucnn.errors import ArgumentError, CheckpointError, DataError
+from gpucnn.models import Model
+from gpucnn.training import Checkpoint, RunFolder, read_checkpoint
+
+RUNS = Path("runs")
+
+OF_THE_MACHINE = ("data-dir", "device", "workers", "checkpoint-seconds", "checkpoint-steps", "quiet", "config")
+"""Options that may change when a run is resumed: they say how it is carried out, not what comes of it."""
+
+_LEFT_TO_THE_TRAINER = ("epochs",)  # may change with some schedules; the trainer knows which
+_OF_THE_CALL = ("output", "resume", "overwrite")
+
+
+def requested_device(settings: Settings) -> Device:
+    """The device that the settings lead to. Raises DeviceError where it cannot be used."""
+    source = settings.source("device")
+    return choose_device(None if source == "GPUCNN_DEVICE" else settings["device"])
+
+
+def folder_for(settings: Settings) -> RunFolder:
+    """Where a run with these settings goes; with --resume, the folder of the run to go on with.
+
+    Without --output: runs/<data>-<model>, then the same with -2, -3, ...: the first that is free, or, to go on,
+    the last that there is. Raises ArgumentError where --resume and --output name different folders.
+    """
+    resume, output = settings["resume"], settings["output"]
+    if resume and output and Path(resume).resolve() != Path(output).resolve():
+        raise ArgumentError(f"--resume {resume} and --output {output} are different folders; give one of them")
+    if resume or output:
+        return RunFolder(resume or output)
+    data = settings["data"] if settings["data"] in RECIPES else Path(settings["data"]).name
+    if settings["data"] == FOLDER and settings["data-dir"]:
+        data = Path(settings["data-dir"]).resolve().name
+    name = f"{data}-{settings['model']}"
+    last = None
+    for number in itertools.count(1):
+        folder = RunFolder(RUNS / (name if number == 1 else f"{name}-{number}"))
+        if not folder.path.exists():
+            return last if last is not None and resume is not None else folder
+        last = folder
+    raise AssertionError("itertools.count ends never")
+
+
+def of_the_run(settings: Settings, run: RunFolder) -> Settings:
+    """The settings of a run that is resumed: what it was started with, but this machine's device and folders.
+
+    Raises ArgumentError where a flag or the config file asks for something that a run under way cannot change,
+    CheckpointError where the run was not started by ``gpucnn train``.
+    """
+    stored = stored_settings(run)
+    if stored is None:
+        raise CheckpointError(
+            f"{run.config_path} does not say how the run was started, so gpucnn train did not start it; resume it "
+            "in Python: model.fit(..., resume=True)"
+        )
+    kept = {}
+    for name in settings.names():
+        asked = not settings.is_default(name)
+        if name in _OF_THE_CALL or name not in stored or (asked and name in OF_THE_MACHINE):
+            continue
+        from_environment = settings.source(name).startswith("GPUCNN_")
+        if asked and not from_environment and settings[name] != stored[name]:
+            if name in _LEFT_TO_THE_TRAINER:
+                continue
+            raise ArgumentError(
+                f"the run in {run.path} was started with {name} = {_shown(stored[name])}, and "
+                f"{settings.source(name)} says {_shown(settings[name])}; leave that away to go on with the run, "
+                "or start another one"
+            )
+        kept[name] = stored[name]
+    return settings.with_values(kept, f"the run in {run.path}")
+
+
+def stored_settings(run: RunFolder) -> dict[str, Any] | None:
+    """What a run was started with, by option name; None where its config does not say."""
+    settings = run.read_config().get("settings")
+    return settings if isinstance(settings, dict) else None
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else str(value)
+
+
+def make_config(settings: Settings, model: Model, device: Device) -> dict[str, Any]:
+    """The config.json of a run: what it takes to repeat it, and what it ran on."""
+    return {
+        "gpucnn": gpucnn.__version__,
+        "settings": {name: value for name, value in settings.values().items() if name not in _OF_THE_CALL},
+        "sources": {name: source for name, source in settings.sources().items() if name not in _OF_THE_CALL},
+        "model": model.architecture,
+        "device": {"name": device.name, "reason": device.reason},
+        "machine": {
+            "python": platform.python_version(),
+            "numpy": numpy.__version__,
+            "platform": platform.platform(),
+        },
+        "command": sys.argv[1:],
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedModel:
+    """A network from a run, ready to predict.
+
+    Attributes:
+        source: the folder or file that it is from.
+        model: in evaluation mode, with the best epoch's weights.
+        preprocessing: how an image becomes its input.
+        classes: the name of each output.
+        checkpoint: what else the file holds.
+        settings: what the run was started with, by option name; empty where that is not known.
+    """
+
+    source: Path
+    model: Model
+    preprocessing: Preprocessing
+    classes: list[str]
+    checkpoint: Checkpoint
+    settings: dict[str, Any]
+
+
+def load_trained(path: str) -> TrainedModel:
+    """The network of a run folder (its best epoch) or of a checkpoint file.
+
+    Raises CheckpointError where there is none, where it is damaged, or where its weights do not fit its model.
+    """
+    source = Path(path).expanduser()
+    run = RunFolder(source if source.is_dir() else source.parent)
+    if source.is_dir() and not run.holds_run():
+        raise CheckpointError(f"{source} holds no run; give a folder that gpucnn train has written")
+    checkpoint = run.read_best() if source.is_dir() else read_checkpoint(source)
+    if not checkpoint.architecture or checkpoint.data.get("preprocessing") is None:
+        raise CheckpointError(
+            f"the checkpoint in {source} does not say how to build its model or to prepare its images; load it in "
+            "Python: model.load_state_dict(gpucnn.training.read_checkpoint(path).model)"
+        )
+    try:
+        model = models.create(**checkpoint.architecture)
+    except (ArgumentError, TypeError) as error:
+        raise CheckpointError(f"the checkpoint in {source} is of a model that gpucnn has not: {error}") from error
+    state = checkpoint.evaluation_state
+    floats = [array.dtype for array in state.values() if array.dtype.kind == "f"]
+    dtype = numpy.result_type(numpy.float32, *floats)
+    model.to(dtype=dtype)
+    try:
+        model.load_state_dict(state)
+    except CheckpointError as error:
+        raise CheckpointError(f"the checkpoint in {source} is of another model: {error}") from error
+    model.eval()
+    return TrainedModel(
+        source=source,
+        model=model,
+        preprocessing=make_preprocessing(dtype, checkpoint.data["preprocessing"]),
+        classes=checkpoint.classes,
+        checkpoint=checkpoint,
+        settings=(stored_settings(run) if run.config_path.exists() else None) or {},
+    )
+
+
+def load_data(settings: Settings) -> DataSplits:
+    """The data set that the settings name, in its parts."""
+    return load(
+        settings["data"],
+        data_dir=settings["data-dir"],
+        image_size=settings["image-size"],
+        validation_fraction=settings["validation-fraction"],
+        test_fraction=settings["test-fraction"],
+        seed=settings["seed"],
+        convert_grey=settings["convert-grey"],
+    )
+
+
+def check_fits(trained: TrainedModel, splits: DataSplits) -> None:
+    """Raise DataError unless the data set has the classes and the channels that the network was trained on."""
+    if splits.classes != trained.classes:
+        raise DataError(
+            f"the network in {trained.source} knows the classes {_listed(trained.classes)}, but '{splits.name}' "
+            f"has {_listed(splits.classes)}; give --data a set with the same classes"
+        )
+    channels = 0 if trained.model.input_shape is None else trained.model.input_shape[0]
+    if splits.image_shape[2] != channels:
+        raise DataError(
+            f"the network in {trained.source} takes images of {channels} channels, but those of '{splits.name}' "
+            f"have {splits.image_shape[2]}; give --data a set like the one that it was trained on"
+        )
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+    return f"{shown} ({len(names)})"

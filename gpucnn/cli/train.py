@@ -1,0 +1,134 @@
+"""``gpucnn train``: from a data set's name to a run folder with the trained network and its results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gpucnn
+from gpucnn import models
+from gpucnn.cli.precision import Float64Preprocessing, choose_dtype
+from gpucnn.cli.recipes import RECIPES, with_recipe
+from gpucnn.cli.report import describe_data, describe_model, note
+from gpucnn.cli.results import CurvesCallback, finish
+from gpucnn.cli.runs import folder_for, load_data, make_config, of_the_run, requested_device
+from gpucnn.cli.settings import Settings
+from gpucnn.data import DataSplits, Preprocessing, parse_augmentation
+from gpucnn.errors import ArgumentError, CheckpointError
+from gpucnn.models import Model
+from gpucnn.training import RunFolder, Trainer, TrainingInterrupted, TrainingOptions, make_progress
+
+
+def run(settings: Settings, arguments: dict[str, Any]) -> int:
+    """Train, evaluate the best epoch's weights, and write the results; the exit status."""
+    device = requested_device(settings)
+    folder, settings, resumes = _place(settings)
+    quiet = settings["quiet"]
+    dtype = choose_dtype(settings["precision"], device)
+    models.describe(settings["model"])  # an unknown name is said before any data are read
+    splits = load_data(settings)
+    note(f"data: {describe_data(splits)}", quiet=quiet)
+    gpucnn.manual_seed(settings["seed"])
+    model = _make_model(settings, splits).to(dtype=dtype)
+    note(f"model: {describe_model(model)}", quiet=quiet)
+    note(f"device: {device.name} ({device.reason}), precision {settings['precision']}", quiet=quiet)
+    trainer = _make_trainer(settings, splits, model, folder)
+    if not resumes:
+        folder.create(make_config(settings, model, device), overwrite=settings["overwrite"])
+    note(f"run: {folder.path}{' (resumed)' if resumes else ''}", quiet=quiet)
+    try:
+        trainer.fit(resume=resumes)
+    except TrainingInterrupted:
+        note(f"go on with: gpucnn train --resume {folder.path}")
+        raise
+    return finish(settings, splits, model, trainer, folder)
+
+
+def _place(settings: Settings) -> tuple[RunFolder, Settings, bool]:
+    """(the run's folder, its settings complete, whether it goes on with what is there)."""
+    complete = with_recipe(settings)
+    folder, resume = folder_for(complete), settings["resume"]
+    if resume is None:
+        if folder.holds_run() and not settings["overwrite"]:
+            raise ArgumentError(
+                f"{folder.path} already holds a run; add --resume to go on with it or --overwrite to replace it, "
+                "or choose another --output"
+            )
+        return folder, _with_absolute_paths(complete), False
+    if folder.config_path.exists():
+        return folder, with_recipe(of_the_run(_with_absolute_paths(settings), folder)), True
+    if resume or folder.holds_run():
+        raise CheckpointError(
+            f"{folder.path} holds no run to resume; check the path, or start one without --resume"
+        )
+    note(f"nothing to resume in {folder.path}: starting there")
+    return folder, _with_absolute_paths(complete), False
+
+
+def _with_absolute_paths(settings: Settings) -> Settings:
+    """The same, with paths that also hold when the run is resumed from another folder."""
+    for name in ("data", "data-dir"):
+        value = settings[name]
+        if value is not None and (name == "data-dir" or Path(value).is_dir()) and value not in RECIPES:
+            settings = settings.with_values({name: str(Path(value).resolve())}, settings.source(name))
+    return settings
+
+
+def _make_model(settings: Settings, splits: DataSplits) -> Model:
+    options = dict(settings["model-option"])
+    if settings["width"] is not None:
+        options["width"] = settings["width"]
+    for name in ("name", "num_classes", "in_channels", "image_size"):
+        if name in options:
+            raise ArgumentError(
+                f"--model-option {name} is decided by --model, --image-size and the data; leave it away"
+            )
+    return models.create(
+        settings["model"],
+        num_classes=len(splits.classes),
+        in_channels=splits.image_shape[2],
+        image_size=settings["image-size"],
+        **options,
+    )
+
+
+def _make_trainer(settings: Settings, splits: DataSplits, model: Model, folder: RunFolder) -> Trainer:
+    shape = model.input_shape
+    assert shape is not None, "models of the registry know their input"
+    kind = Float64Preprocessing if settings["precision"] == "float64" else Preprocessing
+    preprocessing = kind.for_dataset(splits.train, shape[1:])
+    augmentation = parse_augmentation(settings["augment"], (shape[1], shape[2], shape[0]))
+    options = TrainingOptions(
+        epochs=settings["epochs"],
+        batch_size=settings["batch-size"],
+        optimizer=settings["optimizer"],
+        lr=settings["lr"],
+        momentum=settings["momentum"],
+        nesterov=settings["nesterov"],
+        weight_decay=settings["weight-decay"],
+        schedule=settings["schedule"],
+        warmup_epochs=settings["warmup-epochs"],
+        step_size=settings["step-size"],
+        gamma=settings["gamma"],
+        label_smoothing=settings["label-smoothing"],
+        class_weights=settings["class-weights"],
+        clip_norm=settings["clip-norm"],
+        ema_decay=settings["ema"],
+        early_stopping=settings["early-stopping"],
+        monitor=settings["monitor"],
+        seed=settings["seed"],
+        checkpoint_seconds=settings["checkpoint-seconds"],
+        checkpoint_steps=settings["checkpoint-steps"],
+        workers=settings["workers"],
+    )
+    return Trainer(
+        model,
+        splits.train,
+        splits.validation,
+        options=options,
+        preprocessing=preprocessing,
+        augmentation=augmentation,
+        run=folder,
+        callbacks=[CurvesCallback(folder)],
+        progress=make_progress(quiet=settings["quiet"]),
+    )
