@@ -229,7 +229,8 @@ def conv2d_backward_bias(dy: NDArray[Any], *, out: NDArray[Any] | None = None) -
     require_dimensions(dy, 4, "(N, K, P, Q)", "dy")
     out = result_array(out, (dy.shape[1],), dy.dtype)
     # Pixels first: those are contiguous, and NumPy sums contiguous numbers pairwise, which keeps rounding small.
-    out[...] = dy.sum(axis=(2, 3), dtype=calculation_dtype(dy.dtype)).sum(axis=0)
+    with numpy.errstate(all="ignore"):
+        out[...] = dy.sum(axis=(2, 3), dtype=calculation_dtype(dy.dtype)).sum(axis=0)
     return out
 
 
@@ -274,5 +275,6 @@ def _compute_into(
     if target.size:
         compute(target)
     if not direct:
-        result[...] = target
+        with numpy.errstate(all="ignore"):  # what float16 cannot hold is infinite in it
+            result[...] = target
     return result

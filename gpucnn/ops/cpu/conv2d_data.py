@@ -1,8 +1,9 @@
 """The input gradient: col2im, and the convolution of the dilated gradient.
 
-"col2im":   columns (CRS, PQ) = w^T (CRS, K) @ dy (K, PQ), then added up where windows overlap
-"dilated":  dy with stride - 1 zeros between its elements, padded by k - p - 1 (k dilated), convolved at stride 1
-            with the kernel rotated by 180 degrees and its input and output channels exchanged
+"col2im": columns (CRS, PQ) = w^T (CRS, K) @ dy (K, PQ), then added up where windows overlap.
+
+"dilated": dy with stride - 1 zeros between its elements, padded by k - p - 1 (k dilated), convolved at stride 1
+with the kernel rotated by 180 degrees and its input and output channels exchanged.
 """
 
 from __future__ import annotations
@@ -55,22 +56,24 @@ def rotated(weight: NDArray[Any], groups: int) -> NDArray[Any]:
     return numpy.ascontiguousarray(by_group.transpose(0, 2, 1, 3, 4)).reshape(groups * c, k // groups, r, s)
 
 
+def dilate_and_pad(dy: NDArray[Any], problem: Conv2dProblem) -> NDArray[Any]:
+    """Dy (N, K, P, Q) with stride - 1 zeros between its elements and extent - padding - 1 around them.
+
+    Below and on the right there are as many more as make the stride-1 convolution give H x W. Where the padding is
+    larger than extent - 1, what touched padding alone is cropped instead.
+    """
+    before = (problem.extent[0] - 1 - problem.padding[0], problem.extent[1] - 1 - problem.padding[2])
+    height, width = problem.H + problem.extent[0] - 1, problem.W + problem.extent[1] - 1
+    rows, to_rows = _place(problem.P, problem.stride[0], before[0], height)
+    columns, to_columns = _place(problem.Q, problem.stride[1], before[1], width)
+    spread = numpy.zeros((problem.N, problem.K, height, width), dy.dtype)
+    spread[:, :, to_rows, to_columns] = dy[:, :, rows, columns]
+    return spread
+
+
 def dilated(problem: Conv2dProblem, dy: NDArray[Any], weight: NDArray[Any], out: NDArray[Any]) -> None:
     """Dx (N, C, H, W) into ``out``: dilate and pad dy, rotate the kernel, convolve at stride 1."""
-    before = (problem.extent[0] - 1 - problem.padding[0], problem.extent[1] - 1 - problem.padding[2])
-    spread = numpy.zeros(
-        (problem.N, problem.K, problem.H + problem.extent[0] - 1, problem.W + problem.extent[1] - 1), dy.dtype
-    )
-    taken, placed = zip(
-        *(
-            _place(count, step, start, size)
-            for count, step, start, size in zip(
-                (problem.P, problem.Q), problem.stride, before, spread.shape[2:], strict=True
-            )
-        ),
-        strict=True,
-    )
-    spread[:, :, *placed] = dy[:, :, *taken]
+    spread = dilate_and_pad(dy, problem)
     convolution = Conv2dProblem(
         *(problem.N, problem.K, spread.shape[2], spread.shape[3], problem.C, problem.R, problem.S),
         dilation=problem.dilation,

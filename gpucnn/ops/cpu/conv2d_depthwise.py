@@ -1,4 +1,4 @@
-"""Depthwise convolution: every channel has a kernel of its own, so there is no sum over channels to make a GEMM of.
+"""Depthwise convolution: every channel has a kernel of its own, so no sum over channels makes a GEMM worth while.
 
 A GEMM with one row would spend its time on building columns. Instead each kernel position is one multiply and one
 add over whole images, which stay in cache from one position to the next.
@@ -19,7 +19,7 @@ from gpucnn_kernels.problem import Conv2dProblem
 
 def is_depthwise(problem: Conv2dProblem) -> bool:
     """Whether each input channel is a group of its own; it may have several output channels."""
-    return problem.C == problem.groups
+    return problem.groups == problem.C
 
 
 def forward(

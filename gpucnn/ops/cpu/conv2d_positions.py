@@ -1,7 +1,7 @@
 """Convolution one kernel position at a time: a loop over (r, s), everything else vectorised.
 
-For kernel position (r, s), output pixel (p, q) meets input pixel (p * stride + r * dilation, ...): one strided view
-of the padded image. So all three convolutions are sums over positions of small products with that view:
+For kernel position (r, s), output pixel (p, q) meets input pixel (p * stride + r * dilation, ...): one strided
+view of the padded image. So all three convolutions are sums over positions of small products with that view:
 
     forward ("tensordot"):           y += w[:, :, r, s] @ x[view]
     input gradient ("scatter"):      dx[view] += w[:, :, r, s]^T @ dy

@@ -105,7 +105,7 @@ def conv_transpose2d_backward_filter(
     algorithm: str = "auto",
     out: NDArray[Any] | None = None,
 ) -> NDArray[Any]:
-    """The gradient for the weight of a transposed convolution, (C_in, C_out / groups, R, S), summed over the batch.
+    """The gradient for the weight of a transposed convolution, (C_in, C_out / groups, R, S), over the batch.
 
     ``algorithm`` is one of "backward_filter"'s.
     """

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
@@ -67,15 +66,15 @@ def col2im(
 ) -> NDArray[Any]:
     """The adjoint of :func:`im2col`: columns (N, C * R * S, P * Q) added up where windows overlap: (N, C, H, W).
 
-    ``input_size`` is (H, W). What falls on padding is dropped. Raises ShapeError where the columns are not those of
-    such an image.
+    ``input_size`` is (H, W). What falls on padding is dropped. Raises ShapeError where the columns are not
+    those of such an image.
     """
     require_floating(columns, "columns")
     r, s = pair(kernel_size, "kernel_size")
     if columns.ndim != 3 or columns.shape[1] % (r * s) or columns.shape[1] == 0:
         raise ShapeError(f"col2im expects columns of shape (N, C * {r} * {s}, P * Q), got {columns.shape}")
     n, c = columns.shape[0], columns.shape[1] // (r * s)
-    problem = _window_problem((n, c, *input_size), (r, s), stride, padding, dilation)
+    problem = _window_problem((n, c, *pair(input_size, "input_size")), (r, s), stride, padding, dilation)
     if columns.shape[2] != problem.P * problem.Q:
         raise ShapeError(
             f"col2im got columns of shape {columns.shape}, but an input of {problem.H}x{problem.W} has "

@@ -1,0 +1,130 @@
+"""Every convolution algorithm on every shared problem, in both precisions, against oracles written as loops."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any
+
+import numpy
+import pytest
+from numpy.typing import NDArray
+
+from gpucnn.ops import cpu
+from gpucnn_kernels.problem import Conv2dProblem
+from tests.oracles import convolution as oracle
+from tests.problems import ALL, LARGE, SMALL, arrays, geometry, options, parameters
+
+FORWARD = ("im2col", "tensordot", "depthwise")
+BACKWARD_DATA = ("col2im", "dilated", "scatter", "depthwise")
+BACKWARD_FILTER = ("im2col", "tensordot", "depthwise")
+DTYPES = ("float32", "float64")
+LONG_DOUBLE_IS_LONGER = numpy.finfo(numpy.longdouble).nmant > numpy.finfo(numpy.float64).nmant
+
+
+@cache
+def truth_and_plain(problem: Conv2dProblem, dtype: str) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
+    """For each direction, the truth for arrays of ``dtype``, and the plain computation in ``dtype``.
+
+    The truth comes from the loops where there are not too many products, otherwise from the plain computation in
+    long double, which on the machines that have none is float64 and then good for float32 alone.
+    """
+    x, weight, bias, dy = arrays(problem, dtype)
+    shape, where = problem, geometry(problem)
+    plain = {
+        "forward": oracle.plain_forward(x, weight, where, bias, dtype),
+        "backward_data": oracle.plain_backward_data(dy, weight, shape.input_shape, where, dtype),
+        "backward_filter": oracle.plain_backward_filter(dy, x, shape.weight_shape, where, dtype),
+    }
+    if problem in SMALL.values():
+        truth = {
+            "forward": oracle.forward_loops(x, weight, where, bias),
+            "backward_data": oracle.backward_data_loops(dy, weight, shape.input_shape, where),
+            "backward_filter": oracle.backward_filter_loops(dy, x, shape.weight_shape, where),
+        }
+    else:
+        wide = numpy.longdouble
+        truth = {
+            "forward": oracle.plain_forward(x, weight, where, bias, wide),
+            "backward_data": oracle.plain_backward_data(dy, weight, shape.input_shape, where, wide),
+            "backward_filter": oracle.plain_backward_filter(dy, x, shape.weight_shape, where, wide),
+        }
+    return {direction: (truth[direction], plain[direction]) for direction in plain}
+
+
+def assert_as_exact_as_plain(result: NDArray[Any], direction: str, problem: Conv2dProblem, dtype: str) -> None:
+    """Our largest error is at most twice the plain computation's, or a few units in the last place."""
+    truth, plain = truth_and_plain(problem, dtype)[direction]
+    assert result.shape == truth.shape
+    assert result.dtype == numpy.dtype(dtype)
+    error = numpy.abs(result - truth).max()
+    plain_error = numpy.abs(plain - truth).max()
+    assert error <= 2 * plain_error + 4 * numpy.finfo(dtype).eps * numpy.abs(truth).max()
+
+
+def cases(names: tuple[str, ...]) -> list[Any]:
+    """Every problem, in both precisions, with "auto" and each algorithm that can do it."""
+    return [
+        pytest.param(problem, dtype, algorithm, id=f"{name}-{dtype}-{algorithm}")
+        for name, problem in ALL.items()
+        for dtype in DTYPES
+        for algorithm in ("auto", *names)
+        if algorithm != "depthwise" or problem.groups == problem.C
+        if dtype == "float32" or name in SMALL or LONG_DOUBLE_IS_LONGER
+    ]
+
+
+def test_the_lists_of_algorithms() -> None:
+    assert cpu.conv2d_algorithms("forward") == FORWARD
+    assert cpu.conv2d_algorithms("backward_data") == BACKWARD_DATA
+    assert cpu.conv2d_algorithms("backward_filter") == BACKWARD_FILTER
+
+
+@pytest.mark.parametrize("problem", parameters(SMALL))
+def test_the_plain_oracles_agree_with_the_loops(problem: Conv2dProblem) -> None:
+    for truth, plain in truth_and_plain(problem, "float64").values():
+        assert numpy.abs(plain - truth).max() <= 1e-13
+
+
+@pytest.mark.parametrize(("problem", "dtype", "algorithm"), cases(FORWARD))
+def test_forward(problem: Conv2dProblem, dtype: str, algorithm: str) -> None:
+    x, weight, bias, _ = arrays(problem, dtype)
+    y = cpu.conv2d_forward(x, weight, bias, algorithm=algorithm, **options(problem))
+    assert_as_exact_as_plain(y, "forward", problem, dtype)
+
+
+@pytest.mark.parametrize(("problem", "dtype", "algorithm"), cases(BACKWARD_DATA))
+def test_backward_data(problem: Conv2dProblem, dtype: str, algorithm: str) -> None:
+    _, weight, _, dy = arrays(problem, dtype)
+    size = (problem.H, problem.W)
+    dx = cpu.conv2d_backward_data(dy, weight, input_size=size, algorithm=algorithm, **options(problem))
+    assert_as_exact_as_plain(dx, "backward_data", problem, dtype)
+
+
+@pytest.mark.parametrize(("problem", "dtype", "algorithm"), cases(BACKWARD_FILTER))
+def test_backward_filter(problem: Conv2dProblem, dtype: str, algorithm: str) -> None:
+    x, _, _, dy = arrays(problem, dtype)
+    size = (problem.R, problem.S)
+    dw = cpu.conv2d_backward_filter(dy, x, kernel_size=size, algorithm=algorithm, **options(problem))
+    assert_as_exact_as_plain(dw, "backward_filter", problem, dtype)
+
+
+@pytest.mark.parametrize(("problem", "dtype", "algorithm"), cases(FORWARD))
+def test_forward_without_bias_is_forward_with_zeros(problem: Conv2dProblem, dtype: str, algorithm: str) -> None:
+    x, weight, bias, _ = arrays(problem, dtype)
+    plain = cpu.conv2d_forward(x, weight, algorithm=algorithm, **options(problem))
+    zeros = cpu.conv2d_forward(x, weight, numpy.zeros_like(bias), algorithm=algorithm, **options(problem))
+    assert numpy.array_equal(plain, zeros)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", [*LARGE, "k3", "one-number"])
+def test_backward_bias(name: str, dtype: str) -> None:
+    problem = ALL[name]
+    dy = arrays(problem, dtype)[3]
+    gradient = cpu.conv2d_backward_bias(dy)
+    assert gradient.dtype == numpy.dtype(dtype)
+    truth = [math.fsum(map(float, dy[:, k].ravel())) for k in range(problem.K)]
+    plain = dy.transpose(1, 0, 2, 3).reshape(problem.K, -1).cumsum(axis=1, dtype=dtype)[:, -1]
+    error, plain_error = numpy.abs(gradient - truth).max(), numpy.abs(plain - truth).max()
+    assert error <= 2 * plain_error + 4 * numpy.finfo(dtype).eps * numpy.abs(truth).max()

@@ -1,0 +1,220 @@
+"""What holds for every convolution: adjointness, any strides in memory, ``out``, one result for any threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from gpucnn.ops import cpu
+from gpucnn_kernels.problem import Conv2dProblem
+from tests.oracles import convolution as oracle
+from tests.problems import ALL, LARGE, SMALL, arrays, geometry, options, parameters
+
+
+def run(
+    direction: str,
+    problem: Conv2dProblem,
+    x: NDArray[Any],
+    weight: NDArray[Any],
+    dy: NDArray[Any],
+    **more: Any,
+) -> NDArray[Any]:
+    """The operation of one direction, on the arrays that it takes."""
+    more = options(problem) | more
+    if direction == "forward":
+        return cpu.conv2d_forward(x, weight, **more)
+    if direction == "backward_data":
+        return cpu.conv2d_backward_data(dy, weight, input_size=(problem.H, problem.W), **more)
+    return cpu.conv2d_backward_filter(dy, x, kernel_size=(problem.R, problem.S), **more)
+
+
+DIRECTIONS = ["forward", "backward_data", "backward_filter"]
+WITH_ALGORITHM = [(d, a) for d in DIRECTIONS for a in ("auto", *cpu.conv2d_algorithms(d))]
+SHAPES = {"forward": "output_shape", "backward_data": "input_shape", "backward_filter": "weight_shape"}
+
+
+def able(algorithm: str, names: list[str]) -> list[Conv2dProblem]:
+    problems = [ALL[name] for name in names]
+    return [p for p in problems if algorithm != "depthwise" or p.groups == p.C]
+
+
+# ---------------------------------------------------------------- adjointness
+
+
+@pytest.mark.parametrize("problem", parameters(ALL))
+def test_the_gradients_are_the_adjoints_of_forward(problem: Conv2dProblem) -> None:
+    """For the bilinear y(x, w): <dy, y(x, w)> = <dx(dy, w), x> = <dw(dy, x), w>."""
+    x, weight, _, dy = arrays(problem)
+    y, dx, dw = (run(direction, problem, x, weight, dy) for direction in DIRECTIONS)
+    products = float(numpy.vdot(dy, y)), float(numpy.vdot(dx, x)), float(numpy.vdot(dw, weight))
+    scale = float(numpy.abs(dy * y).sum())
+    assert max(products) - min(products) <= 1e-12 * scale
+
+
+# ---------------------------------------------------------------- layouts
+
+
+def channels_last(array: NDArray[Any]) -> NDArray[Any]:
+    return numpy.ascontiguousarray(array.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+
+
+def every_other(array: NDArray[Any]) -> NDArray[Any]:
+    large = numpy.full([2 * size + 1 for size in array.shape], numpy.nan, array.dtype)
+    view = large[1::2, 1::2, 1::2, 1::2]
+    view[...] = array
+    return view
+
+
+def backwards(array: NDArray[Any]) -> NDArray[Any]:
+    return numpy.ascontiguousarray(array[::-1, ::-1, ::-1, ::-1])[::-1, ::-1, ::-1, ::-1]
+
+
+def transposed(array: NDArray[Any]) -> NDArray[Any]:
+    return numpy.ascontiguousarray(array.transpose(3, 1, 2, 0)).transpose(3, 1, 2, 0)
+
+
+def read_only(array: NDArray[Any]) -> NDArray[Any]:
+    copy = array.copy()
+    copy.flags.writeable = False
+    return copy
+
+
+LAYOUTS: list[Callable[[NDArray[Any]], NDArray[Any]]] = [
+    channels_last,
+    every_other,
+    backwards,
+    transposed,
+    read_only,
+]
+LAYOUT_PROBLEMS = [
+    "k3",
+    "k1",
+    "k1-grouped",
+    "k3-s2",
+    "groups-2",
+    "depthwise-s2",
+    "padding-0-1-2-3",
+    "resnet-last",
+    "bottleneck",
+    "resnet-block",
+    "mobilenet-depthwise",
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("direction", "algorithm"), WITH_ALGORITHM)
+def test_any_strides(direction: str, algorithm: str, layout: Callable[[NDArray[Any]], NDArray[Any]]) -> None:
+    for problem in able(algorithm, LAYOUT_PROBLEMS):
+        given_arrays = [arrays(problem)[i] for i in (0, 1, 3)]
+        expected = run(direction, problem, *given_arrays, algorithm=algorithm)
+        laid_out = [layout(array) for array in given_arrays]
+        result = run(direction, problem, *laid_out, algorithm=algorithm)
+        assert numpy.abs(result - expected).max() <= 1e-13 * numpy.abs(expected).max() * 30
+        for array, before in zip(laid_out, given_arrays, strict=True):
+            assert numpy.array_equal(array, before)
+
+
+# ---------------------------------------------------------------- out
+
+
+@pytest.mark.parametrize("layout", [numpy.copy, *LAYOUTS[:-1]])
+@pytest.mark.parametrize(("direction", "algorithm"), WITH_ALGORITHM)
+def test_out(direction: str, algorithm: str, layout: Callable[[NDArray[Any]], NDArray[Any]]) -> None:
+    for problem in able(algorithm, LAYOUT_PROBLEMS):
+        x, weight, _, dy = arrays(problem, "float32")
+        expected = run(direction, problem, x, weight, dy, algorithm=algorithm)
+        out = layout(numpy.full(getattr(problem, SHAPES[direction]), numpy.nan, numpy.float32))
+        result = run(direction, problem, x, weight, dy, algorithm=algorithm, out=out)
+        assert result is out
+        assert numpy.array_equal(out, expected)
+
+
+@pytest.mark.parametrize(("direction", "algorithm"), WITH_ALGORITHM)
+def test_out_may_be_an_input(direction: str, algorithm: str) -> None:
+    # One channel and a kernel as large as image and output: x, weight and dy all have one shape.
+    problem = Conv2dProblem.from_shapes((1, 1, 3, 3), (1, 1, 3, 3), padding=1)
+    inputs = dict(zip(("x", "weight", "bias", "dy"), arrays(problem), strict=True))
+    del inputs["bias"]
+    expected = run(direction, problem, **inputs, algorithm=algorithm)
+    for name, array in inputs.items():
+        shared = array.copy()
+        result = run(direction, problem, **(inputs | {name: shared}), algorithm=algorithm, out=shared)
+        assert result is shared
+        assert numpy.array_equal(shared, expected)
+
+
+# ---------------------------------------------------------------- determinism
+
+
+@pytest.mark.parametrize(("direction", "algorithm"), WITH_ALGORITHM)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_thread_count_changes_no_bit(
+    direction: str, algorithm: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for problem in able(algorithm, [*LARGE, "k3", "groups-3-s2"]):
+        x, weight, _, dy = arrays(problem, dtype)
+        results = []
+        for threads in ("1", "2", "5", "2"):
+            monkeypatch.setenv("GPUCNN_NUM_THREADS", threads)
+            results.append(run(direction, problem, x, weight, dy, algorithm=algorithm))
+        for result in results[1:]:
+            assert result.tobytes() == results[0].tobytes()
+
+
+# ---------------------------------------------------------------- random problems
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Conv2dProblem:
+    def number(low: int, high: int) -> int:
+        return draw(st.integers(low, high))
+
+    groups = number(1, 3)
+    dilation = number(1, 3), number(1, 3)
+    padding = number(0, 4), number(0, 4), number(0, 4), number(0, 4)
+    kernel = number(1, 4), number(1, 4)
+    extent = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
+    return Conv2dProblem(
+        N=number(1, 3),
+        C=groups * number(1, 2),
+        H=number(max(1, extent[0] - padding[0] - padding[1]), 10),
+        W=number(max(1, extent[1] - padding[2] - padding[3]), 10),
+        K=groups * number(1, 2),
+        R=kernel[0],
+        S=kernel[1],
+        stride=(number(1, 4), number(1, 4)),
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems())
+def test_random_problems(problem: Conv2dProblem) -> None:
+    x, weight, bias, dy = arrays(problem)
+    where = geometry(problem)
+    expected = {
+        "forward": oracle.plain_forward(x, weight, where, bias),
+        "backward_data": oracle.plain_backward_data(dy, weight, problem.input_shape, where),
+        "backward_filter": oracle.plain_backward_filter(dy, x, problem.weight_shape, where),
+    }
+    for direction, algorithm in WITH_ALGORITHM:
+        if algorithm == "depthwise" and problem.groups != problem.C:
+            continue
+        more: dict[str, Any] = {"bias": bias} if direction == "forward" else {}
+        result = run(direction, problem, x, weight, dy, algorithm=algorithm, **more)
+        assert result.shape == expected[direction].shape
+        assert numpy.abs(result - expected[direction]).max() <= 1e-11
+
+
+def test_every_small_problem_has_its_own_shape() -> None:
+    """A list that holds a problem twice tests less than it says."""
+    assert len(set(SMALL.values())) == len(SMALL)
+    assert len(set(LARGE.values())) == len(LARGE)
