@@ -18,8 +18,8 @@ DRAWS = (
     "flip", "shift_y", "shift_x", "crop_area", "crop_ratio", "crop_y", "crop_x", "rotation",
     "brightness", "contrast", "saturation", "cutout_y", "cutout_x",
 )  # fmt: skip
-"""What each column of :meth:`Augmentation.draw` is for. All are always drawn, so that switching one change on or off
-leaves what the others draw as it was."""
+"""What :meth:`Augmentation.draw` draws. All of it always: switching one change on or off leaves the others'
+draws as they were."""
 
 PRESETS = ("none", "light", "standard", "strong")
 
@@ -31,8 +31,8 @@ class Augmentation:
     Attributes:
         resized_crop: the least share of the image's area, in (0, 1], that a random box keeps; its aspect ratio is
             between 3/4 and 4/3, and it is resized to the full image. None: no crop.
-        rotation: degrees; each image turns about its centre by an angle from -rotation to rotation. What comes into
-            view repeats the nearest pixel of the edge.
+        rotation: degrees; each image turns about its centre by an angle from -rotation to rotation. What comes
+            into view repeats the nearest pixel of the edge.
         shift: pixels; each image moves by up to this many, up or down and left or right, over black. The same as
             padding by ``shift`` and cropping at random.
         horizontal_flip: mirror one image in two, left to right.
@@ -75,7 +75,7 @@ class Augmentation:
         return bool(self.brightness or self.contrast or self.saturation)
 
     def draw(self, seed: int, epoch: int, indices: NDArray[Any] | Sequence[int]) -> dict[str, NDArray[Any]]:
-        """Uniforms in (0, 1) for each of :data:`DRAWS`, one a sample: a function of seed, epoch and index alone."""
+        """Uniforms in (0, 1) for each of :data:`DRAWS`, one a sample: a function of seed, epoch and index only."""
         columns = sample_uniform(seed, _AUGMENTATION_STREAM | epoch, indices, len(DRAWS))
         return {name: columns[:, number] for number, name in enumerate(DRAWS)}
 
@@ -104,9 +104,10 @@ _WHOLE_NUMBERS = ("shift", "cutout")
 def preset(name: str, image_shape: tuple[int, int, int]) -> Augmentation:
     """The augmentation called ``name``, sized for images of shape (height, width, channels).
 
-    none: nothing. light: shift by up to a fourteenth of the side, right for digits and other images that must not be
-    mirrored. standard: flip, with a resized crop of at least 0.35 of the area from 64 pixels on, and a shift by an
-    eighth of the side below. strong: standard with rotation by 10 degrees, colour by 0.3, cutout of a quarter.
+    - none: nothing.
+    - light: shift by up to a fourteenth of the side; right for digits and others that must not be mirrored.
+    - standard: flip; from 64 pixels on a resized crop of at least 0.35 of the area, below a shift by an eighth.
+    - strong: standard, rotation by 10 degrees, colour by 0.3, cutout of a quarter of the side.
     """
     side = min(image_shape[:2])
     if name == "none":
@@ -119,15 +120,13 @@ def preset(name: str, image_shape: tuple[int, int, int]) -> Augmentation:
         standard = Augmentation(horizontal_flip=True, shift=max(1, side // 8))
     if name == "standard":
         return standard
-    return replace(
-        standard, rotation=10.0, brightness=0.3, contrast=0.3, saturation=0.3, cutout=max(1, side // 4)
-    )
+    return replace(standard, rotation=10.0, brightness=0.3, contrast=0.3, saturation=0.3, cutout=max(1, side // 4))
 
 
 def parse_augmentation(text: str, image_shape: tuple[int, int, int]) -> Augmentation:
     """The augmentation that ``text`` describes for images of shape (height, width, channels).
 
-    ``text`` is a list with commas: at most one of none, light, standard and strong (see :func:`preset`), and any of
+    ``text`` is a list with commas: at most one of none, light, standard and strong (see :func:`preset`), any of
     flip, shift=PIXELS, resized-crop=SHARE, rotate=DEGREES, color=AMOUNT (all three of brightness=, contrast=,
     saturation=), cutout=PIXELS; what is said later replaces what was said before.
 
@@ -154,7 +153,7 @@ def parse_augmentation(text: str, image_shape: tuple[int, int, int]) -> Augmenta
             continue
         value = _number(item, word, number)
         names = _COLOURS if word == "color" else (_WORDS[word],)
-        result = replace(result, **{name: value for name in names})  # type: ignore[arg-type]  # checked by the class
+        result = replace(result, **dict.fromkeys(names, value))  # type: ignore[arg-type]  # checked by the class
     check_fits(result, image_shape)
     return result
 
@@ -176,4 +175,6 @@ def _number(item: str, word: str, number: str) -> int | float:
         return kind(number)
     except ValueError:
         whole = "a whole number of pixels" if kind is int else "a number"
-        raise ArgumentError(f"augmentation '{item}': '{word}' takes {whole}, as in '{word}={'2' if kind is int else '0.3'}'") from None
+        raise ArgumentError(
+            f"augmentation '{item}': '{word}' takes {whole}, as in '{word}={'2' if kind is int else '0.3'}'"
+        ) from None

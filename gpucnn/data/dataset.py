@@ -35,7 +35,7 @@ class Dataset(ABC):
 
     @abstractmethod
     def images(self, indices: ArrayLike) -> NDArray[Any]:
-        """The images with these numbers, (len(indices), height, width, channels) uint8. Safe to call from threads."""
+        """The images with these numbers, (len(indices), height, width, channels) uint8. Threads may call it."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -83,7 +83,7 @@ class TensorDataset(Dataset):
     Args:
         x: float32 (count, channels, height, width); float64 and float16 are converted.
         y: one integer label a sample, or float targets of shape (count, ...), kept as float32.
-        classes: the names of the classes; without it "0", "1", ... up to the largest label, none for float targets.
+        classes: the names of the classes; without it "0", "1", ... to the largest label; none for float targets.
         name: what to call the data set.
 
     Raises:
@@ -136,7 +136,9 @@ class Subset(Dataset):
         if len(chosen) == 0:
             raise DataError(f"a part of '{dataset.name}' needs at least one image, got no indices")
         if chosen.dtype.kind not in "iu":
-            raise DtypeError(f"indices must be integers, got {chosen.dtype}; for a mask use numpy.flatnonzero(mask)")
+            raise DtypeError(
+                f"indices must be integers, got {chosen.dtype}; for a mask use numpy.flatnonzero(mask)"
+            )
         outside = chosen[(chosen < 0) | (chosen >= len(dataset))]
         if len(outside):
             raise DataError(f"index {outside[0]} is outside '{dataset.name}', which has {len(dataset)} images")
@@ -164,7 +166,9 @@ class DataSplits:
     def __repr__(self) -> str:
         height, width, channels = self.image_shape
         sizes = ", ".join(f"{part} {len(dataset):,}" for part, dataset in self.parts().items())
-        return f"DataSplits({self.name}: {sizes} images of {height}x{width}x{channels}, {len(self.classes)} classes)"
+        return (
+            f"DataSplits({self.name}: {sizes} images of {height}x{width}x{channels}, {len(self.classes)} classes)"
+        )
 
     def parts(self) -> dict[str, Dataset]:
         """The parts that there are, by name."""
@@ -179,7 +183,7 @@ def split(dataset: Dataset, fractions: Sequence[float], seed: int = 0) -> list[S
     within one image a class; float targets are divided as one class. The parts depend on the labels, the fractions
     and ``seed`` alone; within a part the images keep their order.
 
-    Raises ArgumentError for fractions that are not positive or do not sum to 1, DataError where a part would be empty.
+    Raises ArgumentError for fractions that are not positive or do not sum to 1, DataError for an empty part.
     """
     shares = [float(fraction) for fraction in fractions]
     if not shares or not all(share > 0 for share in shares) or not abs(sum(shares) - 1.0) <= 1e-6:
@@ -200,14 +204,16 @@ def split(dataset: Dataset, fractions: Sequence[float], seed: int = 0) -> list[S
         indices = numpy.sort(numpy.concatenate(part))
         if len(indices) == 0:
             raise DataError(
-                f"'{dataset.name}' has {len(dataset)} images, too few to give a part of {share:.3g} of each class; "
+                f"'{dataset.name}' has {len(dataset)} images, too few for a part of {share:.3g} of each class; "
                 "use a larger fraction or more images"
             )
         subsets.append(Subset(dataset, indices))
     return subsets
 
 
-def checked_labels(labels: ArrayLike, count: int, classes: Sequence[str] | None) -> tuple[NDArray[numpy.int64], list[str]]:
+def checked_labels(
+    labels: ArrayLike, count: int, classes: Sequence[str] | None
+) -> tuple[NDArray[numpy.int64], list[str]]:
     """``labels`` as int64 and the class names, checked against each other and against ``count`` images."""
     given = _as_array(labels, "labels")
     if given.dtype.kind not in "iu":
@@ -226,8 +232,8 @@ def checked_labels(labels: ArrayLike, count: int, classes: Sequence[str] | None)
     outside = numpy.flatnonzero((given < 0) | (given >= len(names)))
     if len(outside):
         raise DataError(
-            f"label {given[outside[0]]} of image {outside[0]} is out of range: with {len(names)} classes labels go "
-            f"from 0 to {len(names) - 1} ({len(outside)} of {count} labels are outside)"
+            f"label {given[outside[0]]} of image {outside[0]} is out of range: with {len(names)} classes labels "
+            f"go from 0 to {len(names) - 1} ({len(outside)} of {count} labels are outside)"
         )
     return given.astype(numpy.int64), names
 

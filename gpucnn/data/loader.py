@@ -60,7 +60,11 @@ class Loader:
         workers: int = 2,
         prefetch: int = 4,
     ) -> None:
-        for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0), ("prefetch", prefetch, 1)):
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("workers", workers, 0),
+            ("prefetch", prefetch, 1),
+        ):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ArgumentError(f"{name} must be a whole number, {least} or more, got {value!r}")
         if drop_last and batch_size > len(dataset):
@@ -96,13 +100,15 @@ class Loader:
     def epoch(self, number: int, start_batch: int = 0) -> EpochIterator:
         """The batches of epoch ``number`` from ``start_batch`` on.
 
-        The iterator's threads end when it is exhausted, closed (``close`` or the end of a ``with`` block), dropped,
-        or has raised what preparing a batch raised. Raises ArgumentError for numbers out of range.
+        The iterator's threads end when it is exhausted, closed (``close`` or the end of a ``with`` block) or
+        dropped, or has raised what preparing a batch raised. Raises ArgumentError for numbers out of range.
         """
         if not 0 <= number < 1 << 32:
             raise ArgumentError(f"epoch number must be from 0 to 2**32 - 1, got {number}")
         if not 0 <= start_batch <= len(self):
-            raise ArgumentError(f"start_batch must be from 0 to {len(self)}, the batches of an epoch, got {start_batch}")
+            raise ArgumentError(
+                f"start_batch must be from 0 to {len(self)}, the batches of an epoch, got {start_batch}"
+            )
         order = self.order(number)
 
         def prepare(batch: int) -> Batch:
@@ -120,7 +126,9 @@ class Loader:
 class EpochIterator(Iterator[Batch]):
     """The batches ``start`` .. ``stop`` - 1 of one epoch, in order. Made by :meth:`Loader.epoch`."""
 
-    def __init__(self, prepare: Callable[[int], Batch], start: int, stop: int, workers: int, prefetch: int) -> None:
+    def __init__(
+        self, prepare: Callable[[int], Batch], start: int, stop: int, workers: int, prefetch: int
+    ) -> None:
         self._queue = _Queue(prepare, start, stop, prefetch)
         # The threads know the queue but not this object: when it is dropped, the finalizer tells them to end.
         self._threads = [

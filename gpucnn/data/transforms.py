@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from gpucnn.data.augmentation import PRESETS, Augmentation, check_fits, parse_augmentation, preset
 from gpucnn.data.dataset import Dataset
 from gpucnn.data.resampling import centre_box, resize, rotate
+from gpucnn.data.scratch import scratch
 from gpucnn.errors import ArgumentError, DtypeError, ShapeError
 
 __all__ = ["PRESETS", "Augmentation", "Preprocessing", "channel_statistics", "parse_augmentation", "preset"]
@@ -50,7 +51,7 @@ class Preprocessing:
 
     @classmethod
     def for_dataset(cls, dataset: Dataset, image_size: tuple[int, int] | None = None) -> Preprocessing:
-        """Normalization by ``dataset``'s own mean and standard deviation; its own image size unless one is given."""
+        """Normalization by ``dataset``'s own mean and standard deviation; its image size unless one is given."""
         mean, std = channel_statistics(dataset)
         return cls(image_size or dataset.image_shape[:2], mean, std)
 
@@ -75,16 +76,16 @@ class Preprocessing:
         Returns:
             float32 (count, channels, *image_size), contiguous.
 
-        Where the images have another aspect ratio than ``image_size``, the largest box in the middle that has it is
-        used. Raises DtypeError or ShapeError for other arrays, ArgumentError where the augmentation does not fit.
+        Where the images have another aspect ratio than ``image_size``, the largest box in the middle that has it
+        is used. Raises DtypeError or ShapeError for other arrays, ArgumentError where augmentation does not fit.
         """
         if not isinstance(images, numpy.ndarray) or images.dtype != numpy.uint8:
             kind = getattr(images, "dtype", type(images).__name__)
             raise DtypeError(f"images to preprocess must be a uint8 array, got {kind}")
         if images.ndim != 4 or images.shape[3] != len(self.mean) or 0 in images.shape[1:]:
             raise ShapeError(
-                f"images to preprocess must have shape (count, height, width, {len(self.mean)}), one channel for each "
-                f"mean, got {images.shape}"
+                f"images to preprocess must have shape (count, height, width, {len(self.mean)}), one channel for "
+                f"each mean, got {images.shape}"
             )
         numbers = numpy.arange(len(images)) if indices is None else numpy.asarray(indices)
         if numbers.shape != (len(images),):
@@ -112,36 +113,39 @@ class Preprocessing:
         if source == self.image_size:
             return planar
         top, left, height, width = centre_box(source, self.image_size)
-        return resize(planar[:, :, top : top + height, left : left + width], self.image_size)
+        resized = scratch.get("resized", (*planar.shape[:2], *self.image_size))
+        resize(planar[:, :, top : top + height, left : left + width], resized)
+        return resized
 
     def _change_geometry(
         self, images: NDArray[numpy.uint8], augmentation: Augmentation, drawn: dict[str, NDArray[Any]]
     ) -> NDArray[Any]:
-        if augmentation.resized_crop is None:
-            planar = self._resized(images)
-        else:
+        flip = drawn["flip"] < 0.5 if augmentation.horizontal_flip else numpy.zeros(len(images), bool)
+        if augmentation.resized_crop is not None:
+            planar = scratch.get("cropped", (len(images), len(self.mean), *self.image_size))
             boxes = _crop_boxes(images.shape[1:3], augmentation.resized_crop, drawn)
-            planar = numpy.empty((len(images), len(self.mean), *self.image_size), numpy.float32)
-            for image, (top, left, height, width), target in zip(images, boxes, planar, strict=True):
-                box = image[top : top + height, left : left + width].transpose(2, 0, 1)
-                target[:] = resize(box, self.image_size)
+            for image, box, mirrored, target in zip(images, boxes, flip.tolist(), planar, strict=True):
+                top, left, height, width = box
+                part = image[top : top + height, left : left + width].transpose(2, 0, 1)
+                resize(part[:, :, ::-1] if mirrored else part, target)
+        else:
+            planar = self._resized(images)
+            if flip.any():
+                planar = _mirrored(planar, flip)
         if augmentation.rotation:
             planar = rotate(planar, (2 * drawn["rotation"] - 1) * augmentation.rotation)
-        flip = drawn["flip"] < 0.5 if augmentation.horizontal_flip else numpy.zeros(len(images), bool)
         if augmentation.shift:
             choices = 2 * augmentation.shift + 1
             down = (drawn["shift_y"] * choices).astype(int) - augmentation.shift
             right = (drawn["shift_x"] * choices).astype(int) - augmentation.shift
-            return _shift_and_flip(planar, down, right, flip)
-        if flip.any():
-            planar = planar.copy()
-            planar[flip] = planar[flip, :, :, ::-1]
+            planar = _shifted(planar, down, right)
         return planar
 
     def _normalize(self, planar: NDArray[Any], out: NDArray[numpy.float32]) -> None:
         factor, offset = self._factor_and_offset()
-        numpy.multiply(planar, factor[:, None, None], out=out)
-        out += offset[:, None, None]
+        scaled = scratch.get("scaled", planar.shape)
+        numpy.multiply(planar, factor[:, None, None], out=scaled)
+        numpy.add(scaled, offset[:, None, None], out=out)
 
     def _factor_and_offset(self) -> tuple[NDArray[numpy.float32], NDArray[numpy.float32]]:
         std = numpy.array(self.std)
@@ -166,15 +170,16 @@ class Preprocessing:
         colour = planar.shape[1] == 3
         for number, image in enumerate(planar):
             brightness, contrast, saturation = (
-                1 + getattr(augmentation, name) * (2 * drawn[name][number] - 1) for name in
-                ("brightness", "contrast", "saturation")
+                1 + getattr(augmentation, name) * (2 * drawn[name][number] - 1)
+                for name in ("brightness", "contrast", "saturation")
             )
+            grey, term = scratch.get("grey", self.image_size), scratch.get("coloured", self.image_size)
             if colour:
-                grey = image[0] * _GREY[0]
-                grey += image[1] * _GREY[1]
-                grey += image[2] * _GREY[2]
+                numpy.multiply(image[0], _GREY[0], out=grey)
+                for channel in (1, 2):
+                    grey += numpy.multiply(image[channel], _GREY[channel], out=term)
             else:
-                grey, saturation = image, 1.0
+                grey[:], saturation = image[0], 1.0
             # Each image's mean by itself: a sum over a batch would depend on who else is in it.
             middle = float(grey.mean(dtype=numpy.float64))
             added = (offset + factor * numpy.float32(brightness * (1 - contrast) * middle)).astype(numpy.float32)
@@ -183,7 +188,8 @@ class Preprocessing:
             out[number] += added[:, None, None]
             if saturation != 1.0:
                 grey *= numpy.float32(brightness * contrast * (1 - saturation))
-                out[number] += grey * factor[:, None, None]
+                for channel, target in enumerate(out[number]):
+                    target += numpy.multiply(grey, factor[channel], out=term)
 
 
 def _crop_boxes(
@@ -203,16 +209,21 @@ def _crop_boxes(
     return list(zip(top.tolist(), left.tolist(), box_height.tolist(), box_width.tolist(), strict=True))
 
 
-def _shift_and_flip(
-    planar: NDArray[Any], down: NDArray[Any], right: NDArray[Any], flip: NDArray[Any]
-) -> NDArray[Any]:
-    """Each image moved by its ``down`` and ``right`` pixels over zeros, then mirrored where ``flip`` says so."""
+def _mirrored(planar: NDArray[Any], flip: NDArray[Any]) -> NDArray[Any]:
+    """The images, those where ``flip`` is true mirrored left to right."""
+    result = scratch.get("mirrored", planar.shape, planar.dtype)
+    for image, target, backwards in zip(planar, result, flip.tolist(), strict=True):
+        target[:] = image[:, :, ::-1] if backwards else image
+    return result
+
+
+def _shifted(planar: NDArray[Any], down: NDArray[Any], right: NDArray[Any]) -> NDArray[Any]:
+    """Each image moved by its ``down`` and ``right`` pixels over zeros."""
     height, width = planar.shape[2:]
-    moved = numpy.zeros(planar.shape, planar.dtype)
-    for image, target, y, x, mirrored in zip(planar, moved, down.tolist(), right.tolist(), flip.tolist(), strict=True):
+    moved = scratch.get("moved", planar.shape, planar.dtype)
+    moved[:] = 0
+    for image, target, y, x in zip(planar, moved, down.tolist(), right.tolist(), strict=True):
         part = image[:, max(0, -y) : height - max(0, y), max(0, -x) : width - max(0, x)]
-        if mirrored:
-            part, x = part[:, :, ::-1], -x
         target[:, max(0, y) : height - max(0, -y), max(0, x) : width - max(0, -x)] = part
     return moved
 
@@ -240,16 +251,17 @@ def channel_statistics(
         raise DtypeError(f"'{dataset.name}' holds preprocessed floats; statistics are taken of uint8 images")
     count = min(len(dataset), maximum_images)
     chosen = numpy.arange(count) * len(dataset) // count
-    per_image = numpy.prod(dataset.image_shape)
-    step = max(1, (1 << 22) // int(per_image))
-    total, squares = (numpy.zeros(dataset.image_shape[2]) for _ in range(2))
+    height, width, channels = dataset.image_shape
+    step = max(1, min((1 << 22) // (height * width * channels), (1 << 16) // height))
+    total, squares = numpy.zeros(channels), numpy.zeros(channels)
     for start in range(0, count, step):
         images = dataset.images(chosen[start : start + step])
-        wide = images.astype(numpy.uint16)
-        # Whole numbers, exact: the result does not depend on the order of the additions.
-        total += images.sum(axis=(0, 1, 2), dtype=numpy.uint64)
-        squares += numpy.square(wide, out=wide).sum(axis=(0, 1, 2), dtype=numpy.uint64)
-    values = count * per_image / dataset.image_shape[2]
+        rows = images.reshape(-1, width * channels).astype(numpy.uint16)
+        # Exact in uint32, of up to 2**16 rows: nothing depends on the order of the additions.
+        total += rows.sum(axis=0, dtype=numpy.uint32).reshape(width, channels).sum(axis=0)
+        rows *= rows
+        squares += rows.sum(axis=0, dtype=numpy.uint32).reshape(width, channels).sum(axis=0)
+    values = count * height * width
     mean = total / values / 255
     std = numpy.sqrt(numpy.maximum(squares / values / 255**2 - mean**2, 0))
     std[std < 1e-6] = 1
