@@ -43,7 +43,7 @@ def contents(path: Path) -> dict[str, Any]:
         for name, value in getattr(checkpoint, part).items():
             found[f"{part}.{name}"] = (str(value.dtype), value.shape, value.tobytes()) if hasattr(value, "dtype") else value
     found |= {f"position.{k}": v for k, v in dataclasses.asdict(checkpoint.position).items() if k not in TIMING}
-    found |= {"history": untimed(checkpoint), "generator": checkpoint.generator, "options": checkpoint.options}
+    found |= {"history": untimed(checkpoint), "generators": checkpoint.generators, "options": checkpoint.options}
     return found
 
 

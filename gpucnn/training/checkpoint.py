@@ -88,7 +88,7 @@ class Checkpoint:
         options: the run's :class:`~gpucnn.training.TrainingOptions` as a dictionary.
         data: the data set's name, size, classes and label checksum, and the preprocessing of its images.
         position: where the run is.
-        generator: the state of ``gpucnn.random.default_generator``.
+        generators: where the random generators are, by name.
         history: the finished epochs.
         stopped_early: whether early stopping ended the run.
     """
@@ -100,7 +100,7 @@ class Checkpoint:
     options: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     position: Position = field(default_factory=Position)
-    generator: dict[str, int] = field(default_factory=dict)
+    generators: dict[str, dict[str, int]] = field(default_factory=dict)
     history: list[EpochRecord] = field(default_factory=list)
     stopped_early: bool = False
 
@@ -132,7 +132,7 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "options": checkpoint.options,
         "data": checkpoint.data,
         "position": {name: getattr(position, name) for name in Position.__slots__},
-        "generator": checkpoint.generator,
+        "generators": checkpoint.generators,
         "history": [{name: getattr(record, name) for name in EpochRecord.__slots__} for record in history],
         "stopped_early": checkpoint.stopped_early,
     }
@@ -170,7 +170,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             options=stored["options"],
             data=stored["data"],
             position=Position(**stored["position"]),
-            generator=stored["generator"],
+            generators=stored["generators"],
             history=records_from(stored["history"]),
             stopped_early=stored["stopped_early"],
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy
 from gpucnn.data.dataset import Dataset
 from gpucnn.data.loader import Batch, Loader
 from gpucnn.data.transforms import Augmentation, Preprocessing
-from gpucnn.errors import ArgumentError, CheckpointError, NonFiniteError
+from gpucnn.errors import ArgumentError, NonFiniteError
 from gpucnn.layers import Layer
 from gpucnn.losses import CrossEntropyLoss
 from gpucnn.optimizers import Optimizer
@@ -36,6 +35,8 @@ from gpucnn.training.preparation import (
     leaves_single_image,
 )
 from gpucnn.training.progress import Progress
+from gpucnn.training.random_state import RandomState
+from gpucnn.training.resuming import check_same_run, describe_data
 from gpucnn.training.run_folder import RunFolder
 
 _DROPOUT_OFFSET = 1 << 40  # the words before it are left to the initial weights, which start from the same seed
@@ -112,6 +113,8 @@ class Trainer:
         self.optimizer: Optimizer
         self.schedule: Schedule
         self._average: WeightAverage | None = None
+        self._data = describe_data(train, self.preprocessing, self.augmentation)
+        self._random = RandomState(model)
         self._position = Position()
         self._saved_at, self._saved_step = 0.0, 0
         self._step_callbacks = [
@@ -137,13 +140,11 @@ class Trainer:
             ArgumentError: the run folder holds a run already and ``resume`` was not asked for.
             StorageError: a file could not be written; the previous checkpoint is as it was.
         """
-        self._begin(resume)
         try:
+            self._begin(resume)
             with (
                 InterruptWatch(self.progress.message) as watch,
-                numpy.errstate(
-                    over="ignore", invalid="ignore", divide="ignore"
-                ),  # looked for at every step instead
+                numpy.errstate(over="ignore", invalid="ignore", divide="ignore"),  # every step looks for itself
             ):
                 for callback in self.callbacks:
                     callback.on_fit_start(self)
@@ -169,7 +170,7 @@ class Trainer:
                 checkpoint = run.read_last()
             elif run.last_path.exists():
                 raise ArgumentError(f"{run.path} already holds a run; resume it, or choose another folder")
-        self.optimizer = options.make_optimizer(self.model)
+        self.optimizer = options.make_optimizer(self.model)  # moves the weights to its buffers
         self.schedule = options.make_schedule(len(self.loader))
         self._average = None if options.ema_decay is None else WeightAverage(self.model, options.ema_decay)
         self.model.train()
@@ -183,7 +184,7 @@ class Trainer:
             default_generator.reserve(_DROPOUT_OFFSET)
         if run is not None:
             if not run.config_path.exists():
-                run.create({"options": options.to_dict(), "model": self._architecture(), "data": self._data()})
+                run.create({"options": options.to_dict(), "model": self._architecture(), "data": self._data})
             run.remove_temporary_files()
             if checkpoint is None:
                 self._save()  # so that a run killed at once restarts from these weights, and a full disk shows now
@@ -217,24 +218,25 @@ class Trainer:
                 self.progress.step(count, position.loss_sum / position.images, position.correct / position.images)
                 for callback in self._step_callbacks:
                     callback.on_step_end(self, loss)
-                self._stop_if_asked(watch)
+                if watch.received is not None:
+                    raise self._interrupted(watch.received)
                 self._save_if_due()
                 began = time.perf_counter()
 
     def _step(self, batch: Batch) -> tuple[float, int]:
         """(loss, images classified rightly) of a batch, after the optimizer's step."""
         optimizer, images, labels = self.optimizer, batch.images, batch.labels
-        random_state = default_generator.state
+        random_states = self._random.capture()
         optimizer.zero_grad()
         logits = self.model(images)
         loss: float = self.loss(logits, labels)
         if not math.isfinite(loss):
-            raise self._non_finite("loss", loss, batch, random_state)
+            raise self._non_finite("loss", loss, batch, random_states)
         self.model.backward(self.loss.backward())
         clip = self.options.clip_norm
         norm = optimizer.gradient_norm() if clip is None else optimizer.clip_gradient_norm(clip)
         if not math.isfinite(norm):
-            raise self._non_finite("gradient's norm", norm, batch, random_state)
+            raise self._non_finite("gradient's norm", norm, batch, random_states)
         optimizer.lr = self.schedule(self._position.step)
         optimizer.step()
         if self._average is not None:
@@ -283,7 +285,7 @@ class Trainer:
 
         def stop_if_asked(images_done: int) -> None:
             if watch.received is not None:
-                raise _ValidationStopped
+                raise _ValidationStopped(watch.received)
 
         try:
             with self._averaged_weights():
@@ -295,9 +297,8 @@ class Trainer:
                     workers=self.options.workers,
                     after_batch=stop_if_asked,
                 )
-        except _ValidationStopped:  # only out here is the model back at the weights to save
-            self._stop_if_asked(watch)
-            raise
+        except _ValidationStopped as stopped:  # only out here is the model back at the weights to save
+            raise self._interrupted(stopped.args[0]) from None
         if not math.isfinite(result.loss):
             raise NonFiniteError(
                 f"the validation loss is {result.loss} after epoch {self._position.epoch + 1}, though training's "
@@ -313,25 +314,14 @@ class Trainer:
     def _architecture(self) -> dict[str, Any] | None:
         return getattr(self.model, "architecture", None)
 
-    def _data(self) -> dict[str, Any]:
-        labels = numpy.ascontiguousarray(self.train.labels, numpy.int64)
-        return {
-            "dataset": self.train.name,
-            "classes": list(self.train.classes),
-            "train_images": len(self.train),
-            "label_checksum": zlib.crc32(labels.data),
-            "preprocessing": None if self.preprocessing is None else self.preprocessing.to_dict(),
-            "augmentation": None if self.augmentation is None else self.augmentation.to_text(),
-        }
-
     def _checkpoint(self) -> Checkpoint:
         return Checkpoint(
             model=self.model.state_dict(),
             architecture=self._architecture(),
             options=self.options.to_dict(),
-            data=self._data(),
+            data=self._data,
             position=self._position,
-            generator=default_generator.state,
+            generators=self._random.capture(),
             history=self.history.records,
             stopped_early=self.history.stopped_early,
         )
@@ -360,39 +350,18 @@ class Trainer:
         ):
             self._save()
 
-    def _stop_if_asked(self, watch: InterruptWatch) -> None:
-        """Save and raise TrainingInterrupted where a signal has come."""
-        if watch.received is None:
-            return
+    def _interrupted(self, signal_number: int) -> TrainingInterrupted:
+        """Save, and give the exception to raise."""
         text = f"stopped in epoch {self._position.epoch + 1}, step {self._position.step}"
         if self.run is None:
-            raise TrainingInterrupted(f"{text}; without a run folder nothing is saved", watch.received)
+            return TrainingInterrupted(f"{text}; without a run folder nothing is saved", signal_number)
         self._save()
-        raise TrainingInterrupted(f"{text}; saved in {self.run.last_path}, resume from there", watch.received)
+        return TrainingInterrupted(f"{text}; saved in {self.run.last_path}, resume from there", signal_number)
 
     def _restore(self, checkpoint: Checkpoint, run: RunFolder) -> None:
-        path, options = run.last_path, TrainingOptions.from_dict(checkpoint.options)
-        architecture = self._architecture()
-        if checkpoint.architecture != architecture:
-            raise CheckpointError(
-                f"{path} is a checkpoint of {_described(checkpoint.architecture)}, but the model is "
-                f"{_described(architecture)}; resume with the model of the run"
-            )
-        changed = [
-            f"{name} ({getattr(options, name)!r}, now {getattr(self.options, name)!r})"
-            for name in options.differences(self.options)
-        ]
-        data = self._data()
-        changed += [
-            f"{name} ({checkpoint.data.get(name)!r}, now {data[name]!r})"
-            for name in data
-            if name != "dataset" and checkpoint.data.get(name) != data[name]
-        ]
-        if changed:
-            raise CheckpointError(
-                f"the run in {run.path} was started differently: {'; '.join(changed)}; resume it as it was "
-                "started, or start a new run"
-            )
+        check_same_run(
+            checkpoint, run.last_path, architecture=self._architecture(), options=self.options, data=self._data
+        )
         self.model.load_state_dict(checkpoint.model)
         self.optimizer.load_state_dict(checkpoint.optimizer)
         if self._average is not None:
@@ -400,12 +369,14 @@ class Trainer:
         self._position = checkpoint.position
         self._position.finished = checkpoint.stopped_early or self._position.epoch >= self.options.epochs
         self.history = History(checkpoint.history, self.options.monitor, checkpoint.stopped_early)
-        default_generator.restore(checkpoint.generator)
+        self._random.restore(checkpoint.generators)
 
     # ------------------------------------------------------------ trouble
 
-    def _non_finite(self, what: str, value: float, batch: Batch, random_state: dict[str, int]) -> NonFiniteError:
-        default_generator.restore(random_state)
+    def _non_finite(
+        self, what: str, value: float, batch: Batch, states: dict[str, dict[str, int]]
+    ) -> NonFiniteError:
+        self._random.restore(states)
         self.optimizer.zero_grad()
         cause = find_first_non_finite(self.model, self.loss, batch.images, batch.labels)
         position = self._position
@@ -422,12 +393,3 @@ class Trainer:
 
     def _images_an_epoch(self) -> int:
         return len(self.train) - 1 if self._leaves_out_last else len(self.train)
-
-
-def _described(architecture: dict[str, Any] | None) -> str:
-    if architecture is None:
-        return "a model without a name"
-    rest = ", ".join(
-        f"{name}={value}" for name, value in architecture.items() if name != "name" and value is not None
-    )
-    return f"'{architecture.get('name')}' ({rest})"
