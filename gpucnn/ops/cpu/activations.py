@@ -59,8 +59,8 @@ def leaky_relu_forward(
     def kernel(out: FloatArray, x: FloatArray) -> None:
         slope = x.dtype.type(negative_slope)
         if 0 <= negative_slope <= 1:
-            # The larger of the two is the right one on both sides of zero; NaN passes through.
-            numpy.maximum(x, x * slope if slope else numpy.minimum(x, slope), out=out)
+            # The larger of the two is the right one on both sides of zero; NaN passes through. 0 * inf must not.
+            numpy.maximum(x, x * slope if slope else slope, out=out)
         else:
             out[...] = numpy.where(x > 0, x, x * slope)
 
@@ -84,6 +84,14 @@ def sigmoid_in_place(out: FloatArray, x: FloatArray) -> None:
     numpy.exp(out, out=out)
     numpy.add(out, 1, out=out)
     numpy.reciprocal(out, out=out)
+
+
+def sigmoid_and_rest(x: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """(s, 1 - s) with s = sigmoid(x), both with all their digits; exp is kept from infinity, as inf * 0 is NaN."""
+    power = numpy.exp(numpy.minimum(-x, 80 if x.dtype == numpy.float32 else 700))
+    gate = 1 / (1 + power)
+    power *= gate
+    return gate, power
 
 
 def sigmoid_forward(x: FloatArray, *, out: FloatArray | None = None) -> FloatArray:
@@ -140,9 +148,8 @@ def silu_backward(dy: FloatArray, x: FloatArray, *, out: FloatArray | None = Non
 
     def kernel(out: FloatArray, dy: FloatArray, x: FloatArray) -> None:
         near = numpy.clip(x, -_FAR, _FAR)
-        gate = numpy.empty_like(near)
-        sigmoid_in_place(gate, near)
-        near *= 1 - gate
+        gate, rest = sigmoid_and_rest(near)
+        near *= rest
         near += 1
         near *= gate
         numpy.multiply(dy, near, out=out)

@@ -81,7 +81,7 @@ def _exp_of_minus_square(x: NDArray[Any]) -> NDArray[Any]:
     # x * x loses digits that exp turns into a relative error of x * x ulps. Cody splits x at 1/16: the square of
     # the coarse part is exact, and (x - coarse)(x + coarse) is small.
     coarse = numpy.floor(x * 16) / 16
-    power = numpy.exp(-coarse * coarse)
+    power: NDArray[Any] = numpy.exp(-coarse * coarse)
     power *= numpy.exp((coarse - x) * (coarse + x))
     return power
 

@@ -6,7 +6,7 @@ import math
 
 import numpy
 
-from gpucnn.ops.cpu.activations import backward, forward
+from gpucnn.ops.cpu.activations import backward, forward, sigmoid_and_rest, sigmoid_in_place
 from gpucnn.ops.cpu.checks import require_choice
 from gpucnn.ops.cpu.error_function import erfc
 from gpucnn.ops.cpu.memory import FloatArray
@@ -22,6 +22,16 @@ def _normal_distribution(x: FloatArray) -> FloatArray:
     return 0.5 * erfc(x * -math.sqrt(0.5))
 
 
+def _twice_the_argument(x: FloatArray) -> FloatArray:
+    """V = 2 sqrt(2 / pi) (x + 0.044715 x^3): (1 + tanh(v / 2)) / 2 is sigmoid(v), which keeps its digits near 0."""
+    value = x * x
+    value *= _CUBIC
+    value += 1
+    value *= x
+    value *= 2 * _SQRT_2_OVER_PI
+    return value
+
+
 def gelu_forward(x: FloatArray, *, approximate: str = "none", out: FloatArray | None = None) -> FloatArray:
     """X * Phi(x), Phi the normal distribution function; "tanh" takes Hendrycks and Gimpel's approximation."""
     require_choice(approximate, ("none", "tanh"), "approximate")
@@ -32,14 +42,8 @@ def gelu_forward(x: FloatArray, *, approximate: str = "none", out: FloatArray | 
 
     def tanh_form(out: FloatArray, x: FloatArray) -> None:
         near = numpy.maximum(x, -_FAR)
-        inner = near * near
-        inner *= _CUBIC
-        inner += 1
-        inner *= near
-        inner *= _SQRT_2_OVER_PI
-        gate = numpy.tanh(inner, out=inner)
-        gate += 1
-        near *= 0.5
+        gate = numpy.empty_like(near)
+        sigmoid_in_place(gate, _twice_the_argument(near))
         numpy.multiply(near, gate, out=out)
 
     return forward(exact if approximate == "none" else tanh_form, x, out)
@@ -60,11 +64,16 @@ def gelu_backward(
         out[...] = dy * density
 
     def tanh_form(out: FloatArray, dy: FloatArray, x: FloatArray) -> None:
-        # With u = c (x + a x^3): y = x (1 + tanh u) / 2, so dy/dx = (1 + t) / 2 + x (1 - t^2) u' / 2.
+        # y = x s with s = sigmoid(v), so dy/dx = s + x s (1 - s) v'.
         near = numpy.clip(x, -_FAR, _FAR)
-        square = near * near
-        gate = numpy.tanh(_SQRT_2_OVER_PI * near * (1 + _CUBIC * square))
-        slope = _SQRT_2_OVER_PI * (1 + 3 * _CUBIC * square)
-        numpy.multiply(dy, 0.5 * (1 + gate) * (1 + near * (1 - gate) * slope), out=out)
+        gate, rest = sigmoid_and_rest(_twice_the_argument(near))
+        slope = near * near
+        slope *= 6 * _CUBIC * _SQRT_2_OVER_PI
+        slope += 2 * _SQRT_2_OVER_PI
+        slope *= near
+        slope *= rest
+        slope += 1
+        slope *= gate
+        numpy.multiply(dy, slope, out=out)
 
     return backward(exact if approximate == "none" else tanh_form, dy, x, out)

@@ -1,0 +1,55 @@
+"""Every backend has every operation of the contract, with the same parameters, kinds and defaults, and no other."""
+
+import importlib
+import inspect
+import types
+
+import numpy
+import pytest
+
+from gpucnn import ops
+from gpucnn.errors import DtypeError
+from gpucnn.ops.contract import Operations
+
+BACKENDS = ["gpucnn.ops.cpu"]
+NAMES = [
+    name for name, value in vars(Operations).items() if inspect.isfunction(value) and not name.startswith("_")
+]
+
+
+def parameters(function, skip=0):
+    signature = inspect.signature(function)
+    return [(p.name, p.kind, p.default) for p in list(signature.parameters.values())[skip:]]
+
+
+def test_the_contract_is_read():
+    assert len(NAMES) >= 52
+    assert {"conv2d_forward", "batch_norm_forward", "adam_step", "images_to_float"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_signature(backend, name):
+    function = getattr(importlib.import_module(backend), name)
+    assert inspect.isfunction(function)
+    assert parameters(function) == parameters(getattr(Operations, name), skip=1)
+    assert inspect.getdoc(function)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_beyond_the_contract(backend):
+    module = importlib.import_module(backend)
+    public = {
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_") and not isinstance(value, types.ModuleType) and name != "annotations"
+    }
+    assert public == set(NAMES)
+    assert sorted(module.__all__) == sorted(NAMES)
+
+
+def test_the_array_chooses_the_backend():
+    assert ops.backend_of(numpy.zeros(3)) is ops.cpu
+    assert ops.array_module(numpy.zeros(3)) is numpy
+    with pytest.raises(DtypeError, match=r"expected a numpy\.ndarray, got builtins\.list"):
+        ops.backend_of([1.0])
