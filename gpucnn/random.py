@@ -19,6 +19,7 @@ _MULTIPLIER_0, _MULTIPLIER_1 = numpy.uint64(0xD2511F53), numpy.uint64(0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 _LOW_WORD, _WORD_BITS = numpy.uint64(0xFFFFFFFF), numpy.uint64(32)
 _BLOCKS_AT_A_TIME = 1 << 14  # the working set of one round stays in the second-level cache
+_PAIRS_AT_A_TIME = 1 << 13
 
 
 def philox4x32(counter: NDArray[numpy.uint64], key: int, high: int = 0) -> NDArray[numpy.uint32]:
@@ -108,12 +109,17 @@ class Generator:
     def normal(
         self, shape: Sequence[int], mean: float = 0.0, std: float = 1.0, dtype: DTypeLike = numpy.float32
     ) -> Any:
-        """Normal numbers, by Box and Muller's transform of two uniforms each."""
+        """Normal numbers, by Box and Muller's transform: two uniforms make two of them."""
         count = int(numpy.prod(shape, dtype=numpy.int64))
-        fraction = uniform_from_words(words(self.seed, self.reserve(2 * count), 2 * count)).reshape(-1, 2)
-        radius = numpy.sqrt(-2.0 * numpy.log(fraction[:, 0]))
-        standard = radius * numpy.cos(2.0 * numpy.pi * fraction[:, 1])
-        return (mean + std * standard).astype(dtype).reshape(shape)
+        pairs = -(-count // 2)
+        offset = self.reserve(2 * pairs)
+        standard = numpy.empty((pairs, 2), dtype)
+        for start in range(0, pairs, _PAIRS_AT_A_TIME):
+            part = standard[start : start + _PAIRS_AT_A_TIME]
+            fraction = uniform_from_words(words(self.seed, offset + 2 * start, 2 * len(part))).reshape(-1, 2)
+            radius, angle = numpy.sqrt(-2.0 * numpy.log(fraction[:, 0])), 2.0 * numpy.pi * fraction[:, 1]
+            part[:, 0], part[:, 1] = mean + std * radius * numpy.cos(angle), mean + std * radius * numpy.sin(angle)
+        return standard.reshape(-1)[:count].reshape(shape)
 
     @property
     def state(self) -> dict[str, int]:

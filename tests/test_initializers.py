@@ -71,6 +71,14 @@ def test_defaults_of_linear_and_convolution():
     initializers.default_weight_and_bias(weight, None, Generator(1))
 
 
+def test_draws_can_be_skipped_for_weights_that_are_loaded_next():
+    weight = numpy.ones(SHAPE)
+    with initializers.skipped():
+        assert not initializers.kaiming_normal(weight).any()
+        assert not initializers.xavier_uniform(weight + 1).any()
+    assert initializers.kaiming_normal(weight).any()
+
+
 def test_the_same_seed_gives_the_same_weights():
     assert numpy.array_equal(fresh(initializers.kaiming_normal), fresh(initializers.kaiming_normal))
 

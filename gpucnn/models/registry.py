@@ -67,7 +67,7 @@ _MODELS: dict[str, tuple[Callable[..., Model], ModelInfo]] = {
                 (1, 28, 28),
                 288_170,
                 "pairs of 3x3 convolutions with batch norm, doubling channels (after Simonyan and Zisserman 2015)",
-                {"width": 32, "stages": 3, "dropout": 0.0},
+                {"width": 32, "stages": 3, "dropout": 0.0, "stem": "small"},
             ),
         ),
         (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from gpucnn import initializers
 from gpucnn.errors import CheckpointError
 from gpucnn.models.model import Model
 from gpucnn.models.registry import available, create
@@ -23,7 +24,8 @@ def load(path: str | Path) -> Model:
             f"{path} is a checkpoint of '{architecture.get('name')}', which is not in the registry "
             f"({', '.join(available())}); build the network yourself and call its load(path)"
         )
-    model = create(**architecture)
+    with initializers.skipped():
+        model = create(**architecture)
     model.load_state_dict(checkpoint.evaluation_state)
     model.adopt(checkpoint.data)
     return model

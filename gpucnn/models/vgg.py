@@ -18,7 +18,18 @@ from gpucnn.layers import (
 )
 from gpucnn.models.images import check_at_least, check_image_size
 from gpucnn.models.model import Model
+from gpucnn.names import look_up
 from gpucnn.ops import Array
+
+
+STEMS = ("small", "strided")
+
+
+def _convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> list[Layer]:
+    """A convolution that keeps the size (but for the stride), batch norm and ReLU."""
+    convolution = Conv2d(inputs, outputs, kernel, stride=stride, padding=kernel // 2, bias=False)
+    initializers.kaiming_normal(convolution.weight.data, nonlinearity="relu")
+    return [convolution, BatchNorm2d(outputs), ReLU(inplace=True)]
 
 
 class VGGSmall(Model):
@@ -28,6 +39,10 @@ class VGGSmall(Model):
     large fully connected layers, a mean over the last maps and one linear layer. Any image size from
     ``2 ** stages`` on.
 
+    For photographs a stem comes first, as residual networks have it: a 5x5 convolution of stride 2 to ``width``
+    channels (batch norm, ReLU) and a max-pool by 2, so that the stages, now from ``2 * width`` channels on, work on
+    a sixteenth of the pixels.
+
     Args:
         num_classes: width of the output.
         in_channels: channels of the input.
@@ -35,6 +50,7 @@ class VGGSmall(Model):
         width: channels of the first stage.
         stages: how many stages.
         dropout: probability of dropping a feature before the linear layer.
+        stem: "small" (none) or "strided" (as above).
     """
 
     def __init__(
@@ -46,27 +62,27 @@ class VGGSmall(Model):
         width: int = 32,
         stages: int = 3,
         dropout: float = 0.0,
+        stem: str = "small",
     ) -> None:
+        look_up("stem", stem, dict.fromkeys(STEMS))
         if not 1 <= stages <= 6:
             raise ArgumentError(f"vgg-small has 1 to 6 stages, got {stages}")
-        self.smallest_image = 2**stages
+        self.smallest_image = 2 ** (stages + 2 * (stem == "strided"))
         check_image_size("vgg-small", image_size, self.smallest_image)
         super().__init__(
             name="vgg-small",
             input_shape=(in_channels, image_size, image_size),
             num_classes=num_classes,
-            options={"width": width, "stages": stages, "dropout": dropout},
+            options={"width": width, "stages": stages, "dropout": dropout, "stem": stem},
         )
         layers: list[Layer] = []
-        inputs = in_channels
-        for stage in range(stages):
-            outputs = width * 2**stage
-            for _ in range(2):
-                convolution = Conv2d(inputs, outputs, 3, padding=1, bias=False)
-                initializers.kaiming_normal(convolution.weight.data, nonlinearity="relu")
-                layers += [convolution, BatchNorm2d(outputs), ReLU(inplace=True)]
-                inputs = outputs
-            layers.append(MaxPool2d(2))
+        inputs, outputs = in_channels, width
+        if stem == "strided":
+            layers += [*_convolution(inputs, width, 5, stride=2), MaxPool2d(2)]
+            inputs, outputs = width, 2 * width
+        for _ in range(stages):
+            layers += [*_convolution(inputs, outputs, 3), *_convolution(outputs, outputs, 3), MaxPool2d(2)]
+            inputs, outputs = outputs, 2 * outputs
         self.features = Sequential(*layers)
         self.pool = Sequential(AdaptiveAvgPool2d(1), Flatten())
         self.dropout = Dropout(dropout)
