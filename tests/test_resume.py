@@ -41,7 +41,8 @@ def contents(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for part in ("model", "ema", "optimizer"):
         for name, value in getattr(checkpoint, part).items():
-            found[f"{part}.{name}"] = (str(value.dtype), value.shape, value.tobytes()) if hasattr(value, "dtype") else value
+            is_array = hasattr(value, "dtype")
+            found[f"{part}.{name}"] = (str(value.dtype), value.shape, value.tobytes()) if is_array else value
     found |= {f"position.{k}": v for k, v in dataclasses.asdict(checkpoint.position).items() if k not in TIMING}
     found |= {"history": untimed(checkpoint), "generators": checkpoint.generators, "options": checkpoint.options}
     return found
@@ -83,7 +84,7 @@ def test_twenty_kills_at_random_moments_and_four_within_a_write_change_nothing(t
         worker = start_worker(tmp_path / "killed")
         assert worker.stdout is not None
         worker.stdout.readline()
-        time.sleep(moments.uniform(0, 0.12))
+        time.sleep(moments.uniform(0, 0.08))
         assert worker.poll() is None, f"the run ended after {kills} kills; make it longer"
         worker.kill()
         worker.communicate(timeout=60)
@@ -93,3 +94,125 @@ def test_twenty_kills_at_random_moments_and_four_within_a_write_change_nothing(t
         _, errors = worker.communicate(timeout=120)
         assert worker.returncode == 0, errors
     assert_same_end(RunFolder(tmp_path / "undisturbed"), RunFolder(tmp_path / "killed"))
+
+
+class StopAt(Callback):
+    """Ends the run after a step, in a way of one's choice."""
+
+    def __init__(self, step: int, how: Any) -> None:
+        self.step, self.how, self.taken = step, how, 0
+
+    def on_step_end(self, trainer: Any, loss: float) -> None:
+        self.taken += 1
+        if self.taken == self.step:
+            self.how()
+
+
+def crash() -> None:
+    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("step", "options"),
+    [
+        (9, {"optimizer": "sgd", "nesterov": True, "schedule": "step", "step_size": 1, "ema_decay": None}),
+        (27, {"optimizer": "rmsprop", "schedule": "constant", "workers": 0, "clip_norm": None}),
+        (31, {"optimizer": "adam", "schedule": "cosine", "class_weights": None, "checkpoint_steps": 1}),
+        (54, {"weight_decay": 0.1, "monitor": "loss", "checkpoint_steps": None}),
+    ],
+)
+def test_a_crash_with_any_optimizer_and_schedule_changes_nothing(
+    tmp_path: Path, step: int, options: dict[str, Any]
+) -> None:
+    undisturbed, crashed = RunFolder(tmp_path / "undisturbed"), RunFolder(tmp_path / "crashed")
+    options = {"epochs": 2, **options}
+    make_trainer(undisturbed, **options).fit()
+    with pytest.raises(MemoryError):
+        make_trainer(crashed, (StopAt(step, crash),), **options).fit()
+    make_trainer(crashed, **options).fit(resume=True)
+    assert_same_end(undisturbed, crashed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_where(tmp_path: Path, number: signal.Signals) -> None:
+    undisturbed, stopped = RunFolder(tmp_path / "undisturbed"), RunFolder(tmp_path / "stopped")
+    before = signal.getsignal(number)
+    make_trainer(undisturbed, epochs=1).fit()
+    with pytest.raises(TrainingInterrupted, match=r"step 7; saved in .*last\.safetensors") as caught:
+        make_trainer(stopped, (StopAt(7, lambda: os.kill(os.getpid(), number)),), epochs=1).fit()
+    assert caught.value.signal_number == number
+    assert signal.getsignal(number) is before
+    assert stopped.read_last().position.step == 7
+    make_trainer(stopped, epochs=1).fit(resume=True)
+    assert_same_end(undisturbed, stopped)
+
+
+def test_a_signal_during_validation_saves_the_trained_weights_not_their_average(tmp_path: Path) -> None:
+    undisturbed, stopped = RunFolder(tmp_path / "undisturbed"), RunFolder(tmp_path / "stopped")
+    make_trainer(undisturbed, epochs=1).fit()
+    trainer = make_trainer(stopped, epochs=1)
+    trainer.progress.validate = lambda images: os.kill(os.getpid(), signal.SIGINT)  # type: ignore[method-assign]
+    with pytest.raises(TrainingInterrupted, match="step 27"):
+        trainer.fit()
+    assert stopped.read_last().position.batch == 27
+    make_trainer(stopped, epochs=1).fit(resume=True)
+    assert_same_end(undisturbed, stopped)
+
+
+def test_a_second_signal_stops_at_once() -> None:
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        make_trainer(None, (StopAt(2, twice),)).fit()
+    assert not isinstance(caught.value, TrainingInterrupted)
+
+
+def test_a_signal_without_a_run_folder_says_that_nothing_is_saved() -> None:
+    with pytest.raises(TrainingInterrupted, match="nothing is saved"):
+        make_trainer(None, (StopAt(2, lambda: os.kill(os.getpid(), signal.SIGINT)),)).fit()
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    make_trainer(run, epochs=1).fit()
+    before = run.last_path.read_bytes()
+    history = make_trainer(run, epochs=1).fit(resume=True)
+    assert run.last_path.read_bytes() == before
+    assert [record.epoch for record in history] == [1]
+
+
+def test_an_early_stop_is_the_same_early_stop_after_a_crash(tmp_path: Path) -> None:
+    undisturbed, crashed = RunFolder(tmp_path / "undisturbed"), RunFolder(tmp_path / "crashed")
+    options = {"epochs": 30, "early_stopping": 1, "lr": 0.02, "ema_decay": None, "schedule": "constant"}
+    history = make_trainer(undisturbed, **options).fit()
+    assert history.stopped_early
+    assert len(history) < 30
+    with pytest.raises(MemoryError):
+        make_trainer(crashed, (StopAt(27 * (len(history) - 1) + 5, crash),), **options).fit()
+    resumed = make_trainer(crashed, **options).fit(resume=True)
+    assert resumed.stopped_early
+    assert_same_end(undisturbed, crashed)
+    assert make_trainer(crashed, **options).fit(resume=True).stopped_early
+
+
+def test_more_epochs_go_on_where_the_learning_rate_allows_it(tmp_path: Path) -> None:
+    long, extended = RunFolder(tmp_path / "long"), RunFolder(tmp_path / "extended")
+    options = {"schedule": "constant", "warmup_epochs": 0.0, "early_stopping": None}
+    make_trainer(long, epochs=3, **options).fit()
+    make_trainer(extended, epochs=1, **options).fit()
+    make_trainer(extended, epochs=3, **options).fit(resume=True)
+    expected, found = contents(long.last_path), contents(extended.last_path)
+    assert [name for name in expected if expected[name] != found[name]] == []
+
+
+def test_a_run_started_otherwise_is_not_resumed(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    make_trainer(run, epochs=1).fit()
+    with pytest.raises(CheckpointError, match=r"epochs \(was 1, now 2\); lr \(was None, now 0\.5\)"):
+        make_trainer(run, epochs=2, lr=0.5).fit(resume=True)
+    with pytest.raises(ArgumentError, match="already holds a run"):
+        make_trainer(run, epochs=1).fit()
+    with pytest.raises(ArgumentError, match="needs a run folder"):
+        make_trainer(None, epochs=1).fit(resume=True)
