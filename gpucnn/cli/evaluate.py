@@ -11,7 +11,8 @@ from gpucnn.cli.settings import DEFAULT, Setting, Settings
 from gpucnn.errors import ArgumentError
 from gpucnn.training import evaluate
 
-_OF_THE_DATA = ("data", "data-dir", "convert-grey", "image-size", "validation-fraction", "test-fraction", "seed")
+_OF_THE_IMAGES = ("image-size", "decode-size", "seed")
+_OF_THE_DATA = ("data", "data-dir", "convert-grey", "validation-fraction", "test-fraction", *_OF_THE_IMAGES)
 
 
 def run(settings: Settings, arguments: dict[str, Any]) -> int:
@@ -50,8 +51,8 @@ def _with_data_of(settings: Settings, stored: dict[str, Any], run: str) -> Setti
     }
     settings = Settings({**own, **{name: settings.get(name) for name in settings.names()}})
     if settings["data"] is not None and settings["data"] != stored.get("data"):
-        # The fractions and the folder were for the run's own data; the seed and the size stay the network's.
-        stored = {name: stored[name] for name in ("image-size", "seed") if name in stored}
+        # The fractions and the folder were for the run's own data; the seed and the sizes stay the network's.
+        stored = {name: stored[name] for name in _OF_THE_IMAGES if name in stored}
     settings = settings.with_defaults(
         {name: stored[name] for name in _OF_THE_DATA if name in stored}, f"of the run {run}"
     )

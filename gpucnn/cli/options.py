@@ -229,6 +229,8 @@ TRAIN_OPTIONS = (
            repeatable=True),
     Option("width", "short for --model-option width=N", whole_number(1), "N"),
     Option("image-size", "side of the images as the network sees them", whole_number(1), "N"),
+    Option("decode-size", "side at which a folder's images are kept; larger than --image-size, random crops keep "
+           "more detail", whole_number(1), "N"),
     Option("epochs", "passes over the training images", whole_number(1), "N"),
     Option("batch-size", "images a step", whole_number(1), "N", default=64),
     Option("optimizer", "sgd, adam, adamw or rmsprop", choice("optimizer", tuple(OPTIMIZERS)), "NAME",
