@@ -50,6 +50,8 @@ def predict(
     """
     assert trained.model.input_shape is not None, "models of the registry know their input"
     channels, height, width = trained.model.input_shape
+    if trained.settings.get("decode-size"):  # as the training's images were
+        height = width = trained.settings["decode-size"]
     softmax = Softmax(dim=1).eval()
     parts = []
     for start in range(0, len(files), batch_size):

@@ -20,7 +20,8 @@ from gpucnn.data import DataSplits, Preprocessing, load
 from gpucnn.device import Device, choose_device
 from gpucnn.errors import ArgumentError, CheckpointError, DataError
 from gpucnn.models import Model
-from gpucnn.training import Checkpoint, RunFolder, read_checkpoint
+from gpucnn.models.saved import read_model_checkpoint
+from gpucnn.training import Checkpoint, RunFolder
 
 RUNS = Path("runs")
 
@@ -145,10 +146,8 @@ def load_trained(path: str) -> TrainedModel:
     Raises CheckpointError where there is none, where it is damaged, or where its weights do not fit its model.
     """
     source = Path(path).expanduser()
+    checkpoint = read_model_checkpoint(source)
     run = RunFolder(source if source.is_dir() else source.parent)
-    if source.is_dir() and not run.holds_run():
-        raise CheckpointError(f"{source} holds no run; give a folder that gpucnn train has written")
-    checkpoint = run.read_best() if source.is_dir() else read_checkpoint(source)
     if not checkpoint.architecture or checkpoint.data.get("preprocessing") is None:
         raise CheckpointError(
             f"the checkpoint in {source} does not say how to build its model or to prepare its images; load it in "

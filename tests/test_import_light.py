@@ -1,0 +1,61 @@
+"""``import gpucnn`` loads NumPy alone, quickly: whoever only wants a layer waits for nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ALLOWED = {"numpy", "gpucnn", "gpucnn_kernels"}
+HEAVY = {
+    "argparse",
+    "concurrent.futures",
+    "email",
+    "http.client",
+    "multiprocessing",
+    "tomllib",
+    "unittest",
+    "urllib.request",
+}
+
+
+def measure(code: str) -> dict:
+    """What a new Python prints as JSON; its path is that of a bare checkout."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
+    )
+    return json.loads(answer.stdout)
+
+
+def modules_loaded_by(statement: str) -> set[str]:
+    return set(measure(f"import json, sys; {statement}; print(json.dumps(sorted(sys.modules)))")) - BARE
+
+
+BARE = set(measure("import json, sys; print(json.dumps(sorted(sys.modules)))"))  # what every Python loads here
+
+
+@pytest.mark.parametrize("package", ["gpucnn", "gpucnn_kernels"])
+def test_import_loads_numpy_alone(package: str) -> None:
+    foreign = {name.partition(".")[0] for name in modules_loaded_by(f"import {package}")} - set(
+        sys.stdlib_module_names
+    )
+    assert foreign - ALLOWED == set()
+    assert package in foreign
+
+
+def test_import_loads_no_heavy_module_beyond_numpys_own() -> None:
+    assert (modules_loaded_by("import gpucnn") - modules_loaded_by("import numpy")) & HEAVY == set()
+
+
+def test_import_is_quick() -> None:
+    code = "from time import perf_counter as now; start = now(); import gpucnn; print(now() - start)"
+    times: list[float] = []
+    while len(times) < 15 and (len(times) < 3 or min(times) >= 0.3):  # a busy machine gets more tries
+        times.append(measure(code))
+    assert min(times) < 0.3
