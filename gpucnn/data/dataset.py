@@ -180,8 +180,8 @@ def split(dataset: Dataset, fractions: Sequence[float], seed: int = 0) -> list[S
     """Divide ``dataset`` at random into disjoint parts that together are all of it.
 
     Each class is divided by the same ``fractions`` (which sum to 1), so every part has the mixture of the whole to
-    within one image a class; float targets are divided as one class. The parts depend on the labels, the fractions
-    and ``seed`` alone; within a part the images keep their order.
+    within two images a class, and the size asked for; float targets are divided as one class. The parts depend on
+    the labels, the fractions and ``seed`` alone; within a part the images keep their order.
 
     Raises ArgumentError for fractions that are not positive or do not sum to 1, DataError for an empty part.
     """
@@ -194,9 +194,14 @@ def split(dataset: Dataset, fractions: Sequence[float], seed: int = 0) -> list[S
         groups = [numpy.flatnonzero(dataset.labels == label) for label in numpy.unique(dataset.labels)]
     limits = numpy.cumsum(shares)[:-1]
     parts: list[list[NDArray[numpy.int64]]] = [[] for _ in shares]
+    divided, given = 0, numpy.zeros(len(limits))
     for stream, members in enumerate(groups):
         shuffled = members[permutation(seed, _SPLIT_STREAM | stream, len(members))]
-        cuts = numpy.floor(limits * len(members) + 0.5).astype(int)
+        # Each class makes up for how the ones before it were rounded; so small classes do not leave a part empty.
+        divided += len(members)
+        wanted = numpy.floor(limits * divided + 0.5) - given
+        cuts = numpy.maximum.accumulate(numpy.clip(wanted, 0, len(members))).astype(int)
+        given += cuts
         for part, chosen in zip(parts, numpy.split(shuffled, cuts), strict=True):
             part.append(chosen)
     subsets = []
@@ -204,7 +209,7 @@ def split(dataset: Dataset, fractions: Sequence[float], seed: int = 0) -> list[S
         indices = numpy.sort(numpy.concatenate(part))
         if len(indices) == 0:
             raise DataError(
-                f"'{dataset.name}' has {len(dataset)} images, too few for a part of {share:.3g} of each class; "
+                f"'{dataset.name}' has {len(dataset)} images, too few for a part of {share:.3g} of them; "
                 "use a larger fraction or more images"
             )
         subsets.append(Subset(dataset, indices))
