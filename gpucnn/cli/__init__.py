@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MemoryError as error:
         return _fail(f"not enough memory ({error}); take a smaller --batch-size or --image-size")
     except KeyboardInterrupt as interruption:
-        print(f"\n{interruption or 'interrupted'}", file=sys.stderr)
+        print(f"\n{str(interruption) or 'interrupted'}", file=sys.stderr)
         return 128 + int(getattr(interruption, "signal_number", INTERRUPTED - 128))
 
 

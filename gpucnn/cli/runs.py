@@ -16,7 +16,8 @@ from gpucnn import models
 from gpucnn.cli.precision import make_preprocessing
 from gpucnn.cli.recipes import FOLDER, RECIPES
 from gpucnn.cli.settings import Settings
-from gpucnn.data import DataSplits, Preprocessing, load
+from gpucnn.data import Dataset, DataSplits, Preprocessing, Subset, load
+from gpucnn.data.folder import ImageFolder
 from gpucnn.device import Device, choose_device
 from gpucnn.errors import ArgumentError, CheckpointError, DataError
 from gpucnn.models import Model
@@ -187,6 +188,23 @@ def load_data(settings: Settings) -> DataSplits:
         seed=settings["seed"],
         convert_grey=settings["convert-grey"],
     )
+
+
+def verify_images(splits: DataSplits) -> None:
+    """Read every image of a folder once, so that a damaged one shows now and not after an epoch.
+
+    The images stay in memory as far as there is room, so the time is not lost. Raises DataError that names all
+    damaged files.
+    """
+    folders: dict[int, ImageFolder] = {}
+    for part in splits.parts().values():
+        whole: Dataset = part
+        while isinstance(whole, Subset):
+            whole = whole.dataset
+        if isinstance(whole, ImageFolder):
+            folders[id(whole)] = whole
+    for folder in folders.values():
+        folder.verify()
 
 
 def check_fits(trained: TrainedModel, splits: DataSplits) -> None:

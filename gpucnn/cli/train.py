@@ -11,7 +11,7 @@ from gpucnn.cli.precision import Float64Preprocessing, choose_dtype
 from gpucnn.cli.recipes import RECIPES, with_recipe
 from gpucnn.cli.report import describe_data, describe_model, note
 from gpucnn.cli.results import CurvesCallback, finish
-from gpucnn.cli.runs import folder_for, load_data, make_config, of_the_run, requested_device
+from gpucnn.cli.runs import folder_for, load_data, make_config, of_the_run, requested_device, verify_images
 from gpucnn.cli.settings import Settings
 from gpucnn.data import DataSplits, Preprocessing, parse_augmentation
 from gpucnn.errors import ArgumentError, CheckpointError
@@ -28,6 +28,7 @@ def run(settings: Settings, arguments: dict[str, Any]) -> int:
     models.describe(settings["model"])  # an unknown name is said before any data are read
     splits = load_data(settings)
     note(f"data: {describe_data(splits)}", quiet=quiet)
+    verify_images(splits)
     gpucnn.manual_seed(settings["seed"])
     model = _make_model(settings, splits).to(dtype=dtype)
     note(f"model: {describe_model(model)}", quiet=quiet)
