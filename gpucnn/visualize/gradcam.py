@@ -138,13 +138,16 @@ def _gradient_at(model: Layer, layer: Layer, score_gradient: Array) -> Array:
         seen.append(dy)
         raise _ReachedError
 
+    own = vars(layer).get("backward")  # a batch norm has one of its own already, see below
     object.__setattr__(layer, "backward", reached)
     try:
         model.backward(score_gradient)
     except _ReachedError:
         pass
     finally:
-        object.__delattr__(layer, "backward")
+        del vars(layer)["backward"]
+        if own is not None:
+            object.__setattr__(layer, "backward", own)
     if not seen:
         raise ArgumentError(f"the class score does not depend on layer '{layer.path}'; choose another layer")
     return seen[0]
