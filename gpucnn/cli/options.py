@@ -258,7 +258,7 @@ TRAIN_OPTIONS = (
     Option("seed", "decides the weights, splits, order, augmentation and dropout", whole_number(0, 2**64 - 1), "N",
            default=0),
     Option("precision", "float32 or float64", choice("precision", PRECISIONS), "NAME", default="float32"),
-    Option("output", "run folder (default: runs/<data>-<model>, numbered)", path, "DIR"),
+    Option("output", "run folder (default: runs/DATA-MODEL, numbered)", path, "DIR"),
     Option("resume", "go on with a run that was stopped: the one in RUN, or in --output", path, "RUN",
            optional_value=True),
     Option("overwrite", "replace the run that is in --output", switch, default=False),
