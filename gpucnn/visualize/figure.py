@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gpucnn.errors import MissingDependencyError
 from gpucnn.training.storage import atomic_file
@@ -32,6 +32,6 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     """Write ``figure`` as PNG, whole or not at all. Raises StorageError where the disk refuses."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    FigureCanvasAgg(figure)
+    canvas: Any = FigureCanvasAgg(figure)  # whose print_png has no annotations
     with atomic_file(Path(path)) as file:
-        figure.savefig(file, format="png")
+        canvas.print_png(file)  # savefig would draw everything twice
