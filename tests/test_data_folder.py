@@ -80,6 +80,29 @@ def test_large_jpegs_decoded_small_look_the_same(tmp_path, size):
     assert numpy.abs(jpeg - png).max() <= 6
 
 
+def test_jpegs_are_decoded_small_only_where_nothing_is_lost(tmp_path, monkeypatch):
+    from PIL.JpegImagePlugin import JpegImageFile
+
+    drafts = []
+    draft = JpegImageFile.draft
+    monkeypatch.setattr(JpegImageFile, "draft", lambda *given: drafts.append(given) or draft(*given))
+    path = save(tmp_path / "a.jpg", gradient(64, 80))
+    for size, count in (((64, 64), 0), ((33, 40), 0), ((64, 10), 0), ((32, 40), 1), ((8, 8), 2)):
+        read_image(path, (*size, 3))
+        assert len(drafts) == count
+
+
+def test_a_turned_jpeg_is_not_decoded_too_small(tmp_path):
+    stripes = numpy.zeros((200, 800, 3), numpy.uint8)
+    stripes[::8] = stripes[1::8] = stripes[2::8] = stripes[3::8] = 255
+    exif = image_module.Exif()
+    exif[0x0112] = 6
+    path = save(tmp_path / "a.jpg", stripes, exif=exif, quality=95)
+    upright = numpy.rot90(stripes, -1)
+    result = read_image(path, (100, 200, 3)).astype(int)
+    assert numpy.abs(result - upright[350:450]).max() <= 24
+
+
 @pytest.mark.parametrize("kind", ["jpg", "png"])
 @pytest.mark.parametrize(("orientation", "turn"), [(3, 2), (6, -1), (8, 1)])
 def test_images_are_turned_as_exif_says(tmp_path, kind, orientation, turn):

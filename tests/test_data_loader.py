@@ -96,6 +96,13 @@ def test_content_does_not_depend_on_the_workers(digits, workers, prefetch):
             assert (mine.indices == theirs.indices).all()
 
 
+def test_an_image_changes_in_the_same_way_wherever_it_comes(digits):
+    options = {"augmentation": Augmentation(shift=1, rotation=10.0), "seed": 5, "workers": 0}
+    shuffled = next(Loader(digits, 1200, shuffle=True, **options).epoch(1))
+    in_order = next(Loader(digits, 1200, **options).epoch(1))
+    assert (shuffled.images == in_order.images[shuffled.indices]).all()
+
+
 def test_epochs_and_seeds_differ(digits):
     orders = {
         tuple(Loader(digits, 64, shuffle=True, seed=seed, workers=0).order(epoch).tolist())

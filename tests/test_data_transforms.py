@@ -215,6 +215,11 @@ def test_rotation_within_preprocessing():
         assert numpy.abs(result[number, 1] - expected).max() <= 255 * 64 * EPSILON
 
 
+def test_a_row_of_pixels_does_not_turn():
+    images = noise(3, 1, 6, 3)
+    assert (plain(1, 6).apply(images, Augmentation(rotation=20.0)) == plain(1, 6).apply(images)).all()
+
+
 @pytest.mark.parametrize("channels", [1, 2, 3])
 def test_colour_changes_one_after_the_other(channels):
     images = noise(6, 5, 4, channels)

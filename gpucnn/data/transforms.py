@@ -132,7 +132,7 @@ class Preprocessing:
             planar = self._resized(images)
             if flip.any():
                 planar = _mirrored(planar, flip)
-        if augmentation.rotation:
+        if augmentation.rotation and min(self.image_size) > 1:
             planar = rotate(planar, (2 * drawn["rotation"] - 1) * augmentation.rotation)
         if augmentation.shift:
             choices = 2 * augmentation.shift + 1
