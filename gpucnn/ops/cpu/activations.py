@@ -11,6 +11,7 @@ from gpucnn.errors import ArgumentError
 from gpucnn.ops.cpu.blocks import elementwise
 from gpucnn.ops.cpu.checks import require_floating, require_shape
 from gpucnn.ops.cpu.memory import FloatArray, calculation_dtype, result_array
+from gpucnn.ops.cpu.selection import choose, keep
 
 _FAR = 1000.0
 """Beyond it sigmoid is 0 or 1 in every dtype; inputs are cut there so that inf * 0 cannot arise."""
@@ -36,17 +37,18 @@ def backward(kernel: Any, dy: FloatArray, saved: FloatArray, out: FloatArray | N
 
 def relu_forward(x: FloatArray, *, out: FloatArray | None = None) -> FloatArray:
     """max(x, 0); a NaN stays a NaN."""
-    require_floating(x, "the input")
-    result = _result(out, x)
-    numpy.maximum(x, x.dtype.type(0), out=result)
-    return result
+
+    def kernel(out: FloatArray, x: FloatArray) -> None:
+        numpy.maximum(x, x.dtype.type(0), out=out)
+
+    return forward(kernel, x, out)
 
 
 def relu_backward(dy: FloatArray, y: FloatArray, *, out: FloatArray | None = None) -> FloatArray:
     """Dy where the output y > 0, else 0."""
 
     def kernel(out: FloatArray, dy: FloatArray, y: FloatArray) -> None:
-        out[...] = numpy.where(y > 0, dy, dy.dtype.type(0))
+        keep(dy, y > 0, out)
 
     return backward(kernel, dy, y, out)
 
@@ -62,7 +64,7 @@ def leaky_relu_forward(
             # The larger of the two is the right one on both sides of zero; NaN passes through. 0 * inf must not.
             numpy.maximum(x, x * slope if slope else slope, out=out)
         else:
-            out[...] = numpy.where(x > 0, x, x * slope)
+            numpy.multiply(x, choose(x > 0, 1.0, negative_slope, x.dtype), out=out)
 
     return forward(kernel, x, out)
 
@@ -73,7 +75,7 @@ def leaky_relu_backward(
     """Dy where x > 0, else negative_slope * dy."""
 
     def kernel(out: FloatArray, dy: FloatArray, x: FloatArray) -> None:
-        out[...] = numpy.where(x > 0, dy, dy * dy.dtype.type(negative_slope))
+        numpy.multiply(dy, choose(x > 0, 1.0, negative_slope, dy.dtype), out=out)
 
     return backward(kernel, dy, x, out)
 

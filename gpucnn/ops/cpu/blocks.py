@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from gpucnn.ops.cpu.memory import calculation_dtype, flat_views
 from gpucnn.ops.cpu.threads import parallel_for
 
-ELEMENTS = 1 << 14
+ELEMENTS = 1 << 15
 """Numbers in a block of an element-wise operation: a few such blocks fit the second-level cache."""
 
 SMALL = 1 << 17

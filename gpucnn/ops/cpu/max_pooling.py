@@ -16,8 +16,9 @@ from gpucnn.errors import DtypeError
 from gpucnn.ops.cpu.blocks import SMALL, image_blocks
 from gpucnn.ops.cpu.checks import require_floating, require_shape
 from gpucnn.ops.cpu.memory import FloatArray, calculation_dtype, result_array
+from gpucnn.ops.cpu.selection import keep
 from gpucnn.ops.cpu.threads import parallel_for
-from gpucnn.ops.cpu.windows import first_inside, rows_and_columns
+from gpucnn.ops.cpu.windows import Reach, first_inside, rows_and_columns
 from gpucnn_kernels.problem import IntOrPair, Pool2dProblem
 
 
@@ -79,6 +80,14 @@ def max_pool2d_forward(
     return y, argmax
 
 
+def _overlap(places: list[Reach], size: int) -> bool:
+    """Whether two windows read the same row (or column) of the image."""
+    readers = numpy.zeros(size, numpy.int64)
+    for place in places:
+        readers[place.pixels] += 1
+    return int(readers.max(initial=0)) > 1
+
+
 def max_pool2d_backward(
     dy: FloatArray,
     argmax: NDArray[Any],
@@ -109,18 +118,25 @@ def max_pool2d_backward(
     rows, columns = rows_and_columns(problem)
     blocks = image_blocks(problem.input_shape, dy.itemsize)
     wide = calculation_dtype(dy.dtype)
+    overlapping = _overlap(rows, problem.H) or _overlap(columns, problem.W)
+    tiling = not overlapping and problem.P * problem.R == problem.H and problem.Q * problem.S == problem.W
 
     def task(number: int) -> None:
         block = blocks[number]
-        place, gradient = argmax[block], dy[block]
+        place, gradient = argmax[block], dy[block].astype(wide, copy=False)
+        share = numpy.empty(place.shape, wide)
         total = dx[block] if wide == dx.dtype else numpy.empty(dx[block].shape, wide)
-        total[...] = 0
+        if not tiling:
+            total[...] = 0
         for r, row in enumerate(rows):
             for s, column in enumerate(columns):
                 windows = (..., row.windows, column.windows)
                 pixels = total[:, :, row.pixels, column.pixels]
-                chosen = place[windows] == r * problem.S + s
-                numpy.add(pixels, gradient[windows], out=pixels, where=chosen)
+                keep(gradient[windows], place[windows] == r * problem.S + s, share[windows])
+                if overlapping:
+                    pixels += share[windows]
+                else:
+                    pixels[...] = share[windows]
         if total.dtype != dx.dtype:
             dx[block] = total
 

@@ -156,7 +156,7 @@ def batch_norm_backward(
         slopes = scratch("batch_norm_gradient", source[part].shape, wide)
         rows, slope_rows = values.reshape(values.shape[0], -1), slopes.reshape(slopes.shape[0], -1)
         with numpy.errstate(all="ignore"):
-            numpy.subtract(source[part], mean[part, None, None, None], out=values, casting="same_kind")
+            numpy.subtract(source[part], mean[part].astype(wide)[:, None, None, None], out=values)
             slopes[...] = gradient[part]
             # The mean was rounded to its dtype; what that left over is taken out of the sums.
             left_over = _row_sums(rows) / count
@@ -206,11 +206,13 @@ def batch_norm_inference(
     def task(number: int) -> None:
         part = blocks[number]
         with numpy.errstate(all="ignore"):
-            values = x[part] - middle
+            values = y[part] if wide == y.dtype else numpy.empty(y[part].shape, wide)
+            numpy.subtract(x[part], middle, out=values)
             values *= factor
             if offset is not None:
                 values += offset
-            y[part] = values
+            if wide != y.dtype:
+                y[part] = values
 
     parallel_for(len(blocks), task, small=x.size < SMALL)
     return y
