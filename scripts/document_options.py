@@ -65,8 +65,9 @@ def recipes() -> str:
         for name, recipe in named.items()
     )
     return (
-        "## What train does where nothing is said\n\nThe data set is `digits`; a path takes what stands for `folder`."
-        f"\n\n| Data set | Defaults |\n|---|---|\n{rows}\n"
+        "## What train does where nothing is said\n\n"
+        "The data set is `digits`; a path takes what stands for `folder`.\n\n"
+        f"| Data set | Defaults |\n|---|---|\n{rows}\n"
     )
 
 
