@@ -10,13 +10,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
-from resume_worker import make_trainer
+from resume_worker import make_data, make_model, make_trainer
 
+from gpucnn import layers
 from gpucnn.errors import ArgumentError, CheckpointError
-from gpucnn.training import Callback, Checkpoint, RunFolder, TrainingInterrupted, read_checkpoint
+from gpucnn.training import (
+    Callback,
+    Checkpoint,
+    RunFolder,
+    Trainer,
+    TrainingInterrupted,
+    read_checkpoint,
+    write_checkpoint,
+)
 
 REPOSITORY = Path(__file__).parents[1]
 WORKER = Path(__file__).with_name("resume_worker.py")
@@ -216,3 +225,39 @@ def test_a_run_started_otherwise_is_not_resumed(tmp_path: Path) -> None:
         make_trainer(run, epochs=1).fit()
     with pytest.raises(ArgumentError, match="needs a run folder"):
         make_trainer(None, epochs=1).fit(resume=True)
+
+
+def test_a_checkpoint_of_another_model_or_of_other_data_is_not_resumed(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    make_trainer(run, epochs=1).fit()
+    checkpoint = read_checkpoint(run.last_path)
+    assert checkpoint.architecture is None  # a bare Sequential has no name
+
+    class Named(layers.Sequential):
+        architecture: ClassVar = {"name": "lenet5", "num_classes": 3, "image_size": None, "kernel": (3, 3)}
+
+    trainer = make_trainer(run, epochs=1)
+    trainer.model = Named(*make_model())
+    with pytest.raises(
+        CheckpointError,
+        match=r"last\.safetensors is a checkpoint of a model without a name, but the model is 'lenet5' "
+        r"\(num_classes=3, kernel=\(3, 3\)\); resume with the model of the run",
+    ):
+        trainer.fit(resume=True)
+    trainer.model.architecture["name"] = "vgg"  # type: ignore[attr-defined]
+    write_checkpoint(run.last_path, dataclasses.replace(checkpoint, architecture=trainer.model.architecture))  # type: ignore[attr-defined]
+    trainer.fit(resume=True)  # a tuple is a list in JSON, and still the same
+
+    write_checkpoint(run.last_path, checkpoint)
+    trainer = make_trainer(run, epochs=1)
+    trainer.model = layers.Sequential(*make_model(), layers.Linear(3, 3))
+    with pytest.raises(CheckpointError, match=r"missing: 7\.weight"):
+        trainer.fit(resume=True)
+
+    train, validation = make_data()
+    train.labels[0] = (train.labels[0] + 1) % 3
+    trainer = Trainer(make_model(), train, validation, options=make_trainer(None, epochs=1).options, run=run)
+    with pytest.raises(
+        CheckpointError, match=r"label_checksum \(was \d+, now \d+\); augmentation \(was 'flip,shift=1'"
+    ):
+        trainer.fit(resume=True)
