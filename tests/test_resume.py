@@ -16,6 +16,7 @@ import pytest
 from resume_worker import make_data, make_model, make_trainer
 
 from gpucnn import layers
+from gpucnn.data import Preprocessing
 from gpucnn.errors import ArgumentError, CheckpointError
 from gpucnn.training import (
     Callback,
@@ -227,6 +228,11 @@ def test_a_run_started_otherwise_is_not_resumed(tmp_path: Path) -> None:
         make_trainer(None, epochs=1).fit(resume=True)
 
 
+class InDoublePrecision(Preprocessing):
+    def apply(self, *arguments: Any, **options: Any) -> Any:
+        return super().apply(*arguments, **options).astype("float64")
+
+
 def test_a_checkpoint_of_another_model_or_of_other_data_is_not_resumed(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     make_trainer(run, epochs=1).fit()
@@ -252,6 +258,18 @@ def test_a_checkpoint_of_another_model_or_of_other_data_is_not_resumed(tmp_path:
     trainer = make_trainer(run, epochs=1)
     trainer.model = layers.Sequential(*make_model(), layers.Linear(3, 3))
     with pytest.raises(CheckpointError, match=r"missing: 7\.weight"):
+        trainer.fit(resume=True)
+
+    trainer = make_trainer(run, epochs=1)
+    trainer = Trainer(
+        make_model().to(dtype="float64"),
+        *make_data(),
+        options=trainer.options,
+        preprocessing=InDoublePrecision.for_dataset(trainer.train),
+        augmentation=trainer.augmentation,
+        run=run,
+    )
+    with pytest.raises(CheckpointError, match=r"dtype \(was 'float32', now 'float64'\); resume it"):
         trainer.fit(resume=True)
 
     train, validation = make_data()

@@ -462,6 +462,16 @@ def test_a_learning_rate_too_high_is_caught_before_the_weights_are_touched() -> 
     assert all(numpy.isfinite(parameter.data).all() for parameter in model.parameters())
 
 
+def test_weights_that_a_step_made_infinite_are_not_saved(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    options = quick(optimizer="sgd", lr=1e300, schedule="constant", checkpoint_steps=1)
+    with pytest.raises(
+        NonFiniteError, match=r"after step 1, '0\.weight' is not finite .* step 0 is kept .*lower the"
+    ):
+        Trainer(small_model(), patterns(), options=options, run=run).fit()
+    assert run.read_last().position.step == 0
+
+
 def test_a_validation_loss_that_is_not_finite(tmp_path: Path) -> None:
     class OnlyInEvaluation(Spoils):
         def forward(self, x: Any) -> Any:

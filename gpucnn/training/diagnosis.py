@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy
@@ -45,6 +45,14 @@ def find_first_non_finite(model: Layer, loss: CrossEntropyLoss, images: Array, l
         for _, layer in model.named_layers():
             layer._saved = None
     return "run again, every output and gradient of this batch was finite"
+
+
+def find_non_finite_weight(state: Mapping[str, Array]) -> str | None:
+    """The first weight or running statistic of a ``state_dict`` that is not finite, in words; None if all are."""
+    for name, array in state.items():
+        if array.dtype.kind == "f" and not _is_finite(array):
+            return f"'{name}' is not finite ({_count(array)})"
+    return None
 
 
 @contextlib.contextmanager

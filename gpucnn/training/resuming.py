@@ -13,20 +13,22 @@ import numpy
 from gpucnn.data.dataset import Dataset
 from gpucnn.data.transforms import Augmentation, Preprocessing
 from gpucnn.errors import CheckpointError
+from gpucnn.layers import Layer
 from gpucnn.training.checkpoint import Checkpoint
 from gpucnn.training.options import TrainingOptions
 
 
 def describe_data(
-    train: Dataset, preprocessing: Preprocessing | None, augmentation: Augmentation | None
+    model: Layer, train: Dataset, preprocessing: Preprocessing | None, augmentation: Augmentation | None
 ) -> dict[str, Any]:
-    """What a checkpoint keeps of its data: enough to know it again, and to prepare an image for the model."""
+    """What a checkpoint keeps of its data: enough to know them again, and to prepare an image for the model."""
     labels = numpy.ascontiguousarray(train.labels, numpy.int64)
     return {
         "dataset": train.name,
         "classes": list(train.classes),
         "train_images": len(train),
         "label_checksum": zlib.crc32(labels.data),
+        "dtype": ", ".join(sorted({str(parameter.dtype) for parameter in model.parameters()})),
         "preprocessing": None if preprocessing is None else preprocessing.to_dict(),
         "augmentation": None if augmentation is None else augmentation.to_text(),
     }

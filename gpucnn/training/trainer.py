@@ -22,7 +22,7 @@ from gpucnn.schedules import Schedule
 from gpucnn.training.averaging import WeightAverage
 from gpucnn.training.callbacks import Callback
 from gpucnn.training.checkpoint import Checkpoint, Position, write_checkpoint
-from gpucnn.training.diagnosis import find_first_non_finite
+from gpucnn.training.diagnosis import find_first_non_finite, find_non_finite_weight
 from gpucnn.training.evaluation import EvaluationResult, evaluate
 from gpucnn.training.history import EpochRecord, History
 from gpucnn.training.interruption import InterruptWatch, TrainingInterrupted
@@ -113,7 +113,7 @@ class Trainer:
         self.optimizer: Optimizer
         self.schedule: Schedule
         self._average: WeightAverage | None = None
-        self._data = describe_data(train, self.preprocessing, self.augmentation)
+        self._data = describe_data(model, train, self.preprocessing, self.augmentation)
         self._random = RandomState(model)
         self._position = Position()
         self._saved_at, self._saved_step = 0.0, 0
@@ -315,8 +315,13 @@ class Trainer:
         return getattr(self.model, "architecture", None)
 
     def _checkpoint(self) -> Checkpoint:
+        state = self.model.state_dict()
+        if (found := find_non_finite_weight(state)) is not None:
+            raise NonFiniteError(
+                f"after step {self._position.step}, {found}; {self._what_is_kept()}; lower the learning rate"
+            )
         return Checkpoint(
-            model=self.model.state_dict(),
+            model=state,
             architecture=self._architecture(),
             options=self.options.to_dict(),
             data=self._data,
