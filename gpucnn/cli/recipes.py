@@ -13,10 +13,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "digits": {
         "model": "lenet5",
         "image-size": 28,
-        "epochs": 30,
+        "epochs": 25,
         "batch-size": 32,
         "lr": 2e-3,
-        "augment": "light",
+        "augment": "light,rotate=10",
+        "label-smoothing": 0.1,
     },
     "mnist": {
         "model": "lenet5",
@@ -32,7 +33,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "epochs": 15,
         "batch-size": 128,
         "lr": 3e-3,
-        "augment": "flip",
+        "augment": "flip,shift=1",
     },
     "cifar10": {
         "model": "vgg-small",
@@ -45,16 +46,32 @@ RECIPES: dict[str, dict[str, Any]] = {
     FOLDER: {
         "model": "animalnet",
         "image-size": 224,
-        "epochs": 40,
+        "epochs": 60,
         "batch-size": 32,
         "lr": 2e-3,
-        "augment": "standard",
+        "weight-decay": 0.05,
+        "augment": "standard,color=0.2",
+        "label-smoothing": 0.1,
+        "ema": 0.99,
     },
 }
 """By data set; a folder of images takes "folder"."""
 
 PAIRS: dict[tuple[str, str], dict[str, Any]] = {
-    ("fashion-mnist", "vgg-small"): {"epochs": 12, "augment": "flip,shift=2", "label-smoothing": 0.05},
+    ("fashion-mnist", "vgg-small"): {
+        "epochs": 10,
+        "lr": 4e-3,
+        "weight-decay": 0.02,
+        "augment": "flip,shift=2",
+        "label-smoothing": 0.1,
+    },
+    (FOLDER, "animalnet"): {"epochs": 80, "lr": 4e-3, "model-option": {"dropout": 0.3}},
+    (FOLDER, "vgg-small"): {
+        "image-size": 96,
+        "decode-size": 128,
+        "augment": "flip,resized-crop=0.3,color=0.3",
+        "model-option": {"stem": "strided", "dropout": 0.2},
+    },
 }
 """By data set and model: goes before what ``RECIPES`` says."""
 
@@ -65,4 +82,7 @@ def with_recipe(settings: Settings) -> Settings:
     data = settings["data"] if settings["data"] in RECIPES else FOLDER
     recipe = RECIPES[data]
     model = recipe["model"] if settings["model"] is None else settings["model"]
-    return settings.with_defaults({**recipe, **PAIRS.get((data, model), {})}, f"for {data}")
+    defaults = {**recipe, **PAIRS.get((data, model), {})}
+    options = {**defaults.get("model-option", {}), **settings["model-option"]}  # one given leaves the others be
+    source = settings.source("model-option")
+    return settings.with_defaults(defaults, f"for {data}").with_values({"model-option": options}, source)

@@ -182,7 +182,7 @@ def load_data(settings: Settings) -> DataSplits:
     return load(
         settings["data"],
         data_dir=settings["data-dir"],
-        image_size=settings["decode-size"] or settings["image-size"],
+        image_size=max(filter(None, (settings["decode-size"], settings["image-size"])), default=None),
         validation_fraction=settings["validation-fraction"],
         test_fraction=settings["test-fraction"],
         seed=settings["seed"],
