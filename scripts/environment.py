@@ -187,14 +187,16 @@ def install_command(extras: list[str]) -> list[str]:
 
 
 def make_usable() -> Stamp:
-    """Leave a .venv whose Python runs, made anew where it has to be; the stamp of what is in it."""
+    """Leave a .venv whose Python runs, made anew where it has to be; the stamp of what is in it.
+
+    One that this script did not make (uv makes a .venv too) is added to, never deleted.
+    """
     stamp = read_stamp()
     right = all(stamp.get(name) == value for name, value in fingerprint().items())
     if stamp.get("state") == "complete" and right and environment_python().exists():
         return stamp
-    if (
-        not STAMP.exists() and (ENVIRONMENT / "pyvenv.cfg").exists()
-    ):  # made by uv, or by hand: added to, not deleted
+    foreign = stamp.get("foreign", False) or (not STAMP.exists() and (ENVIRONMENT / "pyvenv.cfg").exists())
+    if foreign:
         if not works(str(environment_python()), "-c", "import sys; sys.exit(sys.version_info < (3, 11))"):
             raise SetupError(
                 f"{ENVIRONMENT} was not made by this script and has no working Python 3.11 or newer: move it away"
@@ -203,7 +205,7 @@ def make_usable() -> Stamp:
         if stamp:
             say("The environment is unfinished, or of another Python or pyproject.toml: making it again.")
         create_environment()
-    return {"extras": [], "gpu": stamp.get("gpu", "auto")}
+    return {"extras": [], "gpu": stamp.get("gpu", "auto"), "foreign": foreign}
 
 
 def announce(extras: list[str]) -> None:
@@ -228,7 +230,7 @@ def install(extras: list[str], stamp: Stamp) -> Stamp:
         if stamp.get("state") == "complete" and works(str(environment_python()), "-P", "-c", whole):
             write_stamp(stamp)
         raise
-    stamp = {**fingerprint(), "state": "complete", "extras": together, "gpu": stamp["gpu"]}
+    stamp = {**stamp, **fingerprint(), "state": "complete", "extras": together}
     write_stamp(stamp)
     return stamp
 

@@ -271,7 +271,11 @@ def test_an_environment_of_another_tool_is_used_and_not_deleted(
     (environment.ENVIRONMENT / "precious").write_text("")
     environment.set_up(("images",), None)
     assert (environment.ENVIRONMENT / "precious").exists()
+    (environment.ROOT / "pyproject.toml").write_text("[project]\nname = 'x'\n")
+    environment.set_up(("images",), None)
+    assert tools.installs() == ["images", "images"]
     assert [command for command in tools.calls if "venv" in command] == []
+    assert (environment.ENVIRONMENT / "precious").exists()
     environment.STAMP.unlink()
     tools.works = lambda command: False
     with pytest.raises(environment.SetupError, match=r"was not made by this script .* move it away"):
