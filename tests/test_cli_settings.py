@@ -10,7 +10,7 @@ import pytest
 
 from gpucnn.cli.options import OPTIONS, TRAIN_OPTIONS, Option, convert, known_names
 from gpucnn.cli.parser import build_parser, parse
-from gpucnn.cli.recipes import RECIPES, with_recipe
+from gpucnn.cli.recipes import PAIRS, RECIPES, with_recipe
 from gpucnn.cli.settings import Settings, resolve
 from gpucnn.errors import ArgumentError
 
@@ -215,7 +215,9 @@ def test_a_recipe_gives_way_to_whatever_was_asked_for() -> None:
     folder = with_recipe(settings_for("--data", "some/pictures"))
     assert (folder["model"], folder["data"]) == (RECIPES["folder"]["model"], "some/pictures")
     pair = with_recipe(settings_for("--data", "fashion-mnist", "--model", "vgg-small"))
-    assert pair["label-smoothing"] == 0.05
+    assert pair["label-smoothing"] == PAIRS["fashion-mnist", "vgg-small"]["label-smoothing"]
+    folder = with_recipe(settings_for("--data", "p", "--model", "vgg-small", "--model-option", "dropout=0.5"))
+    assert folder["model-option"] == {"stem": "strided", "dropout": 0.5}
 
 
 def test_every_command_has_a_parser() -> None:
