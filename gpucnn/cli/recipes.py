@@ -30,10 +30,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     "fashion-mnist": {
         "model": "lenet5",
         "image-size": 28,
-        "epochs": 15,
+        "epochs": 10,
         "batch-size": 128,
-        "lr": 3e-3,
-        "augment": "flip,shift=1",
+        "lr": 4e-3,
+        "augment": "flip",
     },
     "cifar10": {
         "model": "vgg-small",
@@ -65,7 +65,7 @@ PAIRS: dict[tuple[str, str], dict[str, Any]] = {
         "augment": "flip,shift=2",
         "label-smoothing": 0.1,
     },
-    (FOLDER, "animalnet"): {"epochs": 80, "lr": 4e-3, "model-option": {"dropout": 0.3}},
+    (FOLDER, "animalnet"): {"epochs": 80, "lr": 4e-3, "model-option": {"dropout": 0.1}},
     (FOLDER, "vgg-small"): {
         "image-size": 96,
         "decode-size": 128,
