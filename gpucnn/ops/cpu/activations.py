@@ -14,7 +14,7 @@ from gpucnn.ops.cpu.memory import FloatArray, calculation_dtype, result_array
 from gpucnn.ops.cpu.selection import choose, keep
 
 _FAR = 1000.0
-"""Beyond it sigmoid is 0 or 1 in every dtype; inputs are cut there so that inf * 0 cannot arise."""
+"""Below minus this, exp(-x) is infinite in every dtype; SiLU cuts its input there, as inf / inf is NaN."""
 
 
 def _result(out: FloatArray | None, x: FloatArray) -> FloatArray:
@@ -88,10 +88,19 @@ def sigmoid_in_place(out: FloatArray, x: FloatArray) -> None:
     numpy.reciprocal(out, out=out)
 
 
+def clipped(x: FloatArray) -> FloatArray:
+    """X cut to where exp(-x) is finite: beyond, sigmoid is 0 or 1 to rounding, and inf * 0 cannot arise."""
+    limit = 80 if x.dtype == numpy.float32 else 700
+    near = numpy.maximum(x, -limit)
+    return numpy.minimum(near, limit, out=near)
+
+
 def sigmoid_and_rest(x: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """(s, 1 - s) with s = sigmoid(x), both with all their digits; exp is kept from infinity, as inf * 0 is NaN."""
-    power = numpy.exp(numpy.minimum(-x, 80 if x.dtype == numpy.float32 else 700))
-    gate = 1 / (1 + power)
+    """(s, 1 - s) with s = sigmoid(x), both with all their digits, for x within :func:`clipped`."""
+    power = numpy.negative(x)
+    numpy.exp(power, out=power)
+    gate = power + 1
+    numpy.reciprocal(gate, out=gate)
     power *= gate
     return gate, power
 
@@ -137,10 +146,11 @@ def silu_forward(x: FloatArray, *, out: FloatArray | None = None) -> FloatArray:
     """X * sigmoid(x); its limit 0 at minus infinity."""
 
     def kernel(out: FloatArray, x: FloatArray) -> None:
-        near = numpy.maximum(x, -_FAR)
-        gate = numpy.empty_like(near)
-        sigmoid_in_place(gate, near)
-        numpy.multiply(near, gate, out=out)
+        numpy.maximum(x, -_FAR, out=out)
+        power = numpy.negative(out)
+        numpy.exp(power, out=power)
+        power += 1
+        numpy.divide(out, power, out=out)
 
     return forward(kernel, x, out)
 
@@ -149,7 +159,7 @@ def silu_backward(dy: FloatArray, x: FloatArray, *, out: FloatArray | None = Non
     """Dy * s * (1 + x * (1 - s)) with s = sigmoid(x)."""
 
     def kernel(out: FloatArray, dy: FloatArray, x: FloatArray) -> None:
-        near = numpy.clip(x, -_FAR, _FAR)
+        near = clipped(x)
         gate, rest = sigmoid_and_rest(near)
         near *= rest
         near += 1

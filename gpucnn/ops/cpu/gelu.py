@@ -6,7 +6,7 @@ import math
 
 import numpy
 
-from gpucnn.ops.cpu.activations import backward, forward, sigmoid_and_rest, sigmoid_in_place
+from gpucnn.ops.cpu.activations import backward, clipped, forward, sigmoid_and_rest, sigmoid_in_place
 from gpucnn.ops.cpu.checks import require_choice
 from gpucnn.ops.cpu.error_function import erfc
 from gpucnn.ops.cpu.memory import FloatArray
@@ -18,12 +18,49 @@ _SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
 _CUBIC = 0.044715
 
 
-def _normal_distribution(x: FloatArray) -> FloatArray:
-    return 0.5 * erfc(x * -math.sqrt(0.5))
+# Phi(-a) = exp(-a^2 / 2) t P(t) with t = 1 / (1 + 0.35 a): a minimax fit of ours over 0 <= a <= 14.5, to a
+# relative 3.2e-8. From the highest power down.
+_TAIL_SCALE = 0.35
+_TAIL = (
+    -0.0291578775,
+    0.14403088,
+    -0.255838924,
+    0.159319605,
+    -0.0232122929,
+    0.105552477,
+    0.119821294,
+    0.139863515,
+    0.139621307,
+)
+
+
+def _near(x: FloatArray) -> FloatArray:
+    near = numpy.maximum(x, -_FAR)
+    return numpy.minimum(near, _FAR, out=near)
+
+
+def _tail(x: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """(Phi(-|x|), exp(-x^2 / 2)) of a float32 or float64 array, with all the digits of its dtype."""
+    if x.dtype != numpy.float32:
+        size = numpy.abs(x)
+        return 0.5 * erfc(size * math.sqrt(0.5)), numpy.exp(-0.5 * x * x)
+    step = numpy.abs(x)
+    step *= _TAIL_SCALE
+    step += 1
+    numpy.reciprocal(step, out=step)
+    value = step * _TAIL[0]
+    for coefficient in _TAIL[1:]:
+        value += coefficient
+        value *= step
+    power = numpy.multiply(x, x, out=step)
+    power *= -0.5
+    numpy.exp(power, out=power)
+    value *= power
+    return value, power
 
 
 def _twice_the_argument(x: FloatArray) -> FloatArray:
-    """V = 2 sqrt(2 / pi) (x + 0.044715 x^3): (1 + tanh(v / 2)) / 2 is sigmoid(v), which keeps its digits near 0."""
+    """V = 2 sqrt(2 / pi) (x + 0.044715 x^3): (1 + tanh(v / 2)) / 2 is sigmoid(v), which keeps its digits."""
     value = x * x
     value *= _CUBIC
     value += 1
@@ -37,8 +74,11 @@ def gelu_forward(x: FloatArray, *, approximate: str = "none", out: FloatArray | 
     require_choice(approximate, ("none", "tanh"), "approximate")
 
     def exact(out: FloatArray, x: FloatArray) -> None:
-        wide = numpy.maximum(x, -_FAR, dtype=numpy.float64)
-        out[...] = wide * _normal_distribution(wide)
+        # x Phi(x) is -|x| q for negative x and x - |x| q for positive, q = Phi(-|x|).
+        near = _near(x)
+        tail, _ = _tail(near)
+        tail *= numpy.abs(near)
+        numpy.subtract(numpy.maximum(x, 0), tail, out=out)
 
     def tanh_form(out: FloatArray, x: FloatArray) -> None:
         near = numpy.maximum(x, -_FAR)
@@ -56,17 +96,20 @@ def gelu_backward(
     require_choice(approximate, ("none", "tanh"), "approximate")
 
     def exact(out: FloatArray, dy: FloatArray, x: FloatArray) -> None:
-        wide = numpy.clip(x, -_FAR, _FAR, dtype=numpy.float64)
-        density = numpy.exp(-0.5 * wide * wide)
-        density *= wide
-        density *= 1 / math.sqrt(2 * math.pi)
-        density += _normal_distribution(wide)
-        out[...] = dy * density
+        near = _near(x)
+        tail, slope = _tail(near)
+        slope *= near
+        slope *= 1 / math.sqrt(2 * math.pi)
+        # Phi(x) = 1/2 + sign(x) (1/2 - q).
+        numpy.subtract(0.5, tail, out=tail)
+        slope += numpy.copysign(tail, near, out=tail)
+        slope += 0.5
+        numpy.multiply(dy, slope, out=out)
 
     def tanh_form(out: FloatArray, dy: FloatArray, x: FloatArray) -> None:
         # y = x s with s = sigmoid(v), so dy/dx = s + x s (1 - s) v'.
-        near = numpy.clip(x, -_FAR, _FAR)
-        gate, rest = sigmoid_and_rest(_twice_the_argument(near))
+        near = _near(x)
+        gate, rest = sigmoid_and_rest(clipped(_twice_the_argument(near)))
         slope = near * near
         slope *= 6 * _CUBIC * _SQRT_2_OVER_PI
         slope += 2 * _SQRT_2_OVER_PI

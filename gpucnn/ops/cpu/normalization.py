@@ -1,9 +1,11 @@
 """Batch normalization: Ioffe and Szegedy, ICML 2015.
 
 Each task takes a few channels, small enough to stay in the cache, and makes all its passes over them there. The
-values are shifted by a first mean before they are squared, and the shift's own rounding error is taken out again
-(the corrected two-pass algorithm: Chan, Golub and LeVeque, The American Statistician 37, 1983). So a large mean
-over a small variance costs no digits, and sums over long rows are split into pieces that are added in float64.
+values are shifted by an estimate of their mean, from a few of the images, before they are summed and squared, and
+the estimate's error is taken out again (shifted data: Chan, Golub and LeVeque, The American Statistician 37,
+1983). Where the estimate was off by more than a standard deviation, it is corrected and the sums are taken once
+more. So a large mean over a small variance costs no digits. Sums over long rows are split into pieces that are
+added in float64.
 """
 
 from __future__ import annotations
@@ -20,6 +22,9 @@ from gpucnn.ops.cpu.memory import FloatArray, calculation_dtype, result_array
 from gpucnn.ops.cpu.threads import parallel_for, scratch
 
 _PIECE = 512  # numbers added in the calculation dtype before float64 takes over
+_LONG = 128  # pixels of an image from which on a channel is worked on where it lies, and not copied together
+_PIECE_BYTES = 1 << 17  # bytes of images whose passes of the backward pass are made one after the other
+_SAMPLED = 8  # images that the first estimate of the mean looks at
 
 
 def _check_input(x: Any, **per_channel: Any) -> None:
@@ -42,8 +47,9 @@ def _channel_blocks(x: FloatArray) -> list[slice]:
     return ranges(x.shape[1], max(1, PLANE_BYTES // max(1, values * calculation_dtype(x.dtype).itemsize)))
 
 
-def _row_sums(rows: FloatArray) -> NDArray[numpy.float64]:
-    """Sums of contiguous rows, each a list of short pieces in its own dtype, the pieces in float64."""
+def _row_sums(images: FloatArray) -> NDArray[numpy.float64]:
+    """Sums a channel of a contiguous (C, N, H, W), of short pieces in its own dtype, the pieces in float64."""
+    rows = images.reshape(len(images), -1)
     whole = rows.shape[1] // _PIECE * _PIECE
     pieces = rows[:, :whole].reshape(rows.shape[0], -1, _PIECE)
     sums: NDArray[numpy.float64] = numpy.add.reduce(pieces, axis=2).sum(axis=1, dtype=numpy.float64)
@@ -52,7 +58,8 @@ def _row_sums(rows: FloatArray) -> NDArray[numpy.float64]:
 
 
 def _row_products(a: FloatArray, b: FloatArray) -> NDArray[numpy.float64]:
-    """Dot products of contiguous rows, in pieces as above."""
+    """Dot products a channel of two such arrays, in pieces as above."""
+    a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
     whole = a.shape[1] // _PIECE * _PIECE
     shape = (a.shape[0], -1, _PIECE)
     sums: NDArray[numpy.float64] = numpy.vecdot(a[:, :whole].reshape(shape), b[:, :whole].reshape(shape)).sum(
@@ -62,9 +69,31 @@ def _row_products(a: FloatArray, b: FloatArray) -> NDArray[numpy.float64]:
     return sums
 
 
+def _has_planes(images: FloatArray, dtype: Any) -> bool:
+    """Whether (C, N, H, W) is of ``dtype`` and its images are long rows of memory, to be worked on in place."""
+    _, _, h, w = images.shape
+    rows = images.strides[3] == images.itemsize and images.strides[2] == w * images.itemsize
+    return rows and h * w >= _LONG and images.dtype == dtype
+
+
+def _sums(images: FloatArray) -> NDArray[numpy.float64]:
+    """Sums a channel of (C, N, H, W), whose images are contiguous: of each image first, then in float64."""
+    c, n, h, w = images.shape
+    sums: NDArray[numpy.float64] = numpy.add.reduce(images.reshape(c, n, h * w), axis=2).sum(1, numpy.float64)
+    return sums
+
+
+def _products(a: FloatArray, b: FloatArray) -> NDArray[numpy.float64]:
+    """Dot products a channel of two such arrays, likewise."""
+    c, n, h, w = a.shape
+    shape = c, n, h * w
+    products: NDArray[numpy.float64] = numpy.vecdot(a.reshape(shape), b.reshape(shape)).sum(1, numpy.float64)
+    return products
+
+
 def _spread(values: NDArray[Any], dtype: Any) -> NDArray[Any]:
-    """Per-channel values as a column of the calculation dtype."""
-    return values.astype(dtype)[:, None]
+    """Per-channel values in the calculation dtype, to go with (C, N, H, W)."""
+    return values.astype(dtype)[:, None, None, None]
 
 
 def batch_norm_forward(
@@ -102,22 +131,27 @@ def batch_norm_forward(
     def task(number: int) -> None:
         part = blocks[number]
         values = scratch("batch_norm", source[part].shape, wide)
-        rows = values.reshape(values.shape[0], -1)
         with numpy.errstate(all="ignore"):
-            values[...] = source[part]
-            shift = (_row_sums(rows) / count).astype(wide)
-            rows -= shift[:, None]
-            correction = _row_sums(rows) / count
-            mean[part] = shift + correction
-            variance[part] = numpy.maximum(_row_products(rows, rows) / count - correction * correction, 0)
+            shift = source[part][:, :: max(1, x.shape[0] // _SAMPLED)].mean(axis=(1, 2, 3), dtype=wide)
+            numpy.subtract(source[part], shift[:, None, None, None], out=values)
+            correction = _row_sums(values) / count
+            square = _row_products(values, values) / count
+            middle = shift.astype(numpy.float64)
+            if numpy.any(correction * correction > square - correction * correction):
+                values -= _spread(correction, wide)
+                middle += correction.astype(wide)
+                correction = _row_sums(values) / count
+                square = _row_products(values, values) / count
+            mean[part] = middle + correction
+            variance[part] = numpy.maximum(square - correction * correction, 0)
             factor = 1 / numpy.sqrt(variance[part] + epsilon)
             if weight is not None:
                 factor = factor * weight[part]
             offset = -correction * factor
             if bias is not None:
                 offset = offset + bias[part]
-            rows *= _spread(factor, wide)
-            numpy.add(values, offset.astype(wide)[:, None, None, None], out=target[part], casting="same_kind")
+            values *= _spread(factor, wide)
+            numpy.add(values, _spread(offset, wide), out=target[part], casting="same_kind")
 
     parallel_for(len(blocks), task, small=x.size < SMALL)
     with numpy.errstate(all="ignore"):
@@ -153,25 +187,40 @@ def batch_norm_backward(
     def task(number: int) -> None:
         part = blocks[number]
         values = scratch("batch_norm", source[part].shape, wide)
-        slopes = scratch("batch_norm_gradient", source[part].shape, wide)
-        rows, slope_rows = values.reshape(values.shape[0], -1), slopes.reshape(slopes.shape[0], -1)
+        slopes = gradient[part]
+        pieces, sums, products = [slice(0, x.shape[0])], _row_sums, _row_products
+        if _has_planes(slopes, wide):
+            pieces = ranges(x.shape[0], max(1, _PIECE_BYTES // (values[:, :1].nbytes or 1)))
+            sums, products = _sums, _products
+        else:
+            slopes = scratch("batch_norm_gradient", values.shape, wide)
+            numpy.copyto(slopes, gradient[part])
+        total, product = numpy.zeros((2, len(values)), numpy.float64)
         with numpy.errstate(all="ignore"):
-            numpy.subtract(source[part], mean[part].astype(wide)[:, None, None, None], out=values)
-            slopes[...] = gradient[part]
-            # The mean was rounded to its dtype; what that left over is taken out of the sums.
-            left_over = _row_sums(rows) / count
-            total = _row_sums(slope_rows)
+            middle = _spread(mean[part], wide)
+            for images in pieces:
+                piece = values[:, images]
+                numpy.subtract(source[part][:, images], middle, out=piece)
+                total += sums(slopes[:, images])
+                product += products(piece, slopes[:, images])
             scale = inverse_std[part].astype(numpy.float64)
-            product = (_row_products(rows, slope_rows) - left_over * total) * scale
+            # The mean was rounded to its dtype; where that is much beside the values' spread, it is taken out.
+            left_over = numpy.zeros_like(scale)
+            if numpy.any(numpy.abs(mean[part]) * scale > 2):
+                left_over = _row_sums(values) / count
+            product = (product - left_over * total) * scale
             dbias[part], dweight[part] = total, product
             factor = scale if weight is None else scale * weight[part]
             # dx = factor * (dy - total / n - (x - mean) * scale * product / n)
             slant = -factor * scale * product / count
-            offset = -factor * total / count - slant * left_over
-            rows *= _spread(slant, wide)
-            slope_rows *= _spread(factor, wide)
-            rows += slope_rows
-            numpy.add(values, offset.astype(wide)[:, None, None, None], out=target[part], casting="same_kind")
+            offset = _spread(-factor * total / count - slant * left_over, wide)
+            slant, factor = _spread(slant, wide), _spread(factor, wide)
+            for images in pieces:
+                piece = values[:, images]
+                piece *= slant
+                share = scratch("batch_norm_share", piece.shape, wide)
+                piece += numpy.multiply(slopes[:, images], factor, out=share)
+                numpy.add(piece, offset, out=target[part][:, images], casting="same_kind")
 
     parallel_for(len(blocks), task, small=x.size < SMALL)
     with numpy.errstate(all="ignore"):
