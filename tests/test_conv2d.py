@@ -15,9 +15,9 @@ from gpucnn_kernels.problem import Conv2dProblem
 from tests.oracles import convolution as oracle
 from tests.problems import ALL, LARGE, SMALL, arrays, geometry, options, parameters
 
-FORWARD = ("im2col", "tensordot", "depthwise")
-BACKWARD_DATA = ("col2im", "dilated", "scatter", "depthwise")
-BACKWARD_FILTER = ("im2col", "tensordot", "depthwise")
+FORWARD = ("im2col", "rows", "tensordot", "depthwise")
+BACKWARD_DATA = ("col2im", "dilated", "phases", "scatter")
+BACKWARD_FILTER = ("im2col", "rows", "tensordot", "depthwise")
 DTYPES = ("float32", "float64")
 LONG_DOUBLE_IS_LONGER = numpy.finfo(numpy.longdouble).nmant > numpy.finfo(numpy.float64).nmant
 

@@ -11,7 +11,7 @@ from gpucnn.errors import ArgumentError, DtypeError, ShapeError
 from gpucnn.ops import cpu
 from gpucnn_kernels.problem import Conv2dProblem, ProblemError
 from tests.oracles import convolution as oracle
-from tests.problems import SMALL, arrays, geometry, options
+from tests.problems import ALL, SMALL, arrays, geometry, options
 
 X, WEIGHT, DY = numpy.zeros((2, 3, 6, 6)), numpy.zeros((4, 3, 3, 3)), numpy.zeros((2, 4, 4, 4))
 
@@ -20,19 +20,17 @@ X, WEIGHT, DY = numpy.zeros((2, 3, 6, 6)), numpy.zeros((4, 3, 3, 3)), numpy.zero
 
 
 def test_an_unknown_algorithm_is_told_the_names() -> None:
-    with pytest.raises(ArgumentError, match=r"unknown algorithm 'fft'.*im2col, tensordot, depthwise"):
+    with pytest.raises(ArgumentError, match=r"unknown algorithm 'fft'.*im2col, rows, tensordot, depthwise"):
         cpu.conv2d_forward(X, WEIGHT, algorithm="fft")
-    with pytest.raises(ArgumentError, match=r"unknown algorithm 'im2col'.*col2im, dilated, scatter"):
+    with pytest.raises(ArgumentError, match=r"unknown algorithm 'im2col'.*col2im, dilated, phases, scatter"):
         cpu.conv2d_backward_data(DY, WEIGHT, input_size=(6, 6), algorithm="im2col")
-    with pytest.raises(ArgumentError, match=r"unknown algorithm ''.*im2col, tensordot"):
+    with pytest.raises(ArgumentError, match=r"unknown algorithm ''.*im2col, rows, tensordot"):
         cpu.conv2d_backward_filter(DY, X, kernel_size=3, algorithm="")
 
 
 def test_an_algorithm_that_cannot_do_the_problem_says_so() -> None:
     with pytest.raises(ArgumentError, match=r"as many groups as input channels, got groups=1 for 3.*im2col"):
         cpu.conv2d_forward(X, WEIGHT, algorithm="depthwise")
-    with pytest.raises(ArgumentError, match=r"as many groups as input channels.*scatter"):
-        cpu.conv2d_backward_data(DY, WEIGHT, input_size=6, algorithm="depthwise")
     with pytest.raises(ArgumentError, match=r"as many groups as input channels.*tensordot"):
         cpu.conv2d_backward_filter(DY, X, kernel_size=3, algorithm="depthwise")
 
@@ -50,10 +48,19 @@ def test_auto_stands_for_one_of_the_names(direction: str) -> None:
         assert cpu.conv2d_choose(direction, problem, "float32") in cpu.conv2d_algorithms(direction)
 
 
-def test_depthwise_problems_are_done_depthwise() -> None:
-    for direction in ("forward", "backward_data", "backward_filter"):
-        assert cpu.conv2d_choose(direction, SMALL["depthwise-s2"], "float32") == "depthwise"
-        assert cpu.conv2d_choose(direction, SMALL["groups-2"], "float32") != "depthwise"
+def test_the_table_of_choices() -> None:
+    def choices(name: str) -> list[str]:
+        directions = ("forward", "backward_data", "backward_filter")
+        return [cpu.conv2d_choose(direction, ALL[name], "float32") for direction in directions]
+
+    assert choices("mobilenet-depthwise") == ["depthwise", "phases", "depthwise"]
+    assert choices("depthwise-s2") == ["depthwise", "phases", "depthwise"]
+    assert choices("bottleneck") == ["im2col", "col2im", "im2col"]
+    assert choices("resnet-shortcut") == ["im2col", "col2im", "im2col"]
+    assert choices("resnet-stem") == ["im2col", "col2im", "im2col"]
+    assert choices("lenet-1") == ["im2col", "phases", "im2col"]
+    assert choices("resnet-block") == ["rows", "phases", "rows"]
+    assert choices("resnet-down") == ["im2col", "phases", "im2col"]
 
 
 # ---------------------------------------------------------------- arrays that do not fit

@@ -20,9 +20,9 @@ from gpucnn.ops import cpu
 from gpucnn.ops.cpu.conv2d_data import dilate_and_pad, rotated
 from gpucnn_kernels.problem import Conv2dProblem
 
-FORWARD = ["im2col", "tensordot"]
-BACKWARD_DATA = ["col2im", "dilated", "scatter"]
-BACKWARD_FILTER = ["im2col", "tensordot"]
+FORWARD = ["im2col", "rows", "tensordot"]
+BACKWARD_DATA = ["col2im", "dilated", "phases", "scatter"]
+BACKWARD_FILTER = ["im2col", "rows", "tensordot"]
 
 
 # ---------------------------------------------------------------- part 5: 5x5, two channels, k3, s2

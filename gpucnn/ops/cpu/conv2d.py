@@ -13,7 +13,7 @@ import numpy
 from numpy.typing import DTypeLike, NDArray
 
 from gpucnn.errors import ArgumentError, ShapeError
-from gpucnn.ops.cpu import conv2d_data, conv2d_depthwise, conv2d_im2col, conv2d_positions
+from gpucnn.ops.cpu import conv2d_data, conv2d_depthwise, conv2d_im2col, conv2d_positions, conv2d_rows
 from gpucnn.ops.cpu.checks import require_dimensions, require_floating, require_shape
 from gpucnn.ops.cpu.memory import calculation_dtype, result_array
 from gpucnn_kernels.problem import Conv2dProblem, IntOrPair, Padding, pair
@@ -27,17 +27,19 @@ Backward = Callable[
 
 _FORWARD: dict[str, Forward] = {
     "im2col": conv2d_im2col.forward,
+    "rows": conv2d_rows.forward,
     "tensordot": conv2d_positions.forward,
     "depthwise": conv2d_depthwise.forward,
 }
 _BACKWARD_DATA: dict[str, Backward] = {
     "col2im": conv2d_data.col2im,
     "dilated": conv2d_data.dilated,
+    "phases": conv2d_data.phases,
     "scatter": conv2d_positions.backward_data,
-    "depthwise": conv2d_depthwise.backward_data,
 }
 _BACKWARD_FILTER: dict[str, Backward] = {
     "im2col": conv2d_im2col.backward_filter,
+    "rows": conv2d_rows.backward_filter,
     "tensordot": conv2d_positions.backward_filter,
     "depthwise": conv2d_depthwise.backward_filter,
 }
@@ -62,21 +64,34 @@ def conv2d_algorithms(direction: str) -> tuple[str, ...]:
 
 
 def conv2d_choose(direction: str, problem: Conv2dProblem, dtype: DTypeLike) -> str:
-    """The name that "auto" stands for, for this Conv2dProblem and dtype; both precisions choose alike.
+    """The name that "auto" stands for, for this Conv2dProblem and dtype; all dtypes choose alike.
 
-    ================  ==========================================  =================
-    direction         problem                                     algorithm
-    ================  ==========================================  =================
-    any               one input channel a group                   depthwise
-    forward           any other                                   im2col
-    backward_data     any other                                   col2im
-    backward_filter   any other                                   im2col
-    ================  ==========================================  =================
+    The first line that fits, where depth is input channels a group times kernel columns:
+
+    =================  ===========================================  ==========
+    direction          problem                                      algorithm
+    =================  ===========================================  ==========
+    backward_data      1x1 kernel                                   col2im
+    backward_data      stride > 1, 1 group of < 16 channels         col2im
+    backward_data      any other                                    phases
+    forward, _filter   one channel a group, more than one group     depthwise
+    forward, _filter   1x1 kernel                                   im2col
+    forward, _filter   depth < 24, or < 96 and stride > 1           im2col
+    forward, _filter   any other                                    rows
+    =================  ===========================================  ==========
     """
     conv2d_algorithms(direction)
+    pointwise = problem.R == problem.S == 1
+    strided = problem.stride != (1, 1)
+    channels = problem.C // problem.groups
+    if direction == "backward_data":
+        few = strided and problem.groups == 1 and channels < 16
+        return "col2im" if pointwise or few else "phases"
     if conv2d_depthwise.is_depthwise(problem) and problem.groups > 1:
         return "depthwise"
-    return "col2im" if direction == "backward_data" else "im2col"
+    if pointwise or channels * problem.S < (96 if strided else 24):
+        return "im2col"
+    return "rows"
 
 
 def _resolve(direction: str, algorithm: str, problem: Conv2dProblem, dtype: DTypeLike) -> str:

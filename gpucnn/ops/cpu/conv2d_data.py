@@ -4,6 +4,8 @@
 
 "dilated": dy with stride - 1 zeros between its elements, padded by k - p - 1 (k dilated), convolved at stride 1
 with the kernel rotated by 180 degrees and its input and output channels exchanged.
+
+"phases": the same sum without the zeros, as stride_h * stride_w dense convolutions. At stride 1 it is "dilated".
 """
 
 from __future__ import annotations
@@ -13,8 +15,9 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from gpucnn.ops.cpu import conv2d_im2col
-from gpucnn.ops.cpu.conv2d_im2col import SMALL_FLOPS, is_pointwise
+from gpucnn.ops.cpu import conv2d_depthwise, conv2d_im2col, conv2d_rows
+from gpucnn.ops.cpu.conv2d_blocks import SMALL_FLOPS
+from gpucnn.ops.cpu.conv2d_im2col import is_pointwise
 from gpucnn.ops.cpu.im2col import Overlaps, positions
 from gpucnn.ops.cpu.threads import parallel_for, scratch
 from gpucnn_kernels.problem import Conv2dProblem
@@ -74,12 +77,11 @@ def dilate_and_pad(dy: NDArray[Any], problem: Conv2dProblem) -> NDArray[Any]:
 def dilated(problem: Conv2dProblem, dy: NDArray[Any], weight: NDArray[Any], out: NDArray[Any]) -> None:
     """Dx (N, C, H, W) into ``out``: dilate and pad dy, rotate the kernel, convolve at stride 1."""
     spread = dilate_and_pad(dy, problem)
-    convolution = Conv2dProblem(
-        *(problem.N, problem.K, spread.shape[2], spread.shape[3], problem.C, problem.R, problem.S),
-        dilation=problem.dilation,
-        groups=problem.groups,
+    turned = rotated(weight, problem.groups)
+    convolution = Conv2dProblem.from_shapes(
+        spread.shape, turned.shape, dilation=problem.dilation, groups=problem.groups
     )
-    conv2d_im2col.forward(convolution, spread, rotated(weight, problem.groups), None, out)
+    conv2d_im2col.forward(convolution, spread, turned, None, out)
 
 
 def _place(count: int, step: int, start: int, size: int) -> tuple[slice, slice]:
@@ -90,3 +92,63 @@ def _place(count: int, step: int, start: int, size: int) -> tuple[slice, slice]:
     first = max(0, -(start // step)) if start < 0 else 0
     last = min(count, (size - 1 - start) // step + 1)
     return slice(first, last), slice(start + first * step, start + (last - 1) * step + 1, step)
+
+
+def phases(problem: Conv2dProblem, dy: NDArray[Any], weight: NDArray[Any], out: NDArray[Any]) -> None:
+    """Dx (N, C, H, W) into ``out``: per remainder modulo the stride, a stride-1 convolution of dy itself.
+
+    Input row h meets output row p through kernel row r where h + top = p * stride + r * dilation. So input rows
+    whose h + top leaves the same remainder share the kernel rows whose r * dilation leaves that remainder, and
+    step through dy one row at a time.
+    """
+    depthwise = problem.groups == problem.C == problem.K
+    convolve = conv2d_depthwise.forward if depthwise else conv2d_rows.forward
+    turned = rotated(weight, problem.groups)
+    vertical = [_Phase(problem, 0, remainder) for remainder in range(problem.stride[0])]
+    horizontal = [_Phase(problem, 1, remainder) for remainder in range(problem.stride[1])]
+    for row in vertical:
+        for column in horizontal:
+            target = out[:, :, row.inputs, column.inputs]
+            if not target.size:
+                continue
+            if row.empty or column.empty:
+                target[...] = 0
+                continue
+            part = numpy.ascontiguousarray(turned[:, :, row.kernel, column.kernel])
+            source = dy[:, :, row.outputs, column.outputs]
+            convolution = Conv2dProblem.from_shapes(
+                source.shape,
+                part.shape,
+                padding=(*row.padding, *column.padding),
+                dilation=(row.dilation, column.dilation),
+                groups=problem.groups,
+            )
+            convolve(convolution, source, part, None, target)
+
+
+class _Phase:
+    """Along one axis: the input places with one remainder, and the convolution of dy that gives their gradient."""
+
+    def __init__(self, problem: Conv2dProblem, axis: int, remainder: int) -> None:
+        stride, dilation = problem.stride[axis], problem.dilation[axis]
+        before = problem.padding[2 * axis]
+        size, length = ((problem.H, problem.P), (problem.W, problem.Q))[axis]
+        kernel = (problem.R, problem.S)[axis]
+        # Padded place = remainder + stride * i; i runs from the first that is inside the image.
+        first = max(0, -((remainder - before) // stride))
+        start = remainder + stride * first - before
+        self.inputs = slice(start, None, stride)
+        count = len(range(start, size, stride))
+        taps = [r for r in range(kernel) if r * dilation % stride == remainder]
+        self.empty = not taps
+        if self.empty:
+            return
+        # Tap r meets output place i - r * dilation // stride; turned around, from the last tap to the first.
+        step = taps[1] - taps[0] if len(taps) > 1 else 1
+        self.kernel = slice(kernel - 1 - taps[-1], kernel - taps[0], step)
+        self.dilation = step * dilation // stride if len(taps) > 1 else 1
+        begin = first - taps[-1] * dilation // stride
+        end = first + count - taps[0] * dilation // stride
+        self.outputs = slice(min(max(begin, 0), length), min(max(end, 0), length))
+        self.padding = max(-begin, 0), max(end - length, 0)
+        self.empty = self.outputs.start >= self.outputs.stop

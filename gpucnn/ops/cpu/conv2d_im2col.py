@@ -10,60 +10,24 @@ block at a time, a few output rows of one image or a few small images, and multi
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 from typing import Any
 
 import numpy
 from numpy.typing import NDArray
 
+from gpucnn.ops.cpu.conv2d_blocks import SMALL_FLOPS, Block, blocks, runs
 from gpucnn.ops.cpu.im2col import padded, windows_of
 from gpucnn.ops.cpu.threads import parallel_for, scratch
 from gpucnn_kernels.problem import Conv2dProblem
 
-SMALL_FLOPS = 1 << 21  # a problem below this is done before another thread would have woken up
-
-_BLOCK_BYTES = 768 << 10  # of columns: together with the GEMM's own copies they fit a 1 to 2 MiB cache
-_BLOCK_PIXELS = 256  # columns that a GEMM should have to run near its full rate
+_BYTES = 768 << 10  # of a block's columns and products: with the GEMM's own copies they fit a 1 to 2 MiB cache
+_PIXELS = 256  # columns that a GEMM should have to run near its full rate
 _FILTER_PIXELS = 512  # the same for the filter gradient, where they are what is summed over
-_PARTIAL_BYTES = 64 << 20  # memory for all partial filter gradients
-_PARTIAL_COUNT = 8
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
-    """Part of the work: images ``first`` to ``last`` and output rows ``top`` to ``bottom``, ends exclusive."""
-
-    first: int
-    last: int
-    top: int
-    bottom: int
-
-    @property
-    def images(self) -> slice:
-        return slice(self.first, self.last)
-
-    @property
-    def rows(self) -> tuple[int, int]:
-        return self.top, self.bottom
-
-
-def blocks(problem: Conv2dProblem, itemsize: int, pixels: int, first: int, last: int) -> list[Block]:
-    """Images ``first`` to ``last`` cut into blocks whose columns fit the cache.
-
-    A block is some rows of one image or, where images have fewer than ``pixels`` outputs, several whole images.
-    """
-    row_bytes = problem.C * problem.R * problem.S * problem.Q * itemsize
-    area = problem.P * problem.Q
-    if area < pixels:
-        count = max(1, min(-(-pixels // area), last - first))
-        return [Block(n, min(n + count, last), 0, problem.P) for n in range(first, last, count)]
-    rows = min(max(_BLOCK_BYTES // row_bytes, -(-pixels // problem.Q), 1), problem.P)
-    rows = -(-problem.P // -(-problem.P // rows))  # of equal height
-    return [
-        Block(n, n + 1, top, min(top + rows, problem.P))
-        for n in range(first, last)
-        for top in range(0, problem.P, rows)
-    ]
+def _work(problem: Conv2dProblem, itemsize: int, pixels: int, first: int, last: int) -> list[Block]:
+    row_bytes = (problem.C * problem.R * problem.S + problem.K) * problem.Q * itemsize
+    return blocks(problem, row_bytes, _BYTES, pixels, first, last)
 
 
 def is_pointwise(problem: Conv2dProblem) -> bool:
@@ -90,7 +54,7 @@ def forward(
     g, k = problem.groups, problem.K // problem.groups
     area = problem.P * problem.Q
     matrix = weight.reshape(g, k, -1)
-    work = blocks(problem, x.itemsize, _BLOCK_PIXELS, 0, problem.N)
+    work = _work(problem, x.itemsize, _PIXELS, 0, problem.N)
 
     def multiply(task: int) -> None:
         block = work[task]
@@ -115,17 +79,17 @@ def forward(
 
 
 def backward_filter(problem: Conv2dProblem, dy: NDArray[Any], x: NDArray[Any], out: NDArray[Any]) -> None:
-    """Dw (K, C / G, R, S) into ``out``: partial sums over runs of images, then added in their order."""
+    """Dw (K, C / G, R, S) into ``out``: partial sums over runs of blocks, then added in their order."""
     g, k = problem.groups, problem.K // problem.groups
     depth = problem.C // g * problem.R * problem.S
-    count = max(1, min(problem.N, _PARTIAL_COUNT, _PARTIAL_BYTES // max(out.nbytes, 1)))
-    bounds = [problem.N * i // count for i in range(count + 1)]
-    partial = numpy.empty((count, g, k, depth), out.dtype)
+    work = _work(problem, x.itemsize, _FILTER_PIXELS, 0, problem.N)
+    parts = runs(len(work), out.nbytes)
+    partial = numpy.empty((len(parts), g, k, depth), out.dtype)
 
     def sum_run(task: int) -> None:
-        total = partial[task]
-        total[...] = 0
-        for block in blocks(problem, x.itemsize, _FILTER_PIXELS, bounds[task], bounds[task + 1]):
+        total = target = partial[task]
+        for number in parts[task]:
+            block = work[number]
             columns = columns_of(x, problem, block)
             part = dy[block.images, :, block.top : block.bottom]
             if part.shape[0] == 1:
@@ -133,12 +97,14 @@ def backward_filter(problem: Conv2dProblem, dy: NDArray[Any], x: NDArray[Any], o
             else:
                 gradient = scratch("gradient", (g, k, columns.shape[2]), dy.dtype)
                 gradient.reshape(problem.K, part.shape[0], *part.shape[2:])[...] = part.transpose(1, 0, 2, 3)
-            product = scratch("product", (g, k, depth), out.dtype)
-            numpy.matmul(gradient, columns.transpose(0, 2, 1), out=product)
-            total += product
+            numpy.matmul(gradient, columns.transpose(0, 2, 1), out=target)
+            if target is not total:
+                total += target
+            else:
+                target = scratch("product", total.shape, out.dtype)
 
-    parallel_for(count, sum_run, small=problem.flops < SMALL_FLOPS)
+    parallel_for(len(parts), sum_run, small=problem.flops < SMALL_FLOPS)
     result = out.reshape(g, k, depth)
     result[...] = partial[0]
-    for total in itertools.islice(partial, 1, None):
-        result += total
+    for other in itertools.islice(partial, 1, None):
+        result += other

@@ -18,7 +18,7 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from gpucnn.ops.cpu.conv2d_im2col import SMALL_FLOPS
+from gpucnn.ops.cpu.conv2d_blocks import SMALL_FLOPS
 from gpucnn.ops.cpu.im2col import Overlaps, padded, positions
 from gpucnn.ops.cpu.threads import parallel_for, scratch
 from gpucnn_kernels.problem import Conv2dProblem

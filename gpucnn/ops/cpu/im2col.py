@@ -161,6 +161,14 @@ def positions(problem: Conv2dProblem, r: int, s: int, rows: tuple[int, int] | No
     )
 
 
+def inside(start: int, step: int, count: int, size: int) -> tuple[slice, slice]:
+    """Of places start, start + step, ... (``count`` of them): which lie in 0 .. size - 1, and these places."""
+    first = min(max(-(start // step), 0), count)
+    last = max(min((size - 1 - start) // step + 1, count), first)
+    begin = start + first * step
+    return slice(first, last), slice(begin, begin + (last - first) * step, step)
+
+
 class Overlaps:
     """Images (..., H, W) that windows are added up into; what falls on padding is dropped at the end.
 
