@@ -1,4 +1,4 @@
-"""Bounds by comparison: our error against float64 may be at most twice that of a plain computation of equal dtype."""
+"""Bounds by comparison: our error against float64 may be at most twice that of a plain computation."""
 
 import numpy
 

@@ -1,4 +1,4 @@
-"""Every backend has every operation of the contract, with the same parameters, kinds and defaults, and no other."""
+"""Every backend has each operation of the contract, with equal parameters, kinds and defaults, and no other."""
 
 import importlib
 import inspect

@@ -127,6 +127,18 @@ def test_large_means_and_extreme_spreads(mean, spread):
         assert max_error(result, reference) <= 1e-5 * (float(abs(reference).max()) + 1e-30)
 
 
+@pytest.mark.parametrize("outlier", [1e2, 1e6])
+def test_images_that_mislead_the_first_estimate_of_the_mean(outlier):
+    # Every eighth image, those that the estimate looks at, is far from the others.
+    x, weight, bias, _ = inputs((64, 2, 3, 3), "float32", 8)
+    x[::8] += numpy.float32(outlier)
+    expected = oracle.batch_norm(x, weight, bias, EPSILON)
+    plain = plain_batch_norm(x, weight, bias)
+    results = cpu.batch_norm_forward(x, weight, bias)
+    for result, wanted, simple in zip(results, expected, plain, strict=True):
+        assert max_error(result, wanted) <= error_bound(simple, wanted)
+
+
 def test_constant_channels():
     x = numpy.full((4, 2, 3, 3), 123456.78, numpy.float32)
     y, mean, inverse_std = cpu.batch_norm_forward(x)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from gpucnn.errors import DtypeError, ShapeError
 from gpucnn.ops import cpu
+from gpucnn.ops.cpu import blocks
 from gpucnn_kernels import ProblemError
 from tests.accuracy import awkward, channels_last, error_bound, max_error
 from tests.oracles import pooling as oracle
@@ -275,6 +276,23 @@ def test_channels_last_stays_channels_last():
     y, argmax = cpu.max_pool2d_forward(x, kernel_size=2)
     assert y.transpose(0, 2, 3, 1).flags.c_contiguous
     assert argmax.transpose(0, 2, 3, 1).flags.c_contiguous
+
+
+@pytest.mark.parametrize("plane_bytes", [1, 600, 2000])
+@pytest.mark.parametrize("case", [c for c in UNDILATED if c.name == "many images"], ids=lambda case: case.name)
+def test_images_and_channels_in_blocks(monkeypatch, case, plane_bytes):
+    monkeypatch.setattr(blocks, "PLANE_BYTES", plane_bytes)
+    x = numbers(case.shape, 17)
+    expected, expected_argmax = oracle_max_pool(x, case)
+    y, argmax = max_pool(x, case)
+    numpy.testing.assert_array_equal(y, expected)
+    numpy.testing.assert_array_equal(argmax, expected_argmax)
+    options = (case.kernel, case.stride, case.padding)
+    dx = cpu.max_pool2d_backward(y, argmax, input_size=case.shape[2:], **case.options)
+    assert max_error(dx, oracle.max_pool_backward(y, argmax, case.shape, *options)) <= 1e-14
+    assert max_error(cpu.avg_pool2d_forward(x, **case.options), oracle.avg_pool(x, *options)) <= 1e-14
+    dx = cpu.avg_pool2d_backward(y, input_size=case.shape[2:], **case.options)
+    assert max_error(dx, oracle.avg_pool_backward(y, case.shape, *options)) <= 1e-14
 
 
 @pytest.mark.parametrize(("kernel", "stride", "padding"), [(2, 2, 0), (3, 2, 1)])

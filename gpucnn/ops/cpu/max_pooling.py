@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from gpucnn.errors import DtypeError
 from gpucnn.ops.cpu.blocks import SMALL, image_blocks
 from gpucnn.ops.cpu.checks import require_floating, require_shape
-from gpucnn.ops.cpu.memory import FloatArray, calculation_dtype, result_array
+from gpucnn.ops.cpu.memory import FloatArray, calculation_dtype, is_channels_last, result_array
+from gpucnn.ops.cpu.phases import Phases, add_by_phases, max_of_phases
 from gpucnn.ops.cpu.selection import keep
 from gpucnn.ops.cpu.threads import parallel_for
 from gpucnn.ops.cpu.windows import Reach, first_inside, rows_and_columns
@@ -53,6 +54,8 @@ def max_pool2d_forward(
         [problem.S * r for r in first_inside(rows, problem.P)], first_inside(columns, problem.Q)
     ).astype(argmax.dtype)
     blocks = image_blocks(x.shape, x.itemsize)
+    channels_last = is_channels_last(x) and is_channels_last(y)  # slices are then long rows of channels
+    phases = Phases(problem)
 
     def scan(best: FloatArray, place: NDArray[Any], image: FloatArray, with_nan: bool) -> None:
         best[...] = -numpy.inf
@@ -72,8 +75,11 @@ def max_pool2d_forward(
     def task(number: int) -> None:
         images, channels = blocks[number]
         best, place, image = y[images, channels], argmax[images, channels], x[images, channels]
-        scan(best, place, image, False)
-        if numpy.isnan(best).any():
+        if channels_last:
+            scan(best, place, image, False)
+        else:
+            max_of_phases(phases, image, best, place)
+        if not best.min(initial=numpy.inf) > -numpy.inf:  # a NaN, or a window with nothing above minus infinity
             scan(best, place, image, True)
 
     parallel_for(len(blocks), task, small=x.size < SMALL)
@@ -119,13 +125,22 @@ def max_pool2d_backward(
     blocks = image_blocks(problem.input_shape, dy.itemsize)
     wide = calculation_dtype(dy.dtype)
     overlapping = _overlap(rows, problem.H) or _overlap(columns, problem.W)
+    phases = Phases(problem) if overlapping and not is_channels_last(dy) else None
     tiling = not overlapping and problem.P * problem.R == problem.H and problem.Q * problem.S == problem.W
 
     def task(number: int) -> None:
         block = blocks[number]
         place, gradient = argmax[block], dy[block].astype(wide, copy=False)
-        share = numpy.empty(place.shape, wide)
         total = dx[block] if wide == dx.dtype else numpy.empty(dx[block].shape, wide)
+        if phases is not None:
+            add_by_phases(phases, gradient, place, total)
+        else:
+            add_slices(total, gradient, place)
+        if total.dtype != dx.dtype:
+            dx[block] = total
+
+    def add_slices(total: FloatArray, gradient: FloatArray, place: NDArray[Any]) -> None:
+        share = numpy.empty(place.shape, wide)
         if not tiling:
             total[...] = 0
         for r, row in enumerate(rows):
@@ -137,8 +152,6 @@ def max_pool2d_backward(
                     pixels += share[windows]
                 else:
                     pixels[...] = share[windows]
-        if total.dtype != dx.dtype:
-            dx[block] = total
 
     parallel_for(len(blocks), task, small=dx.size < SMALL)
     return dx
