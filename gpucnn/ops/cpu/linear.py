@@ -5,18 +5,40 @@ from __future__ import annotations
 import numpy
 
 from gpucnn.errors import ShapeError
+from gpucnn.ops.cpu.blocks import ranges
 from gpucnn.ops.cpu.checks import require_dimensions, require_floating, require_shape
 from gpucnn.ops.cpu.memory import FloatArray, calculation_dtype, result_array
+from gpucnn.ops.cpu.threads import parallel_for
+
+_PART_FLOPS = 1 << 22  # what one task multiplies: below it, waking another thread costs more than it saves
 
 
 def _product(a: FloatArray, b: FloatArray, out: FloatArray | None) -> FloatArray:
+    """A @ b, in parts of rows or columns spread over our own threads.
+
+    BLAS's threads are not used: they wait for more work by spinning for tens of milliseconds, in which they take
+    the core from whatever comes next. And the parts depend on the shapes alone, so the sums do too.
+    """
     wide = calculation_dtype(a.dtype)
     result = result_array(out, (a.shape[0], b.shape[1]), a.dtype)
-    with numpy.errstate(all="ignore"):
-        if wide == a.dtype:
-            numpy.matmul(a, b, out=result)
+    left, right = a.astype(wide, copy=False), b.astype(wide, copy=False)
+    rows, columns = result.shape
+    flops = 2 * rows * columns * a.shape[1]
+    longer = max(rows, columns)
+    step = max(64, -(-longer * _PART_FLOPS // max(flops, 1)))
+    parts = ranges(longer, step)
+
+    def multiply(task: int) -> None:
+        part = parts[task]
+        x, y, target = (
+            (left[part], right, result[part]) if rows >= columns else (left, right[:, part], result[:, part])
+        )
+        if wide == result.dtype:
+            numpy.matmul(x, y, out=target)
         else:
-            result[...] = a.astype(wide) @ b.astype(wide)
+            target[...] = x @ y
+
+    parallel_for(len(parts), multiply, small=flops < 2 * _PART_FLOPS)
     return result
 
 
