@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import runpy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -297,6 +299,14 @@ def test_a_closed_output_ends_quietly(monkeypatch: pytest.MonkeyPatch, tmp_path:
     with (tmp_path / "output").open("w") as output:
         monkeypatch.setattr(gpucnn.cli.sys, "stdout", output)
         assert main(["info"]) == 1
+
+
+def test_the_module_is_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpucnn", "tarin"])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module("gpucnn", run_name="__main__")
+    assert caught.value.code == 2
+    assert "unknown command 'tarin'" in capsys.readouterr().err
 
 
 def test_the_process_ends_with_the_status(tmp_path: Path) -> None:

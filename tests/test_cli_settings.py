@@ -119,6 +119,7 @@ def test_none_switches_off_what_a_file_switched_on(tmp_path: Path) -> None:
         ("data", 5, "expected a text, got 5"),
         ("class-weights", "1,x", "'balanced', or one number a class with commas between them, or none, got '1,x'"),
         ("class-weights", 4, "'balanced', or one number a class"),
+        ("class-weights", "-1,2", "'balanced', or one number a class"),
         ("model-option", "width", "expected KEY=VALUE, got 'width'"),
         ("model-option", [3], "expected KEY=VALUE, got [3]"),
     ],

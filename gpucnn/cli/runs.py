@@ -54,13 +54,11 @@ def folder_for(settings: Settings) -> RunFolder:
     if settings["data"] == FOLDER and settings["data-dir"]:
         data = Path(settings["data-dir"]).resolve().name
     name = f"{data}-{settings['model']}"
-    last = None
-    for number in itertools.count(1):
-        folder = RunFolder(RUNS / (name if number == 1 else f"{name}-{number}"))
-        if not folder.path.exists():
-            return last if last is not None and resume is not None else folder
-        last = folder
-    raise AssertionError("itertools.count ends never")
+    folders = (RunFolder(RUNS / (name if number == 1 else f"{name}-{number}")) for number in itertools.count(1))
+    taken = list(itertools.takewhile(lambda folder: folder.path.exists(), folders))
+    if taken and resume is not None:
+        return taken[-1]
+    return RunFolder(RUNS / (f"{name}-{len(taken) + 1}" if taken else name))
 
 
 def of_the_run(settings: Settings, run: RunFolder) -> Settings:
