@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from gpucnn.cli.options import OPTIONS, Option
 from gpucnn.cli.recipes import PAIRS, RECIPES
@@ -60,15 +61,21 @@ def recipes() -> str:
     """The defaults of train that depend on the data set."""
     named = {f"`{data}`": recipe for data, recipe in RECIPES.items()}
     named |= {f"`{data}` with `{model}`": recipe for (data, model), recipe in PAIRS.items()}
-    rows = "\n".join(
-        f"| {name} | {', '.join(f'`--{option} {value}`' for option, value in recipe.items())} |"
-        for name, recipe in named.items()
-    )
+    rows = "\n".join(f"| {name} | {', '.join(flags(recipe))} |" for name, recipe in named.items())
     return (
         "## What train does where nothing is said\n\n"
         "The data set is `digits`; a path takes what stands for `folder`.\n\n"
         f"| Data set | Defaults |\n|---|---|\n{rows}\n"
     )
+
+
+def flags(recipe: dict[str, Any]) -> list[str]:
+    """The flags that say the same as a recipe."""
+    written = []
+    for option, value in recipe.items():
+        values = [f"{key}={entry}" for key, entry in value.items()] if isinstance(value, dict) else [value]
+        written += [f"`--{option} {entry}`" for entry in values]
+    return written
 
 
 def row(option: Option) -> str:
