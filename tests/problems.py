@@ -93,6 +93,7 @@ LARGE: dict[str, Conv2dProblem] = {
     "resnext-block": _problem((2, 32, 15, 15), 32, (3, 3), padding=1, groups=4),
     "dilated-block": _problem((2, 8, 33, 31), 12, (3, 3), padding=4, dilation=4),
     "one-tall-image": _problem((1, 8, 301, 12), 8, (3, 3), padding=1),
+    "many-images": _problem((10, 8, 36, 36), 8, (3, 3), padding=1),
     "wide-rows": _problem((1, 2, 6, 900), 4, (3, 3), padding=1),
 }
 

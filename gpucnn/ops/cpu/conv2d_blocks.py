@@ -13,6 +13,7 @@ SMALL_FLOPS = 1 << 21  # a problem below this is done before another thread woul
 
 _PARTIAL_BYTES = 64 << 20  # memory for all partial filter gradients of an operation
 _PARTIAL_COUNT = 8
+_LEAST_PIXELS = 256  # outputs in a block, as far as there are images
 _TASKS = 4  # that there should be at least, as far as there are images
 
 
@@ -36,24 +37,23 @@ class Block:
         return self.top, self.bottom
 
 
-def blocks(
-    problem: Conv2dProblem, row_bytes: int, block_bytes: int, pixels: int, first: int, last: int
-) -> list[Block]:
-    """Images ``first`` to ``last`` cut into blocks of about ``block_bytes``, at ``row_bytes`` an output row.
+def blocks(problem: Conv2dProblem, row_bytes: int, block_bytes: int, pixels: int) -> list[Block]:
+    """The whole problem cut into blocks of about ``block_bytes``, at ``row_bytes`` an output row.
 
-    A block is some rows of one image or, where images have fewer than ``pixels`` outputs, several whole images: a
-    matrix product should be that wide even if the block is then larger, for its left factor is packed anew each
-    time.
+    A block is some rows of one image or, where images are small, as many whole ones as give ``pixels`` outputs. A
+    matrix product should have some hundred columns even if the block is then larger than asked for, because its
+    left factor is packed anew each time.
     """
-    area = problem.P * problem.Q
-    if area < pixels:
-        count = min(-(-pixels // area), max(1, (last - first) // _TASKS))
-        return [Block(n, min(n + count, last), 0, problem.P) for n in range(first, last, count)]
-    rows = min(max(block_bytes // row_bytes, -(-pixels // problem.Q), 1), problem.P)
+    area, image_bytes = problem.P * problem.Q, row_bytes * problem.P
+    if area < _LEAST_PIXELS or 2 * image_bytes <= block_bytes:
+        count = max(min(pixels // area, block_bytes // image_bytes), -(-_LEAST_PIXELS // area))
+        count = min(count, max(1, problem.N // _TASKS))
+        return [Block(n, min(n + count, problem.N), 0, problem.P) for n in range(0, problem.N, count)]
+    rows = min(max(block_bytes // row_bytes, -(-_LEAST_PIXELS // problem.Q)), problem.P)
     rows = -(-problem.P // -(-problem.P // rows))  # of equal height
     return [
         Block(n, n + 1, top, min(top + rows, problem.P))
-        for n in range(first, last)
+        for n in range(problem.N)
         for top in range(0, problem.P, rows)
     ]
 

@@ -20,14 +20,14 @@ from gpucnn.ops.cpu.im2col import padded, windows_of
 from gpucnn.ops.cpu.threads import parallel_for, scratch
 from gpucnn_kernels.problem import Conv2dProblem
 
-_BYTES = 768 << 10  # of a block's columns and products: with the GEMM's own copies they fit a 1 to 2 MiB cache
-_PIXELS = 256  # columns that a GEMM should have to run near its full rate
-_FILTER_PIXELS = 512  # the same for the filter gradient, where they are what is summed over
+# By measurement, on 1 to 2 MiB of second-level cache: larger blocks have fewer calls, smaller ones stay nearer.
+_BYTES = 2 << 20  # of a block's columns and products
+_PIXELS = 2048  # columns of a GEMM, where images are small
 
 
-def _work(problem: Conv2dProblem, itemsize: int, pixels: int, first: int, last: int) -> list[Block]:
+def _work(problem: Conv2dProblem, itemsize: int) -> list[Block]:
     row_bytes = (problem.C * problem.R * problem.S + problem.K) * problem.Q * itemsize
-    return blocks(problem, row_bytes, _BYTES, pixels, first, last)
+    return blocks(problem, row_bytes, _BYTES, _PIXELS)
 
 
 def is_pointwise(problem: Conv2dProblem) -> bool:
@@ -54,7 +54,7 @@ def forward(
     g, k = problem.groups, problem.K // problem.groups
     area = problem.P * problem.Q
     matrix = weight.reshape(g, k, -1)
-    work = _work(problem, x.itemsize, _PIXELS, 0, problem.N)
+    work = _work(problem, x.itemsize)
 
     def multiply(task: int) -> None:
         block = work[task]
@@ -82,7 +82,7 @@ def backward_filter(problem: Conv2dProblem, dy: NDArray[Any], x: NDArray[Any], o
     """Dw (K, C / G, R, S) into ``out``: partial sums over runs of blocks, then added in their order."""
     g, k = problem.groups, problem.K // problem.groups
     depth = problem.C // g * problem.R * problem.S
-    work = _work(problem, x.itemsize, _FILTER_PIXELS, 0, problem.N)
+    work = _work(problem, x.itemsize)
     parts = runs(len(work), out.nbytes)
     partial = numpy.empty((len(parts), g, k, depth), out.dtype)
 

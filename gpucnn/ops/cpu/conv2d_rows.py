@@ -28,9 +28,8 @@ from gpucnn.ops.cpu.im2col import inside
 from gpucnn.ops.cpu.threads import parallel_for, scratch
 from gpucnn_kernels.problem import Conv2dProblem
 
-_BYTES = 1536 << 10  # of strips in a block: they may leave the second-level cache but not the third
-_PIXELS = 1280  # that a product should be wide
-_FILTER_PIXELS = 1280
+_BYTES = 3 << 20  # of strips in a block: they may leave the second-level cache but not the third
+_PIXELS = 1536  # columns of a product, where images are small
 
 
 class _Strips:
@@ -77,9 +76,9 @@ class _Strips:
         return self._stacks[remainder][:, :, down * width : (down + self.rows) * width]
 
 
-def _work(problem: Conv2dProblem, itemsize: int, pixels: int, first: int, last: int) -> list[Block]:
+def _work(problem: Conv2dProblem, itemsize: int) -> list[Block]:
     row_bytes = problem.C * problem.S * problem.Q * problem.stride[0] * itemsize
-    return blocks(problem, row_bytes, _BYTES, pixels, first, last)
+    return blocks(problem, row_bytes, _BYTES, _PIXELS)
 
 
 def forward(
@@ -90,7 +89,7 @@ def forward(
     by_row = weight.reshape(g, k, problem.C // g, problem.R, problem.S).transpose(3, 0, 1, 2, 4)
     matrices = numpy.ascontiguousarray(by_row).reshape(problem.R, g, k, -1)
     offsets = None if bias is None else bias.reshape(g, k, 1)
-    work = _work(problem, x.itemsize, _PIXELS, 0, problem.N)
+    work = _work(problem, x.itemsize)
 
     def multiply(task: int) -> None:
         block = work[task]
@@ -117,7 +116,7 @@ def backward_filter(problem: Conv2dProblem, dy: NDArray[Any], x: NDArray[Any], o
     """Dw (K, C / G, R, S) into ``out``: partial sums over runs of blocks, then added in their order."""
     g, k = problem.groups, problem.K // problem.groups
     depth = problem.C // g * problem.S
-    work = _work(problem, x.itemsize, _FILTER_PIXELS, 0, problem.N)
+    work = _work(problem, x.itemsize)
     parts = runs(len(work), out.nbytes)
     partial = numpy.empty((len(parts), problem.R, g, k, depth), out.dtype)
 
