@@ -59,7 +59,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 PAIRS: dict[tuple[str, str], dict[str, Any]] = {
     ("fashion-mnist", "vgg-small"): {
-        "epochs": 10,
+        "epochs": 8,
         "lr": 4e-3,
         "weight-decay": 0.02,
         "augment": "flip,shift=2",
