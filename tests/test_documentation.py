@@ -28,7 +28,7 @@ def environment() -> dict[str, str]:
 
 def test_the_example_in_the_readme_learns(tmp_path: Path) -> None:
     (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len([line for line in example.splitlines() if line.strip()]) <= 12
+    assert len([line for line in example.splitlines() if line.strip()]) <= 10
     (tmp_path / "example.py").write_text(example, encoding="utf-8")
     answer = subprocess.run(
         [sys.executable, "-W", "error", "example.py"],
