@@ -325,7 +325,7 @@ def test_sequential_is_a_list_of_layers():
     empty.skip_input_gradient()
     with pytest.raises(DtypeError, match="Sequential takes layers, got int for '0'"):
         layers.Sequential(3)
-    with pytest.raises(ArgumentError, match="'a.b' cannot be the name"):
+    with pytest.raises(ArgumentError, match=r"'a\.b' cannot be the name"):
         layers.Sequential({"a.b": layers.ReLU()})
     with pytest.raises(ArgumentError, match="'forward' cannot be the name"):
         layers.Sequential({"forward": layers.ReLU()})
@@ -442,7 +442,8 @@ def test_representations_show_what_matters():
     )
     for part in (
         "(0): Conv2d(4, 8, kernel_size=(3, 3), stride=(1, 1), padding=1, dilation=(2, 2), groups=2, bias=False)",
-        "ConvTranspose2d(4, 2, kernel_size=(3, 3), stride=(2, 2), padding=(1, 1), output_padding=(1, 1), bias=False",
+        "ConvTranspose2d(4, 2, kernel_size=(3, 3), stride=(2, 2), padding=(1, 1), output_padding=(1, 1), "
+        "bias=False)",
         "ConvTranspose2d(4, 2, kernel_size=(3, 3), stride=(1, 1))",
         "MaxPool2d(kernel_size=(3, 3), stride=(2, 2), padding=(1, 1), ceil_mode=True)",
         "AvgPool2d(kernel_size=(2, 2), stride=(2, 2), count_include_pad=False)",

@@ -21,7 +21,6 @@ from gpucnn.models.model import Model
 from gpucnn.names import look_up
 from gpucnn.ops import Array
 
-
 STEMS = ("small", "strided")
 
 
@@ -40,8 +39,8 @@ class VGGSmall(Model):
     ``2 ** stages`` on.
 
     For photographs a stem comes first, as residual networks have it: a 5x5 convolution of stride 2 to ``width``
-    channels (batch norm, ReLU) and a max-pool by 2, so that the stages, now from ``2 * width`` channels on, work on
-    a sixteenth of the pixels.
+    channels (batch norm, ReLU) and a max-pool by 2, so that the stages, now from ``2 * width`` channels on, work
+    on a sixteenth of the pixels.
 
     Args:
         num_classes: width of the output.

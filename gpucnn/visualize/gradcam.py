@@ -67,7 +67,7 @@ def grad_cam(
     weights = gradient.mean(axis=(2, 3))[0]
     heat = numpy.maximum(numpy.tensordot(weights, outputs[target][0], axes=1), 0)
     enlarged = enlarge(heat, inputs.shape[2:])
-    peak = float(enlarged.max())
+    peak = float(numpy.max(enlarged))
     return (enlarged / peak if peak > 0 else enlarged).astype(numpy.float32)
 
 

@@ -32,7 +32,7 @@ def _reduced(terms: NDArray[Any], reduction: str, divisor: float, dtype: Any) ->
 def _check_labels(labels: NDArray[Any], classes: int) -> None:
     outside = (labels < 0) | (labels >= classes)
     if outside.any():
-        position = int(outside.argmax())
+        position = int(numpy.argmax(outside))
         raise ArgumentError(
             f"label {int(labels[position])} at position {position} is out of range: with {classes} classes, "
             f"labels are 0 .. {classes - 1}; check the data set and the model's num_classes"

@@ -91,7 +91,7 @@ def _overlap(places: list[Reach], size: int) -> bool:
     readers = numpy.zeros(size, numpy.int64)
     for place in places:
         readers[place.pixels] += 1
-    return int(readers.max(initial=0)) > 1
+    return int(numpy.max(readers, initial=0)) > 1
 
 
 def max_pool2d_backward(

@@ -52,8 +52,8 @@ def _row_sums(images: FloatArray) -> NDArray[numpy.float64]:
     rows = images.reshape(len(images), -1)
     whole = rows.shape[1] // _PIECE * _PIECE
     pieces = rows[:, :whole].reshape(rows.shape[0], -1, _PIECE)
-    sums: NDArray[numpy.float64] = numpy.add.reduce(pieces, axis=2).sum(axis=1, dtype=numpy.float64)
-    sums += numpy.add.reduce(rows[:, whole:], axis=1)
+    sums: NDArray[numpy.float64] = pieces.sum(axis=2).sum(axis=1, dtype=numpy.float64)
+    sums += rows[:, whole:].sum(axis=1)
     return sums
 
 
@@ -79,7 +79,7 @@ def _has_planes(images: FloatArray, dtype: Any) -> bool:
 def _sums(images: FloatArray) -> NDArray[numpy.float64]:
     """Sums a channel of (C, N, H, W), whose images are contiguous: of each image first, then in float64."""
     c, n, h, w = images.shape
-    sums: NDArray[numpy.float64] = numpy.add.reduce(images.reshape(c, n, h * w), axis=2).sum(1, numpy.float64)
+    sums: NDArray[numpy.float64] = images.reshape(c, n, h * w).sum(axis=2).sum(1, numpy.float64)
     return sums
 
 
