@@ -286,7 +286,8 @@ def test_large_images_go_one_by_one():
 
 def test_preprocessing_survives_a_dictionary():
     preprocessing = Preprocessing((4, 5), (0.1, 0.2), (0.3, 0.4))
-    assert preprocessing.to_dict() == {"image_size": [4, 5], "mean": [0.1, 0.2], "std": [0.3, 0.4]}
+    fields = {"image_size": [4, 5], "mean": [0.1, 0.2], "std": [0.3, 0.4], "dtype": "float32"}
+    assert preprocessing.to_dict() == fields
     assert Preprocessing(**preprocessing.to_dict()) == preprocessing
     assert hash(Preprocessing(**preprocessing.to_dict())) == hash(preprocessing)
 

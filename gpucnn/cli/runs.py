@@ -12,8 +12,6 @@ from typing import Any
 import numpy
 
 import gpucnn
-from gpucnn import models
-from gpucnn.cli.precision import make_preprocessing
 from gpucnn.cli.recipes import FOLDER, RECIPES
 from gpucnn.cli.settings import Settings
 from gpucnn.data import Dataset, DataSplits, Preprocessing, Subset, load
@@ -21,7 +19,7 @@ from gpucnn.data.folder import ImageFolder
 from gpucnn.device import Device, choose_device
 from gpucnn.errors import ArgumentError, CheckpointError, DataError
 from gpucnn.models import Model
-from gpucnn.models.saved import read_model_checkpoint
+from gpucnn.models.saved import model_of, read_model_checkpoint
 from gpucnn.training import Checkpoint, RunFolder
 
 RUNS = Path("runs")
@@ -152,23 +150,13 @@ def load_trained(path: str) -> TrainedModel:
             f"the checkpoint in {source} does not say how to build its model or to prepare its images; load it in "
             "Python: model.load_state_dict(gpucnn.training.read_checkpoint(path).model)"
         )
-    try:
-        model = models.create(**checkpoint.architecture)
-    except (ArgumentError, TypeError) as error:
-        raise CheckpointError(f"the checkpoint in {source} is of a model that gpucnn has not: {error}") from error
-    state = checkpoint.evaluation_state
-    floats = [array.dtype for array in state.values() if array.dtype.kind == "f"]
-    dtype = numpy.result_type(numpy.float32, *floats)
-    model.to(dtype=dtype)
-    try:
-        model.load_state_dict(state)
-    except CheckpointError as error:
-        raise CheckpointError(f"the checkpoint in {source} is of another model: {error}") from error
+    model = model_of(checkpoint, source)
     model.eval()
+    assert model.preprocessing is not None, "the checkpoint has it"
     return TrainedModel(
         source=source,
         model=model,
-        preprocessing=make_preprocessing(dtype, checkpoint.data["preprocessing"]),
+        preprocessing=model.preprocessing,
         classes=checkpoint.classes,
         checkpoint=checkpoint,
         settings=(stored_settings(run) if run.config_path.exists() else None) or {},

@@ -7,7 +7,7 @@ from typing import Any
 
 import gpucnn
 from gpucnn import models
-from gpucnn.cli.precision import Float64Preprocessing, choose_dtype
+from gpucnn.cli.precision import choose_dtype
 from gpucnn.cli.recipes import RECIPES, with_recipe
 from gpucnn.cli.report import describe_data, describe_model, note
 from gpucnn.cli.results import CurvesCallback, finish
@@ -96,8 +96,7 @@ def _make_model(settings: Settings, splits: DataSplits) -> Model:
 def _make_trainer(settings: Settings, splits: DataSplits, model: Model, folder: RunFolder) -> Trainer:
     shape = model.input_shape
     assert shape is not None, "models of the registry know their input"
-    kind = Float64Preprocessing if settings["precision"] == "float64" else Preprocessing
-    preprocessing = kind.for_dataset(splits.train, shape[1:])
+    preprocessing = Preprocessing.for_dataset(splits.train, shape[1:], settings["precision"])
     augmentation = parse_augmentation(settings["augment"], (shape[1], shape[2], shape[0]))
     options = TrainingOptions(
         epochs=settings["epochs"],

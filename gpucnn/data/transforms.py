@@ -29,13 +29,18 @@ class Preprocessing:
         image_size: (height, width) that the model takes.
         mean: one number a channel, in units where 255 is 1.
         std: one number a channel, in the same units.
+        dtype: "float32" or "float64": that of the inputs, which must be that of the model. Both hold the same
+            numbers, which are worked out in float32.
     """
 
     image_size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "float64"):
+            raise ArgumentError(f"dtype must be 'float32' or 'float64', got {self.dtype!r}")
         for name in ("image_size", "mean", "std"):  # lists, as JSON gives them, are welcome
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if len(self.image_size) != 2 or not all(isinstance(side, int) and side > 0 for side in self.image_size):
@@ -47,13 +52,15 @@ class Preprocessing:
 
     def to_dict(self) -> dict[str, Any]:
         """What ``Preprocessing(**...)`` makes this again from; JSON can hold it."""
-        return {name: list(value) for name, value in asdict(self).items()}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
-    def for_dataset(cls, dataset: Dataset, image_size: tuple[int, int] | None = None) -> Preprocessing:
+    def for_dataset(
+        cls, dataset: Dataset, image_size: tuple[int, int] | None = None, dtype: str = "float32"
+    ) -> Preprocessing:
         """Normalization by ``dataset``'s own mean and standard deviation; its image size unless one is given."""
         mean, std = channel_statistics(dataset)
-        return cls(image_size or dataset.image_shape[:2], mean, std)
+        return cls(image_size or dataset.image_shape[:2], mean, std, dtype)
 
     def apply(
         self,
@@ -63,7 +70,7 @@ class Preprocessing:
         seed: int = 0,
         epoch: int = 0,
         indices: ArrayLike | None = None,
-    ) -> NDArray[numpy.float32]:
+    ) -> NDArray[Any]:
         """The model's input for ``images``.
 
         Args:
@@ -74,7 +81,7 @@ class Preprocessing:
             indices: the images' numbers in their data set; 0, 1, ... without it.
 
         Returns:
-            float32 (count, channels, *image_size), contiguous.
+            (count, channels, *image_size) of ``dtype``, contiguous.
 
         Where the images have another aspect ratio than ``image_size``, the largest box in the middle that has it
         is used. Raises DtypeError or ShapeError for other arrays, ArgumentError where augmentation does not fit.
@@ -105,7 +112,7 @@ class Preprocessing:
                 planar = self._change_geometry(images[part], augmentation, drawn)
                 self._change_colour_and_normalize(planar, augmentation, drawn, out[part])
                 _cut_out(out[part], augmentation.cutout, drawn)
-        return out
+        return out.astype(self.dtype, copy=False)
 
     def _resized(self, images: NDArray[numpy.uint8]) -> NDArray[Any]:
         source = (images.shape[1], images.shape[2])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy
+
 from gpucnn import initializers
-from gpucnn.errors import CheckpointError
+from gpucnn.errors import ArgumentError, CheckpointError
 from gpucnn.models.model import Model
-from gpucnn.models.registry import available, create
+from gpucnn.models.registry import create
 from gpucnn.training import Checkpoint, RunFolder, read_checkpoint
 
 
@@ -17,16 +19,30 @@ def load(path: str | Path) -> Model:
     Raises CheckpointError where the file is missing, damaged, or of a model that the registry does not have: build
     such a network yourself and call its ``load``.
     """
-    checkpoint = read_model_checkpoint(path)
-    architecture = checkpoint.architecture or {}
-    if architecture.get("name") not in available():
+    return model_of(read_model_checkpoint(path), path)
+
+
+def model_of(checkpoint: Checkpoint, path: str | Path) -> Model:
+    """The model that ``checkpoint``, read from ``path``, holds: structure, weights, classes, preprocessing.
+
+    Raises CheckpointError where the registry cannot build it or the weights do not fit it.
+    """
+    architecture = checkpoint.architecture or {"name": None}
+    try:
+        with initializers.skipped():
+            model = create(**architecture)
+    except (ArgumentError, TypeError) as error:
         raise CheckpointError(
-            f"{path} is a checkpoint of '{architecture.get('name')}', which is not in the registry "
-            f"({', '.join(available())}); build the network yourself and call its load(path)"
-        )
-    with initializers.skipped():
-        model = create(**architecture)
-    model.load_state_dict(checkpoint.evaluation_state)
+            f"the checkpoint in {path} is of a model that gpucnn has not: {error}; if the network is your own, "
+            "build it and call its load(path)"
+        ) from error
+    state = checkpoint.evaluation_state
+    floats = [array.dtype for array in state.values() if array.dtype.kind == "f"]
+    model.to(dtype=numpy.result_type(numpy.float32, *floats))
+    try:
+        model.load_state_dict(state)
+    except CheckpointError as error:
+        raise CheckpointError(f"the checkpoint in {path} is of another model: {error}") from error
     model.adopt(checkpoint.data)
     return model
 
