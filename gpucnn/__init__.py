@@ -1,6 +1,7 @@
 """Convolutional networks on NVIDIA GPUs in kernels you can read, and the same program on NumPy.
 
-``import gpucnn`` loads NumPy and nothing else; data, models, training and visualize load on first use.
+Each part loads on first use (PEP 562), so ``import gpucnn`` costs next to nothing; layers and operations load
+NumPy and nothing else.
 """
 
 from __future__ import annotations
@@ -8,22 +9,37 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from gpucnn import errors, initializers, layers, losses, ops, random
-from gpucnn.random import manual_seed
-
 if TYPE_CHECKING:
-    from gpucnn import data, gradient_check, metrics, models, optimizers, schedules, training, visualize
+    from gpucnn import (
+        data,
+        device,
+        errors,
+        gradient_check,
+        initializers,
+        layers,
+        losses,
+        metrics,
+        models,
+        ops,
+        optimizers,
+        parameters,
+        random,
+        schedules,
+        training,
+        visualize,
+    )
     from gpucnn.models.model import Model, Sequential
+    from gpucnn.random import manual_seed
 
 __version__ = "0.1.0"
 
-_MODULES = ("data", "gradient_check", "metrics", "models", "optimizers", "schedules", "training", "visualize")
-_FROM_MODELS = ("Model", "Sequential")
+_ORIGINS = {"Model": "gpucnn.models.model", "Sequential": "gpucnn.models.model", "manual_seed": "gpucnn.random"}
 
 __all__ = [
     "Model",
     "Sequential",
     "data",
+    "device",
     "errors",
     "gradient_check",
     "initializers",
@@ -34,6 +50,7 @@ __all__ = [
     "models",
     "ops",
     "optimizers",
+    "parameters",
     "random",
     "schedules",
     "training",
@@ -42,10 +59,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
+    if name in _ORIGINS:
+        return getattr(import_module(_ORIGINS[name]), name)
+    if name in __all__:
         return import_module(f"gpucnn.{name}")
-    if name in _FROM_MODELS:
-        return getattr(import_module("gpucnn.models.model"), name)
     raise AttributeError(f"module 'gpucnn' has no attribute '{name}'")
 
 

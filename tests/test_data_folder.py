@@ -228,13 +228,14 @@ def test_threads_share_a_folder(pets):
             if (dataset.images(order) != expected[order]).any():
                 wrong.append(seed)
 
+    before = set(threading.enumerate())
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert wrong == []
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("gpucnn")]
+    assert set(threading.enumerate()) <= before, "threads that decode end with their work"
 
 
 def test_one_processor_decodes_without_threads(pets, monkeypatch):
