@@ -65,6 +65,10 @@ class Parameter:
             raise DtypeError(f"parameter '{self.path}' takes real numbers, got dtype {array.dtype}")
         self.data[...] = array
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        """The values, so that numpy.asarray(parameter) and numpy.allclose take a parameter."""
+        return numpy.array(self.data, dtype=dtype, copy=copy)
+
     def __repr__(self) -> str:
         return f"Parameter({self.path or 'unnamed'}, shape={self.shape}, dtype={self.dtype})"
 

@@ -462,3 +462,42 @@ def test_representations_show_what_matters():
         "Sequential()",
     ):
         assert part in text, part
+
+
+def test_a_parameter_cannot_be_replaced_by_an_array():
+    layer = layers.Linear(3, 3)
+    with pytest.raises(DtypeError, match=r"'weight' of Linear is a parameter and cannot become ndarray"):
+        layer.weight = numpy.ones((3, 3))
+    layer.weight = Parameter(numpy.ones((3, 3), numpy.float32))
+    assert numpy.asarray(layer.weight).tolist() == [[1, 1, 1]] * 3
+    assert numpy.allclose(layer.weight, 1)
+    assert numpy.array(layer.weight, numpy.float64).dtype == numpy.float64
+
+
+def test_load_state_dict_wants_a_mapping():
+    for state in (None, "weights.pt"):
+        with pytest.raises(DtypeError, match="takes a mapping of names to arrays"):
+            small_network().load_state_dict(state)
+
+
+def test_one_layer_cannot_stand_in_two_places():
+    relu = layers.ReLU()
+    with pytest.raises(ArgumentError, match="the same ReLU object stands twice"):
+        layers.Sequential(layers.Tanh(), relu, relu)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_branch_must_not_overwrite_the_input_of_the_others(inside):
+    branch = layers.ReLU(inplace=True)
+    if inside:
+        branch = layers.Sequential(layers.Sequential(branch), layers.Conv2d(2, 2, 1))
+    with pytest.raises(ArgumentError, match="a branch begins with ReLU"):
+        layers.Residual(branch)
+    with pytest.raises(ArgumentError, match="a branch begins with ReLU"):
+        layers.Concatenate(layers.Conv2d(2, 2, 1), branch)
+    layers.Residual(layers.Sequential(layers.Conv2d(2, 2, 1), layers.ReLU(inplace=True)))
+
+
+def test_a_sequential_has_no_slices():
+    with pytest.raises(DtypeError, match="indexed by a number or a name"):
+        small_network().features[:2]

@@ -159,3 +159,49 @@ def test_bad_input_is_named(trained):
         trained.predict(images[:0])
     with pytest.raises(ArgumentError, match="fliq"):
         network().fit((images, labels), augmentation="fliq")
+
+
+def test_numpy_numbers_are_numbers(tmp_path):
+    images, labels = stripes(40)
+    model = gpucnn.models.create("vgg-small", num_classes=labels.max() + 1, image_size=numpy.int64(8), width=2)
+    assert json.dumps(model.architecture)
+    options = {"epochs": numpy.int64(1), "lr": numpy.float32(0.01), "output": tmp_path / "run"}
+    model.fit((images, labels), verbose=False, **options)
+        (images, labels), epochs=numpy.int64(1), lr=numpy.float32(0.01), verbose=False, output=tmp_path / "run"
+    )
+    model.save(tmp_path / "model.safetensors")
+    assert gpucnn.models.load(tmp_path / "model.safetensors").architecture == model.architecture
+
+
+@pytest.mark.parametrize("ready", [False, True])
+def test_float64_models_are_fitted(ready):
+    images, labels = stripes(60)
+    inputs = images[:, None] / 128.0 - 1 if ready else images
+    model = network().to(dtype=numpy.float64)
+    model.fit((inputs, labels), epochs=1, batch_size=20, verbose=False)
+    assert model.predict(inputs).dtype == numpy.float64
+    assert model.state_dict()["0.weight"].dtype == numpy.float64
+
+
+def test_a_class_may_have_no_image():
+    images, _ = stripes(30)
+    model = gpucnn.models.create("vgg-small", num_classes=5, image_size=8, width=2)
+    model.fit((images, numpy.arange(30) % 3), epochs=1, verbose=False)
+    result = model.evaluate((images, numpy.arange(30) % 3))
+    assert result.confusion.shape == (5, 5)
+
+
+def test_misspelt_options_are_named():
+    with pytest.raises(ArgumentError, match="did you mean 'batch_size'"):
+        network().fit(stripes(20), batchsize=3)
+
+
+def test_a_callback_can_predict():
+    seen = []
+
+    class Look(gpucnn.training.Callback):
+        def on_epoch_end(self, trainer, record):
+            seen.append(trainer.model.predict(stripes(3)[0]).shape)
+
+    network().fit(stripes(40), epochs=1, verbose=False, callbacks=[Look()])
+    assert seen == [(3, 2)]

@@ -39,6 +39,11 @@ class Sequential(Layer):
     def _add(self, name: str, layer: Layer) -> None:
         if not isinstance(layer, Layer):
             raise DtypeError(f"Sequential takes layers, got {type(layer).__name__} for '{name}'")
+        if any(other is layer for other in self):
+            raise ArgumentError(
+                f"the same {type(layer).__name__} object stands twice in a Sequential; a layer keeps what its "
+                f"backward needs, so each place needs one of its own: write {type(layer).__name__}(...) again"
+            )
         if not name or "." in name or (hasattr(self, name) and name not in dict(self.children())):
             raise ArgumentError(f"'{name}' cannot be the name of a layer: it is taken or contains a dot")
         setattr(self, name, layer)
@@ -56,6 +61,8 @@ class Sequential(Layer):
 
     def __getitem__(self, index: int | str) -> Layer:
         named = dict(self.children())
+        if not isinstance(index, (int, str)):
+            raise DtypeError(f"a Sequential is indexed by a number or a name, got {index!r}")
         return named[index] if isinstance(index, str) else list(named.values())[index]
 
     def forward(self, x: Array) -> Array:
@@ -90,6 +97,7 @@ class Residual(Layer):
     """
 
     def __init__(self, body: Layer, shortcut: Layer | None = None, activation: Layer | None = None) -> None:
+        _check_reads_only(body, shortcut)
         self.body, self.shortcut, self.activation = body, shortcut, activation
 
     def forward(self, x: Array) -> Array:
@@ -125,6 +133,7 @@ class Concatenate(Layer):
     def __init__(self, *branches: Layer) -> None:
         if not branches:
             raise ArgumentError("Concatenate needs at least one branch")
+        _check_reads_only(*branches)
         for index, branch in enumerate(branches):
             setattr(self, str(index), branch)
 
@@ -151,6 +160,19 @@ class Concatenate(Layer):
 
     def __repr__(self) -> str:
         return f"Concatenate({_indented(self)})"
+
+
+def _check_reads_only(*branches: Layer | None) -> None:
+    """Raise ArgumentError where a branch would overwrite the input that it shares with the others."""
+    for branch in branches:
+        first = branch
+        while isinstance(first, Sequential) and len(first):
+            first = first[0]
+        if getattr(first, "inplace", False):
+            raise ArgumentError(
+                f"a branch begins with {first}, which overwrites the input that the other branches read; leave "
+                "inplace=True away there"
+            )
 
 
 def _indented(layer: Layer) -> str:

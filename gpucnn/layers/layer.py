@@ -38,6 +38,11 @@ class Layer:
     _saved: Any = None
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(vars(self).get(name), Parameter) and not (value is None or isinstance(value, Parameter)):
+            raise DtypeError(
+                f"'{name}' of {type(self).__name__} is a parameter and cannot become {type(value).__name__}; set "
+                f"its values with layer.{name}.data[...] = ..., or give a Parameter"
+            )
         object.__setattr__(self, name, value)
         if isinstance(value, Layer):
             value._set_path(f"{self.path}.{name}" if self.path else name)
@@ -83,7 +88,7 @@ class Layer:
         if saved is None:
             raise StateError(
                 f"layer '{self.path}' ({self}): backward needs a forward before it, in training mode (call "
-                "train() first); each forward serves one backward"
+                "train() first); each forward serves one backward, so a layer can stand in one place only"
             )
         self._saved = None
         return saved
@@ -204,6 +209,11 @@ class Layer:
         Raises CheckpointError that lists every missing key, every one left over (both only with ``strict``)
         and every one of another shape. Nothing is changed unless all is well.
         """
+        if not isinstance(state, Mapping):
+            raise DtypeError(
+                f"load_state_dict takes a mapping of names to arrays, got {type(state).__name__}; a file is read "
+                "by gpucnn.models.load or gpucnn.training.read_tensors"
+            )
         targets: dict[str, Any] = {}
         for path, layer in self.named_layers():
             for name, parameter in layer._own_parameters():

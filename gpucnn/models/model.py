@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,8 +53,15 @@ class Model(Layer):
         options: Mapping[str, Any] | None = None,
     ) -> None:
         self.name = name or type(self).__name__
-        self.input_shape, self.num_classes = input_shape, num_classes
-        self.options = dict(options or {})
+        # Plain Python numbers, whatever came: they go into JSON.
+        self.input_shape = None
+        if input_shape is not None:
+            channels, height, width = (operator.index(size) for size in input_shape)
+            self.input_shape = channels, height, width
+        self.num_classes = None if num_classes is None else operator.index(num_classes)
+        self.options = {
+            key: value.item() if hasattr(value, "item") else value for key, value in (options or {}).items()
+        }
 
     @property
     def architecture(self) -> dict[str, Any]:
@@ -68,6 +76,14 @@ class Model(Layer):
             "image_size": size,
             **self.options,
         }
+
+    def _dtype(self) -> Any:
+        """The dtype that this model computes in."""
+        return next((parameter.dtype for parameter in self.parameters()), numpy.dtype(numpy.float32))
+
+    def _class_names(self) -> Sequence[str]:
+        """The names of the classes; numbers where there are no names yet, so that a class may have no image."""
+        return self.classes or [str(number) for number in range(self.num_classes or 0)]
 
     # ------------------------------------------------------------ training
 
@@ -114,11 +130,11 @@ class Model(Layer):
         if isinstance(train, DataSplits):
             validation = train.validation if validation is None else validation
             train = train.train
-        train_set = as_dataset(train, self.classes)
+        train_set = as_dataset(train, self._class_names())
         validation_set = None if validation is None else as_dataset(validation, train_set.classes)
         if preprocessing is None and not train_set.preprocessed:
             size = None if self.input_shape is None else self.input_shape[1:]
-            preprocessing = Preprocessing.for_dataset(train_set, size)
+            preprocessing = Preprocessing.for_dataset(train_set, size, str(self._dtype()))
         if isinstance(augmentation, str):
             augmentation = parse_augmentation(augmentation, train_set.image_shape)
         if resume and output is None:
@@ -127,16 +143,16 @@ class Model(Layer):
             self,
             train_set,
             validation_set,
-            options=TrainingOptions(epochs=epochs, batch_size=batch_size, **options),
+            options=TrainingOptions.from_dict({"epochs": epochs, "batch_size": batch_size, **options}),
             preprocessing=preprocessing,
             augmentation=augmentation,
             run=None if output is None else RunFolder(output),
             callbacks=callbacks,
             progress=make_progress(quiet=not verbose),
         )
-        history = trainer.fit(resume=resume)
+        # Before the training, so that a callback, or a run that was interrupted, can predict.
         self.preprocessing, self.classes = preprocessing, list(train_set.classes)
-        return history
+        return trainer.fit(resume=resume)
 
     def evaluate(self, data: Data, *, batch_size: int = 64) -> EvaluationResult:
         """Loss, accuracy and confusion matrix on labelled images, given as to :meth:`fit`."""
@@ -145,7 +161,7 @@ class Model(Layer):
 
         if isinstance(data, DataSplits):
             data = data.test or data.validation or data.train
-        return evaluate(self, as_dataset(data, self.classes), self.preprocessing, batch_size)
+        return evaluate(self, as_dataset(data, self._class_names()), self.preprocessing, batch_size)
 
     def predict(self, images: Any, *, batch_size: int = 64) -> NDArray[numpy.floating[Any]]:
         """Class probabilities (N, classes).
@@ -181,7 +197,7 @@ class Model(Layer):
                 batch = inputs[start : start + batch_size]
                 if self.preprocessing is not None and batch.dtype == numpy.uint8:
                     batch = self.preprocessing.apply(batch)
-                logits = self(batch)
+                logits = self(batch.astype(self._dtype(), copy=False))
                 probabilities.append(backend_of(logits).softmax_forward(logits, axis=1))
         return numpy.concatenate(probabilities)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -155,7 +156,8 @@ def create(
         if option not in info.options:
             raise ArgumentError(unknown(f"option of the model {name}", option, info.options))
         _check_type(option, value, info.options[option])
-    return make(num_classes, channels, size, **(info.options | options))
+    numbers = operator.index(num_classes), operator.index(channels), operator.index(size)
+    return make(*numbers, **(info.options | options))
 
 
 def _check_type(name: str, value: Any, default: Any) -> None:
