@@ -44,6 +44,9 @@ POOL_PROBLEMS = [
     PoolCase("even window, padded", (1, 2, 6, 6), (2, 2), (2, 2), (1, 1)),
     PoolCase("dilated", (1, 2, 9, 8), (3, 2), (1, 2), dilation=(2, 3)),
     PoolCase("dilated, padded, ceil", (2, 1, 8, 9), (3, 3), (2, 2), (1, 1), (2, 2), ceil_mode=True),
+    # Windows times places is the image's size here by chance: some pixels lie in no window.
+    PoolCase("gaps, padded, as many places as pixels", (1, 2, 4, 4), (2, 2), (3, 3), (1, 1)),
+    PoolCase("dilated, padded, as many places as pixels", (1, 2, 16, 16), (2, 2), (2, 2), (1, 1), (3, 3)),
     PoolCase("global", (3, 4, 5, 7), (5, 7), (5, 7)),
     PoolCase("one row", (2, 2, 1, 9), (1, 2), (1, 2)),
     PoolCase("more than 256 places", (1, 1, 18, 17), (17, 17), (1, 1)),

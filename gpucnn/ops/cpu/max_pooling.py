@@ -86,12 +86,12 @@ def max_pool2d_forward(
     return y, argmax
 
 
-def _overlap(places: list[Reach], size: int) -> bool:
-    """Whether two windows read the same row (or column) of the image."""
+def _readers(places: list[Reach], size: int) -> NDArray[numpy.int64]:
+    """How many windows read each row (or column) of the image."""
     readers = numpy.zeros(size, numpy.int64)
     for place in places:
         readers[place.pixels] += 1
-    return int(numpy.max(readers, initial=0)) > 1
+    return readers
 
 
 def max_pool2d_backward(
@@ -124,9 +124,11 @@ def max_pool2d_backward(
     rows, columns = rows_and_columns(problem)
     blocks = image_blocks(problem.input_shape, dy.itemsize)
     wide = calculation_dtype(dy.dtype)
-    overlapping = _overlap(rows, problem.H) or _overlap(columns, problem.W)
+    row_readers, column_readers = _readers(rows, problem.H), _readers(columns, problem.W)
+    overlapping = bool((row_readers > 1).any() or (column_readers > 1).any())
     phases = Phases(problem) if overlapping and not is_channels_last(dy) else None
-    tiling = not overlapping and problem.P * problem.R == problem.H and problem.Q * problem.S == problem.W
+    # Only where every pixel lies in exactly one window does the loop below write all of them.
+    tiling = bool((row_readers == 1).all() and (column_readers == 1).all())
 
     def task(number: int) -> None:
         block = blocks[number]
