@@ -71,6 +71,18 @@ def test_cross_entropy_gradient(reduction, kind, weighted, smoothing):
     assert max_error(out, gradient) <= 1e-15
 
 
+def test_cross_entropy_gradient_keeps_its_digits_in_single_precision():
+    logits = numpy.random.default_rng(4).uniform(-30, 0, (40, 5)).astype(numpy.float32)
+    labels = numpy.arange(40) % 5
+    _, probabilities = cpu.softmax_cross_entropy_forward(logits, labels)
+    gradient = cpu.softmax_cross_entropy_backward(probabilities, labels, reduction="sum")
+    for n, k in numpy.ndindex(*logits.shape):
+        # p_k = 1 / sum of exp(x_j - x_k), and for the label p_k - 1, which a single number near 1 may round.
+        rest = math.fsum(math.exp(float(logits[n, j]) - float(logits[n, k])) for j in range(5) if j != k)
+        expected, slack = (-rest / (1 + rest), 2.0**-22) if k == labels[n] else (1 / (1 + rest), 0.0)
+        assert abs(float(gradient[n, k]) - expected) <= 2e-6 * abs(expected) + slack
+
+
 def test_cross_entropy_gradient_of_the_unreduced_loss_is_that_of_the_sum():
     logits, targets, weight = classification("float32", "labels", True)
     _, probabilities = cpu.softmax_cross_entropy_forward(logits, targets, weight=weight, reduction="none")
@@ -242,6 +254,26 @@ def test_binary_cross_entropy_of_extreme_logits():
     numpy.testing.assert_array_equal(forward(logits, zeros, reduction="none"), [0, 0, 200, largest])
     numpy.testing.assert_array_equal(backward(logits, ones, reduction="sum"), [-1, -1, 0, 0])
     numpy.testing.assert_array_equal(backward(logits, zeros, reduction="none"), [0, 0, 1, 1])
+
+
+def test_binary_cross_entropy_keeps_its_digits_in_single_precision():
+    logits = numpy.linspace(-30, 30, 61, dtype=numpy.float32)
+    for target in (0.0, 0.25, 1.0):
+        for positive in (1.0, 2.5):
+            targets = numpy.full_like(logits, target)
+            options = {"positive_weight": numpy.full_like(logits, positive), "reduction": "none"}
+            loss = cpu.binary_cross_entropy_with_logits_forward(logits, targets, **options)
+            expected = oracle.binary_cross_entropy_with_logits(
+                logits, targets, None, options["positive_weight"], "none"
+            )
+            assert numpy.all(abs(loss - expected) <= 1e-6 * expected)
+            gradient = cpu.binary_cross_entropy_with_logits_backward(logits, targets, **options)
+            for x, value in zip(logits.tolist(), gradient.tolist(), strict=True):
+                towards_zero, towards_one = (
+                    (1 - target) / (1 + math.exp(-x)),
+                    positive * target / (1 + math.exp(x)),
+                )
+                assert abs(value - (towards_zero - towards_one)) <= 1e-6 * (towards_zero + towards_one)
 
 
 # ---------------------------------------------------------------- mean squared error

@@ -178,9 +178,10 @@ def binary_cross_entropy_with_logits_forward(
     w = _broadcast(weight, logits.shape, "weight")
     p = _broadcast(positive_weight, logits.shape, "positive_weight")
     with numpy.errstate(all="ignore"):
-        # -log s = log1p(exp(-|x|)) + max(-x, 0), and -log(1 - s) is x more.
-        minus_log = numpy.log1p(numpy.exp(-numpy.abs(x))) + numpy.maximum(-x, 0)
-        terms = ((1 - t) * x + (1 + (p - 1) * t) * minus_log) * w
+        # -log s and -log(1 - s) share log1p(exp(-|x|)). Each is a sum of positive numbers; one from the other,
+        # by adding x, would lose the digits of the smaller.
+        tail = numpy.log1p(numpy.exp(-numpy.abs(x)))
+        terms = (p * t * (tail + numpy.maximum(-x, 0)) + (1 - t) * (tail + numpy.maximum(x, 0))) * w
         return _reduced(terms, reduction, terms.size, logits.dtype)
 
 
@@ -201,8 +202,10 @@ def binary_cross_entropy_with_logits_backward(
     p = _broadcast(positive_weight, logits.shape, "positive_weight")
     result = result_array(out, logits.shape, logits.dtype)
     with numpy.errstate(all="ignore"):
-        gradient = (1 - t) - (1 + (p - 1) * t) / (1 + numpy.exp(x))
-        gradient = gradient * w
+        # sigmoid(x) and 1 - sigmoid(x) = sigmoid(-x), each with all its digits at either end; where exp overflows,
+        # the reciprocal is the right 0.
+        gate, rest = 1 / (1 + numpy.exp(-x)), 1 / (1 + numpy.exp(x))
+        gradient = ((1 - t) * gate - p * t * rest) * w
         if reduction == "mean":
             gradient = gradient / dtype.type(max(1, x.size))
         result[...] = gradient
