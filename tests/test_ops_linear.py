@@ -1,5 +1,7 @@
 """The fully connected layer against sums of products."""
 
+import itertools
+
 import numpy
 import pytest
 
@@ -48,6 +50,56 @@ def test_without_bias_and_into_out():
         out = awkward(numpy.zeros(shape, numpy.float32))
         assert call(out) is out
         assert max_error(out, call(None)) <= 1e-6
+
+
+# Large enough that the work is split into parts: of rows in some products, of columns in others.
+SPLIT_SIZES = list(itertools.permutations((40, 300, 512)))
+
+
+@pytest.mark.parametrize("sizes", SPLIT_SIZES, ids=str)
+def test_large_products_in_parts(monkeypatch, sizes):
+    x, weight, bias, dy = problem("float32", *sizes)
+    results = []
+    for threads in ("1", "3"):
+        monkeypatch.setenv("GPUCNN_NUM_THREADS", threads)
+        results.append(
+            (
+                cpu.linear_forward(x, weight, bias),
+                cpu.linear_backward_data(dy, weight),
+                cpu.linear_backward_weight(dy, x),
+            )
+        )
+    wide_x, wide_weight, wide_bias, wide_dy = (array.astype(numpy.float64) for array in (x, weight, bias, dy))
+    expected = (
+        numpy.einsum("ni,ki->nk", wide_x, wide_weight, optimize=True) + wide_bias,
+        numpy.einsum("nk,ki->ni", wide_dy, wide_weight, optimize=True),
+        numpy.einsum("nk,ni->ki", wide_dy, wide_x, optimize=True),
+    )
+    for one, three, reference in zip(*results, expected, strict=True):
+        assert one.tobytes() == three.tobytes()
+        assert max_error(one, reference) <= 2e-4
+
+
+@pytest.mark.parametrize("count", [200, 256, 300])
+def test_out_may_be_an_input(count):
+    # With as many features in as out, x and dy have the result's shape, and with as many rows the weight does.
+    x, weight, _, dy = problem("float64", count, 256, 256)
+    products = {
+        cpu.linear_forward: ((x, weight), numpy.einsum("ni,ki->nk", x, weight, optimize=True)),
+        cpu.linear_backward_data: ((dy, weight), numpy.einsum("nk,ki->ni", dy, weight, optimize=True)),
+        cpu.linear_backward_weight: ((dy, x), numpy.einsum("nk,ni->ki", dy, x, optimize=True)),
+    }
+    for operation, (factors, expected) in products.items():
+        for position, factor in enumerate(factors):
+            if factor.shape == expected.shape:
+                given = [array.copy() for array in factors]
+                assert operation(*given, out=given[position]) is given[position]
+                assert max_error(given[position], expected) <= 1e-11
+    # out one row further than x, and the bias in its last row
+    memory = numpy.zeros((count + 1, 256))
+    memory[:-1] = x
+    expected = products[cpu.linear_forward][1] + x[count - 1]
+    assert max_error(cpu.linear_forward(memory[:-1], weight, memory[-2], out=memory[1:]), expected) <= 1e-11
 
 
 def test_half_precision_is_summed_in_single():

@@ -21,6 +21,9 @@ def _product(a: FloatArray, b: FloatArray, out: FloatArray | None) -> FloatArray
     """
     wide = calculation_dtype(a.dtype)
     result = result_array(out, (a.shape[0], b.shape[1]), a.dtype)
+    # A part may not overwrite what a later one reads.
+    shared = out is not None and (numpy.may_share_memory(out, a) or numpy.may_share_memory(out, b))
+    product = numpy.empty(result.shape, result.dtype) if shared else result
     left, right = a.astype(wide, copy=False), b.astype(wide, copy=False)
     rows, columns = result.shape
     flops = 2 * rows * columns * a.shape[1]
@@ -31,7 +34,7 @@ def _product(a: FloatArray, b: FloatArray, out: FloatArray | None) -> FloatArray
     def multiply(task: int) -> None:
         part = parts[task]
         x, y, target = (
-            (left[part], right, result[part]) if rows >= columns else (left, right[:, part], result[:, part])
+            (left[part], right, product[part]) if rows >= columns else (left, right[:, part], product[:, part])
         )
         if wide == result.dtype:
             numpy.matmul(x, y, out=target)
@@ -39,6 +42,8 @@ def _product(a: FloatArray, b: FloatArray, out: FloatArray | None) -> FloatArray
             target[...] = x @ y
 
     parallel_for(len(parts), multiply, small=flops < 2 * _PART_FLOPS)
+    if shared:
+        result[...] = product
     return result
 
 
@@ -54,9 +59,12 @@ def linear_forward(
             f"the input has {x.shape[1]} features (shape {x.shape}) but the weight of shape {weight.shape} "
             f"expects {weight.shape[1]}"
         )
-    result = _product(x, weight.T, out)
     if bias is not None:
         require_shape(bias, weight.shape[:1], "the bias")
+        if out is not None and numpy.may_share_memory(out, bias):
+            bias = bias.copy()  # the product overwrites it before it is added
+    result = _product(x, weight.T, out)
+    if bias is not None:
         numpy.add(result, bias, out=result, casting="same_kind")
     return result
 
