@@ -158,6 +158,23 @@ def test_activations(name, layout):
     assert max_error(layer.backward(LAYOUTS[layout](dy)), expected) <= TOLERANCE
 
 
+@pytest.mark.parametrize("make", [layers.ReLU, layers.ReLU6])
+def test_infinite_gradients_vanish_where_the_value_was_clipped(make):
+    layer = make()
+    layer(numpy.array([[-1.0, 0.0, 3.0, 5.0]], numpy.float32))
+    dx = layer.backward(numpy.array([[numpy.inf, numpy.nan, -numpy.inf, 2.0]], numpy.float32))
+    assert dx.dtype == numpy.float32
+    assert dx.tolist() == [[0.0, 0.0, -numpy.inf, 2.0]]
+
+
+def test_infinite_gradients_vanish_above_six():
+    layer = layers.ReLU6()
+    layer(numpy.array([[6.0, 9.0, numpy.inf, 5.5]]))
+    assert layer.backward(numpy.array([[numpy.inf, -numpy.inf, numpy.nan, 1.0]])).tolist() == [
+        [0.0, 0.0, 0.0, 1.0]
+    ]
+
+
 @given(st.lists(st.floats(-50, 50), min_size=1, max_size=20))
 @settings(max_examples=50, deadline=None)
 def test_activations_of_any_numbers(values):

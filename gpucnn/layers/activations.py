@@ -47,7 +47,8 @@ class ReLU6(Layer):
         """dy where the output was strictly between 0 and 6."""
         (y,) = self._take_saved()
         check_gradient(dy, y.shape)
-        return dy * ((y > 0) & (y < 6))
+        # A choice, not a product with 0 and 1: an infinity in dy must vanish where y was clipped.
+        return backend_of(dy).relu_backward(dy, y * (y < 6))
 
     def extra_repr(self) -> str:
         """Whether in place."""
