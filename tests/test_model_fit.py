@@ -167,8 +167,6 @@ def test_numpy_numbers_are_numbers(tmp_path):
     assert json.dumps(model.architecture)
     options = {"epochs": numpy.int64(1), "lr": numpy.float32(0.01), "output": tmp_path / "run"}
     model.fit((images, labels), verbose=False, **options)
-        (images, labels), epochs=numpy.int64(1), lr=numpy.float32(0.01), verbose=False, output=tmp_path / "run"
-    )
     model.save(tmp_path / "model.safetensors")
     assert gpucnn.models.load(tmp_path / "model.safetensors").architecture == model.architecture
 
