@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -10,6 +9,7 @@ from typing import Any
 
 from gpucnn.cli.parser import parse
 from gpucnn.cli.settings import Settings, resolve
+from gpucnn.cli.streams import silence, write_error
 from gpucnn.errors import GpucnnError
 from gpucnn_kernels.problem import ProblemError
 
@@ -27,15 +27,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (GpucnnError, ProblemError) as error:
         return _fail(str(error))
     except BrokenPipeError:
-        # The interpreter flushes standard output as it ends: it must find a place that takes it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence(sys.stdout)
         return PIPE_CLOSED
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except MemoryError as error:
         return _fail(f"not enough memory ({error}); take a smaller --batch-size or --image-size")
     except KeyboardInterrupt as interruption:
-        print(f"\n{str(interruption) or 'interrupted'}", file=sys.stderr)
+        write_error(f"\n{str(interruption) or 'interrupted'}\n")
         return 128 + int(getattr(interruption, "signal_number", INTERRUPTED - 128))
 
 
@@ -44,12 +43,13 @@ def _run(argv: list[str]) -> int:
     settings = resolve(options, flags)
     run: Callable[[Settings, dict[str, Any]], int] = import_module(f"gpucnn.cli.{command}").run
     status = run(settings, arguments)
-    sys.stdout.flush()
+    if sys.stdout is not None:  # it is where the shell closed it: >&-
+        sys.stdout.flush()
     return status
 
 
 def _fail(message: str) -> int:
-    print(f"gpucnn: error: {' '.join(message.split())}", file=sys.stderr)
+    write_error(f"gpucnn: error: {' '.join(message.split())}\n")
     return FAILED
 
 

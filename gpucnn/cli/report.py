@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gpucnn.cli.streams import write_error
 from gpucnn.data import DataSplits
 from gpucnn.models import Model
 from gpucnn.training import EvaluationResult
@@ -15,7 +15,7 @@ from gpucnn.training import EvaluationResult
 def note(message: str, *, quiet: bool = False) -> None:
     """A line on standard error, beside the results."""
     if not quiet:
-        print(message, file=sys.stderr, flush=True)
+        write_error(f"{message}\n")
 
 
 def print_json(value: Mapping[str, Any]) -> None:

@@ -42,12 +42,15 @@ def draw(picture: Callable[[], object]) -> bool:
 
 
 def finish(settings: Settings, splits: DataSplits, model: Model, trainer: Trainer, folder: RunFolder) -> int:
-    """Evaluate the best epoch's weights on what was held out; print and write the results; the exit status."""
+    """Evaluate the best epoch's weights on what was held out; write and print the results; the exit status.
+
+    They are written first: whatever becomes of the output, the run's folder has them.
+    """
     history = trainer.history
     model.load_state_dict(folder.read_best().evaluation_state)
     summary = summarize(splits, model, history)
-    drawn = draw(lambda: draw_curves(history, folder.curves_path))
     files = [folder.summary_path, folder.best_path, folder.curves_path]
+    pictures: list[Callable[[], object]] = [lambda: draw_curves(history, folder.curves_path)]
     held_out = [name for name in splits.parts() if name != "train"]
     if held_out:
         split = held_out[-1]  # the test part, or the validation part where there is none
@@ -58,13 +61,15 @@ def finish(settings: Settings, splits: DataSplits, model: Model, trainer: Traine
             trainer.options.resolved_evaluation_batch_size,
             workers=settings["workers"],
         )
-        print(describe_result(split, result), flush=True)
+        report = describe_result(split, result)
         summary |= {"split": split, "evaluation": result.to_dict()}
-        drawn = drawn and draw(lambda: draw_confusion(result.confusion, result.classes, folder.confusion_path))
+        pictures.append(lambda: draw_confusion(result.confusion, result.classes, folder.confusion_path))
         files.append(folder.confusion_path)
     else:
-        print("no images were held out to test on; see --validation-fraction and --test-fraction", flush=True)
+        report = "no images were held out to test on; see --validation-fraction and --test-fraction"
     folder.write_summary(summary)
+    drawn = all(draw(picture) for picture in pictures)
+    print(report, flush=True)
     written = ", ".join(file.name for file in files if drawn or file.suffix != ".png")
     note(f"\nwritten to {folder.path}: {written}", quiet=settings["quiet"])
     if not drawn:
