@@ -149,11 +149,39 @@ def test_predict_wants_colour_where_it_was_trained_on_it(
     assert call(capsys, "predict", "run", colour).status == 0  # a grey network sees colour as grey
 
 
-def test_predict_decodes_as_the_training_did(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    arguments = [*PETS[:-1], str(tmp_path / "run"), "--decode-size", "24", "--epochs", "1"]
-    assert call(capsys, "train", *arguments).status == 0
-    file = next(Path("pets").rglob("*.png"))
-    assert call(capsys, "predict", tmp_path / "run", file).status == 0
+@pytest.mark.parametrize(("source_size", "read_at"), [([24, 24], (24, 24)), ([8, 20], (8, 20)), (None, (16, 16))])
+def test_images_are_read_at_the_size_of_the_training(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, source_size: list[int] | None, read_at: tuple[int, int]
+) -> None:
+    """By predict and by evaluate, from a bare file and from a run's folder; old files do not say the size."""
+    best = training.read_checkpoint(Path("pets-run/best.safetensors"))
+    best.data = {name: value for name, value in best.data.items() if name != "source_size"}
+    if source_size is not None:
+        best.data["source_size"] = source_size
+    run, file = tmp_path / "run", tmp_path / "bare.safetensors"
+    run.mkdir()
+    (run / "config.json").write_bytes(Path("pets-run/config.json").read_bytes())
+    training.write_checkpoint(run / "best.safetensors", best)
+    training.write_checkpoint(file, best)
+    pictures = sorted(Path("pets").rglob("*.png"))[:3]
+    model = models.load(file)
+    expected = []
+    for picture in pictures:  # the square pictures' middle in the box of that shape, as the data page says
+        image, (height, width) = Image.open(picture), read_at
+        share = min(width, height) / max(width, height) * 40
+        box = (0, (40 - share) / 2, 40, (40 + share) / 2) if width > height else (0, 0, 40, 40)
+        small = image.resize((width, height), Image.Resampling.BILINEAR, box=box)
+        expected.append(dict(zip(model.classes, model.predict(numpy.asarray(small))[0].tolist(), strict=True)))
+    for source in (run, file):
+        found = json.loads(call(capsys, "predict", source, *pictures, "--json").output)["predictions"]
+        for entry, shares in zip(found, expected, strict=True):
+            for choice in entry["classes"]:
+                assert abs(shares[choice["class"]] - choice["probability"]) <= 1e-5
+    shown = call(capsys, "evaluate", run, "--data", "pets")
+    assert f"images of {read_at[0]}x{read_at[1]}x3" in shown.errors
+    if source_size is not None:
+        shown = call(capsys, "evaluate", file, "--data", "pets")
+        assert f"images of {read_at[0]}x{read_at[1]}x3" in shown.errors
 
 
 def test_most_probable_keeps_the_order_of_equals() -> None:
@@ -188,8 +216,22 @@ def test_info_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["cuda"]["usable"] is False
     assert found["data"]["mnist"] == {"found": True, "detail": "found: 44 train, 4 validation, 16 test"}
     assert found["data"]["cifar10"]["found"] is False
+    assert found["data"]["cifar10"]["detail"].endswith("or give its folder as --data-dir")
     assert [entry["name"] for entry in found["models"]] == list(models.available())
     assert found["threads"] >= 1
+
+
+def test_info_says_what_would_be_downloaded(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = json.loads(call(capsys, "info", "--json").output)["data"]
+    assert found["mnist"] == {"found": False, "detail": "not here; `gpucnn train --data mnist` downloads it"}
+    file = tmp_path / "gpucnn" / "train-images-idx3-ubyte"
+    file.parent.mkdir()
+    file.write_bytes(b"")
+    found = json.loads(call(capsys, "info", "--json").output)["data"]
+    assert "lacks" in found["mnist"]["detail"]  # a download would not mend it
 
 
 def test_info_tells_why_a_device_cannot_be_used(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from gpucnn.cli.options import SPLITS, TRAIN_OPTIONS
 from gpucnn.cli.report import describe_data, describe_model, describe_result, note, print_json
-from gpucnn.cli.runs import check_fits, load_data, load_trained, requested_device
+from gpucnn.cli.runs import check_fits, load_data, load_trained, read_size, requested_device
 from gpucnn.cli.settings import DEFAULT, Setting, Settings
 from gpucnn.errors import ArgumentError
 from gpucnn.training import evaluate
@@ -21,7 +21,7 @@ def run(settings: Settings, arguments: dict[str, Any]) -> int:
     trained = load_trained(arguments["run"])
     settings = _with_data_of(settings, trained.settings, arguments["run"])
     quiet = settings["quiet"] or settings["json"]
-    splits = load_data(settings)
+    splits = load_data(settings, read_size(trained))
     check_fits(trained, splits)
     note(f"data: {describe_data(splits)}", quiet=quiet)
     note(f"model: {describe_model(trained.model)}, from {trained.source}", quiet=quiet)

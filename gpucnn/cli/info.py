@@ -17,6 +17,7 @@ from gpucnn.cli.recipes import FOLDER, RECIPES
 from gpucnn.cli.report import print_json, table
 from gpucnn.cli.settings import Settings
 from gpucnn.data import load
+from gpucnn.data.idx import SOURCES, find_idx_files
 from gpucnn.device import choose_device, cuda_status
 from gpucnn.errors import DeviceError, GpucnnError
 from gpucnn.ops.cpu.threads import thread_count
@@ -96,8 +97,10 @@ def _model(name: str) -> dict[str, Any]:
 
 def _data(name: str, data_dir: str | None) -> dict[str, Any]:
     try:
+        if name in SOURCES and find_idx_files(name, None if data_dir is None else Path(data_dir)) is None:
+            return {"found": False, "detail": f"not here; `gpucnn train --data {name}` downloads it"}
         splits = load(name, data_dir=data_dir, download=False)
     except GpucnnError as error:
-        return {"found": False, "detail": str(error)}
+        return {"found": False, "detail": str(error).replace(" as data_dir", " as --data-dir")}
     sizes = ", ".join(f"{len(part):,} {part_name}" for part_name, part in splits.parts().items())
     return {"found": True, "detail": f"found: {sizes}"}

@@ -10,7 +10,7 @@ import numpy
 from numpy.typing import NDArray
 
 from gpucnn.cli.report import note, print_json
-from gpucnn.cli.runs import TrainedModel, load_trained, requested_device
+from gpucnn.cli.runs import TrainedModel, load_trained, read_size, requested_device
 from gpucnn.cli.settings import Settings
 from gpucnn.data.image_files import read_header, read_image
 from gpucnn.errors import DataError
@@ -49,9 +49,8 @@ def predict(
     was trained on colour; a colour image becomes grey where it was trained on grey ones.
     """
     assert trained.model.input_shape is not None, "models of the registry know their input"
-    channels, height, width = trained.model.input_shape
-    if trained.settings.get("decode-size"):  # as the training's images were
-        height = width = trained.settings["decode-size"]
+    channels = trained.model.input_shape[0]
+    height, width = read_size(trained) or trained.model.input_shape[1:]
     softmax = Softmax(dim=1).eval()
     parts = []
     for start in range(0, len(files), batch_size):

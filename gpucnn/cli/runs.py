@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import platform
 import sys
 from dataclasses import dataclass
@@ -48,15 +49,30 @@ def folder_for(settings: Settings) -> RunFolder:
         raise ArgumentError(f"--resume {resume} and --output {output} are different folders; give one of them")
     if resume or output:
         return RunFolder(resume or output)
-    data = settings["data"] if settings["data"] in RECIPES else Path(settings["data"]).name
-    if settings["data"] == FOLDER and settings["data-dir"]:
-        data = Path(settings["data-dir"]).resolve().name
+    pictures = _folder_of_images(settings)
+    data = settings["data"] if pictures is None else pictures.name or FOLDER  # the root has no name
     name = f"{data}-{settings['model']}"
     folders = (RunFolder(RUNS / (name if number == 1 else f"{name}-{number}")) for number in itertools.count(1))
     taken = list(itertools.takewhile(lambda folder: folder.path.exists(), folders))
     if taken and resume is not None:
         return taken[-1]
     return RunFolder(RUNS / (f"{name}-{len(taken) + 1}" if taken else name))
+
+
+def refuse_inside_data(run: RunFolder, settings: Settings) -> None:
+    """Raise ArgumentError where a new run would lie in the folder of images, whose subfolders are classes."""
+    pictures = _folder_of_images(settings)
+    if pictures is not None and run.path.resolve().is_relative_to(pictures):
+        raise ArgumentError(
+            f"the run's folder {run.path} would lie inside the data folder {pictures}, whose subfolders "
+            "are classes; choose a folder elsewhere with --output"
+        )
+
+
+def _folder_of_images(settings: Settings) -> Path | None:
+    """The folder of images that the settings name, in full; None for the other data sets."""
+    data = settings["data-dir"] if settings["data"] == FOLDER else settings["data"]
+    return None if data is None or data in RECIPES else Path(os.path.expanduser(data)).resolve()
 
 
 def of_the_run(settings: Settings, run: RunFolder) -> Settings:
@@ -77,7 +93,7 @@ def of_the_run(settings: Settings, run: RunFolder) -> Settings:
         if name in _OF_THE_CALL or name not in stored or (asked and name in OF_THE_MACHINE):
             continue
         from_environment = settings.source(name).startswith("GPUCNN_")
-        if asked and not from_environment and settings[name] != stored[name]:
+        if asked and not from_environment and not _agrees(name, settings[name], stored[name]):
             if name in _LEFT_TO_THE_TRAINER:
                 continue
             raise ArgumentError(
@@ -87,6 +103,12 @@ def of_the_run(settings: Settings, run: RunFolder) -> Settings:
             )
         kept[name] = stored[name]
     return settings.with_values(kept, f"the run in {run.path}")
+
+
+def _agrees(name: str, asked: Any, stored: Any) -> bool:
+    if name == "model-option" and isinstance(stored, dict):  # it has the recipe's as well
+        return all(key in stored and stored[key] == value for key, value in asked.items())
+    return bool(asked == stored)
 
 
 def stored_settings(run: RunFolder) -> dict[str, Any] | None:
@@ -163,12 +185,23 @@ def load_trained(path: str) -> TrainedModel:
     )
 
 
-def load_data(settings: Settings) -> DataSplits:
-    """The data set that the settings name, in its parts."""
+def read_size(trained: TrainedModel) -> tuple[int, int] | None:
+    """(height, width) at which the training's images were read; None where the checkpoint does not say.
+
+    What an image looks like to the network depends on it: a picture that is first made small and then resized to
+    the network's input is blurred.
+    """
+    size = trained.checkpoint.data.get("source_size")
+    return (int(size[0]), int(size[1])) if size else None
+
+
+def load_data(settings: Settings, image_size: tuple[int, int] | None = None) -> DataSplits:
+    """The data set that the settings name, in its parts; a folder's images at ``image_size``, where given."""
     return load(
         settings["data"],
         data_dir=settings["data-dir"],
-        image_size=max(filter(None, (settings["decode-size"], settings["image-size"])), default=None),
+        image_size=image_size
+        or max(filter(None, (settings["decode-size"], settings["image-size"])), default=None),
         validation_fraction=settings["validation-fraction"],
         test_fraction=settings["test-fraction"],
         seed=settings["seed"],
