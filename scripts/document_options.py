@@ -34,11 +34,15 @@ Each option can be given in four ways; the first of these that says something wi
 - `none` switches off what a file or a variable switched on: `--clip-norm none`.
 - In a file, `model-option` may be a table: `model-option = { width = 16 }`.
 - A file may hold options of all commands; each takes its own.
-- Unknown names are errors that offer the nearest one.
+- Unknown flags and keys of a file are errors that offer the nearest one.
+- Unknown variables `GPUCNN_...` get a note, for they may be another program's.
+
+`GPUCNN_NUM_THREADS` is the number of threads that work on one operation; by default all cores.
 
 Results are printed on standard output, everything else on standard error. Exit status:
 
 - 0: done.
+- 1: whoever read the output stopped reading.
 - 2: something is wrong with what was asked for or found, said in one line.
 - 130: stopped by Ctrl-C (143: by SIGTERM).
 """

@@ -223,3 +223,21 @@ def test_a_recipe_gives_way_to_whatever_was_asked_for() -> None:
 
 def test_every_command_has_a_parser() -> None:
     assert set(build_parser()[1]) == set(OPTIONS)
+
+
+def test_a_variable_that_nothing_reads_gets_a_note(capsys: pytest.CaptureFixture[str]) -> None:
+    variables = {"GPUCNN_EPOCH": "3", "GPUCNN_NUM_THREADS": "2", "GPUCNN_TOP": "2", "GPUCNN_KERNELS_RUNTIME": "x"}
+    settings_for(environment=variables | {"GPUCNNX": "1"})
+    captured = capsys.readouterr()
+    assert captured.err == "gpucnn: note: the variable GPUCNN_EPOCH has no effect; did you mean GPUCNN_EPOCHS?\n"
+    settings_for(environment={"GPUCNN_ZZZZZZZZZZZZZZZZZZZZ": "1"})
+    assert capsys.readouterr().err == "gpucnn: note: the variable GPUCNN_ZZZZZZZZZZZZZZZZZZZZ has no effect\n"
+    settings_for("--quiet", environment=variables)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_recipes_decode_size_gives_way_to_a_larger_image_size() -> None:
+    pictures = ("--data", "p", "--model", "vgg-small", "--image-size")
+    assert with_recipe(settings_for(*pictures, "96"))["decode-size"] == 128
+    assert with_recipe(settings_for(*pictures, "160"))["decode-size"] is None
+    assert with_recipe(settings_for(*pictures, "160", "--decode-size", "100"))["decode-size"] == 100

@@ -85,4 +85,8 @@ def with_recipe(settings: Settings) -> Settings:
     defaults = {**recipe, **PAIRS.get((data, model), {})}
     options = {**defaults.get("model-option", {}), **settings["model-option"]}  # one given leaves the others be
     source = settings.source("model-option")
-    return settings.with_defaults(defaults, f"for {data}").with_values({"model-option": options}, source)
+    settings = settings.with_defaults(defaults, f"for {data}").with_values({"model-option": options}, source)
+    decode, image = settings["decode-size"], settings["image-size"]
+    if decode is not None and image is not None and decode < image:  # the recipe's is for its own image size
+        settings = settings.with_defaults({"decode-size": None}, f"for {data}")
+    return settings

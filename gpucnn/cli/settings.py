@@ -10,11 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpucnn.cli.options import Option, convert, known_names
+from gpucnn.cli.options import OPTIONS, Option, convert, known_names
+from gpucnn.cli.streams import write_error
 from gpucnn.errors import ArgumentError
 from gpucnn.names import unknown
 
 DEFAULT = "default"
+OTHER_VARIABLES = ("GPUCNN_NUM_THREADS", "GPUCNN_KERNELS_RUNTIME")
+"""Variables of this program that no option stands for."""
+
 OF_ONE_RUN = ("output", "resume", "overwrite", "config", "quiet")
 """Options that a run's config.json does not hand on to the next run."""
 
@@ -89,7 +93,7 @@ def resolve(
         environment: variables; os.environ unless given. An empty one counts as not set.
 
     Raises ArgumentError for a value that does not fit, naming its source, and for a config file that cannot be
-    read or has a key that no option has.
+    read or has a key that no option has. A variable GPUCNN_... that nothing reads gets a note on standard error.
     """
     environment = os.environ if environment is None else environment
     file = flags.get("config") or environment.get("GPUCNN_CONFIG")
@@ -107,7 +111,24 @@ def resolve(
             settings[option.name] = Setting(None if value is None else convert(option, value, source), source)
         else:
             settings[option.name] = Setting(option.default, DEFAULT)
-    return Settings(settings)
+    found = Settings(settings)
+    if not ("quiet" in settings and found["quiet"]):
+        _note_unknown_variables(environment)
+    return found
+
+
+def _note_unknown_variables(environment: Mapping[str, str]) -> None:
+    """Say on standard error which GPUCNN_ variables nothing here reads: misspelt, or another program's."""
+    known = {option.environment for options in OPTIONS.values() for option in options} | {*OTHER_VARIABLES}
+    unread = sorted(name for name in environment if name.startswith("GPUCNN_") and name not in known)
+    if not unread:
+        return
+    import difflib  # only then is it needed
+
+    for name in unread:
+        nearest = difflib.get_close_matches(name, sorted(known), n=1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        write_error(f"gpucnn: note: the variable {name} has no effect{hint}\n")
 
 
 def read_config(file: Path) -> dict[str, Any]:
