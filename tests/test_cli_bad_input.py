@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import runpy
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,8 @@ from PIL import Image
 import gpucnn.cli
 from gpucnn import training
 from gpucnn.cli import main
+from gpucnn.cli.report import note
+from gpucnn.cli.streams import LastingErrors
 from tests.cli_cases import SMALL, call, call_process, idx_bytes, striped, write_idx, write_images
 
 PETS = ("--data", "pets", "--model", "lenet5", "--image-size", "12", "--epochs", "1", "--output", "run")
@@ -315,3 +318,76 @@ def test_the_process_ends_with_the_status(tmp_path: Path) -> None:
     assert (process.returncode, output) == (2, "")
     assert errors.startswith("gpucnn: error: unknown data set 'mnits'")
     assert len(errors.splitlines()) == 1
+
+
+def test_decode_size_below_the_image_size(refuse: Callable[..., str]) -> None:
+    write_images(Path("pets"))
+    message = refuse_pets(refuse, "--decode-size", "8")
+    assert "--decode-size: expected at least the image size, 12, got 8" in message
+
+
+def test_a_run_inside_its_images(
+    refuse: Callable[..., str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pets = write_images(Path("pets")).resolve()
+    unnamed = [argument for argument in PETS if argument not in ("--output", "run")]
+    for arguments in (["--output", "pets/run"], ["--data", "folder", "--data-dir", "pets", "--output", "pets"]):
+        message = refuse("train", *PETS, *arguments)
+        assert f"would lie inside the data folder {pets}" in message
+        assert "choose a folder elsewhere with --output" in message
+    monkeypatch.chdir(pets)
+    message = refuse("train", *unnamed, "--data", ".")
+    assert f"the run's folder {Path('runs/pets-lenet5')} would lie inside the data folder {pets}" in message
+    assert sorted(path.name for path in pets.iterdir()) == ["above", "below"]
+    assert call(capsys, "train", *unnamed, "--data", ".", "--output", "../run").status == 0
+
+
+def test_a_closed_standard_error_changes_no_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in ``gpucnn train 2>&1 | tee`` ends the reader first; 2>&- leaves no stream at all."""
+
+    class Closed:
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+        def fileno(self) -> int:
+            raise OSError("a stand-in")
+
+    def interrupt(*arguments: object) -> None:
+        note("before")
+        assert LastingErrors().write("progress\n") == 9
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gpucnn.cli.info.run", interrupt)
+    for stream in (Closed(), None):
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert main(["info"]) == 130
+        assert main(["tarin"]) == 2
+
+
+def test_interrupted_with_both_outputs_in_a_closed_pipe(tmp_path: Path) -> None:
+    process = call_process(tmp_path, "train", *SMALL, "--epochs", "100000", GPUCNN_DATA=str(tmp_path / "data"))
+    assert process.stdout is not None
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("epoch "):
+            break
+    process.stdout.close()
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert (tmp_path / "run/last.safetensors").exists()
+
+
+def test_without_standard_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)  # as >&- leaves it
+    assert main(["info"]) == 0
+
+
+def test_results_are_written_before_they_are_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(*arguments: object, **options: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("gpucnn.cli.results.print", closed, raising=False)
+    assert main(["train", *SMALL]) == 1
+    for name in ("summary.json", "curves.png", "confusion.png"):
+        assert Path("run", name).exists()

@@ -308,3 +308,70 @@ def test_the_device_comes_from_flag_environment_file(
     assert call(capsys, "train", *SMALL, "--overwrite", "--config", "c.toml").status == 0  # the variable beats it
     monkeypatch.delenv("GPUCNN_DEVICE")
     assert call(capsys, "train", *SMALL, "--overwrite", "--config", "c.toml").status == 2
+
+
+def test_a_run_with_more_epochs_keeps_them_when_it_is_stopped_again(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [*SMALL, "--schedule", "constant"]
+    assert call(capsys, "train", *arguments, "--epochs", "4", "--output", "long").status == 0
+    assert call(capsys, "train", *arguments).status == 0
+    stop_at_epoch(monkeypatch, 3)
+    assert call(capsys, "train", "--resume", "run", "--epochs", "4").status == 130
+    config = read("run/config.json")
+    assert (config["settings"]["epochs"], config["sources"]["epochs"]) == (4, "--epochs")
+    assert call(capsys, "train", "--resume", "run").status == 0
+    assert read("run/summary.json")["epochs"] == 4
+    assert same_weights("run/last.safetensors", "long/last.safetensors")
+
+
+def test_a_refused_number_of_epochs_leaves_the_config(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(capsys, "train", *SMALL).status == 0
+    before = Path("run/config.json").read_bytes()
+    assert call(capsys, "train", "--resume", "run", "--epochs", "3").status == 2
+    assert Path("run/config.json").read_bytes() == before
+
+
+def test_the_same_command_resumes_where_the_recipe_has_model_options(capsys: pytest.CaptureFixture[str]) -> None:
+    pictures = write_images(Path("pets"))
+    arguments = [
+        "train", "--data", pictures, "--model", "vgg-small", "--image-size", "16", "--width", "4", "--epochs", "1",
+        "--augment", "none", "--model-option", "dropout=0.1", "--model-option", "stages=2", "--output", "run",
+        "--resume",
+    ]  # fmt: skip
+    assert call(capsys, *arguments).status == 0
+    stored = read("run/config.json")["settings"]["model-option"]
+    assert stored["stem"] == "strided"  # the recipe's
+    answer = call(capsys, *arguments)
+    assert answer.status == 0, answer.errors
+    assert "run: run (resumed)" in answer.errors
+    answer = call(capsys, *arguments, "--model-option", "dropout=0.3")
+    assert answer.status == 2
+    assert "was started with model-option = " in answer.errors
+    assert call(capsys, *arguments, "--model-option", "batch_norm=true").status == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--nesterov"], "--nesterov has no effect with the optimizer adamw, only with sgd"),
+        (["--momentum", "0.8"], "--momentum has no effect with the optimizer adamw, only with sgd and rmsprop"),
+        (["--nesterov", "--optimizer", "rmsprop"], "--nesterov has no effect with the optimizer rmsprop"),
+        (["--gamma", "0.5"], "--gamma has no effect with the schedule one-cycle, only with step"),
+        (["--step-size", "1"], "--step-size has no effect with the schedule one-cycle, only with step"),
+    ],
+)
+def test_a_flag_without_effect_gets_a_note(
+    capsys: pytest.CaptureFixture[str], flags: list[str], words: str
+) -> None:
+    answer = call(capsys, "train", *SMALL, "--epochs", "1", *flags)
+    assert answer.status == 0
+    assert next(line for line in answer.errors.splitlines() if line.startswith("note: ")).startswith(
+        f"note: {words}"
+    )
+
+
+def test_flags_with_effect_get_no_note(capsys: pytest.CaptureFixture[str]) -> None:
+    used = ["--optimizer", "sgd", "--momentum", "0.8", "--nesterov", "--schedule", "step", "--gamma", "0.5"]
+    assert "no effect" not in call(capsys, "train", *SMALL, *used, "--step-size", "1").errors
+    assert "no effect" not in call(capsys, "train", *SMALL, "--overwrite", "--no-nesterov").errors

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 import gpucnn
 from gpucnn import models
@@ -11,12 +12,56 @@ from gpucnn.cli.precision import choose_dtype
 from gpucnn.cli.recipes import RECIPES, with_recipe
 from gpucnn.cli.report import describe_data, describe_model, note
 from gpucnn.cli.results import CurvesCallback, finish
-from gpucnn.cli.runs import folder_for, load_data, make_config, of_the_run, requested_device, verify_images
+from gpucnn.cli.runs import (
+    folder_for,
+    load_data,
+    make_config,
+    of_the_run,
+    refuse_inside_data,
+    requested_device,
+    verify_images,
+)
 from gpucnn.cli.settings import Settings
+from gpucnn.cli.streams import LastingErrors
 from gpucnn.data import DataSplits, Preprocessing, parse_augmentation
 from gpucnn.errors import ArgumentError, CheckpointError
 from gpucnn.models import Model
-from gpucnn.training import RunFolder, Trainer, TrainingInterrupted, TrainingOptions, make_progress
+from gpucnn.training import (
+    Callback,
+    Progress,
+    RunFolder,
+    Trainer,
+    TrainingInterrupted,
+    TrainingOptions,
+    make_progress,
+)
+from gpucnn.training.storage import write_json
+
+_USED_BY = {
+    "momentum": ("optimizer", ("sgd", "rmsprop")),
+    "nesterov": ("optimizer", ("sgd",)),
+    "step-size": ("schedule", ("step",)),
+    "gamma": ("schedule", ("step",)),
+}
+"""Options that only some optimizers or schedules look at."""
+
+
+class EpochsCallback(Callback):
+    """Writes a number of epochs that differs from the config's into it, once the trainer has accepted it.
+
+    So the run goes on to the new number when it is stopped again and resumed without saying it again.
+    """
+
+    def __init__(self, folder: RunFolder, settings: Settings) -> None:
+        self._folder, self._epochs = folder, settings.get("epochs")
+
+    def on_fit_start(self, trainer: Trainer) -> None:
+        """The checkpoint is read: whatever the run cannot change has been refused."""
+        config = self._folder.read_config()
+        if config["settings"].get("epochs") != self._epochs.value:
+            config["settings"]["epochs"] = self._epochs.value
+            config.setdefault("sources", {})["epochs"] = self._epochs.source
+            write_json(self._folder.config_path, config)
 
 
 def run(settings: Settings, arguments: dict[str, Any]) -> int:
@@ -24,6 +69,7 @@ def run(settings: Settings, arguments: dict[str, Any]) -> int:
     device = requested_device(settings)
     folder, settings, resumes = _place(settings)
     quiet = settings["quiet"]
+    _note_without_effect(settings)
     dtype = choose_dtype(settings["precision"], device)
     models.describe(settings["model"])  # an unknown name is said before any data are read
     splits = load_data(settings)
@@ -55,7 +101,7 @@ def _place(settings: Settings) -> tuple[RunFolder, Settings, bool]:
                 f"{folder.path} already holds a run; add --resume to go on with it or --overwrite to replace it, "
                 "or choose another --output"
             )
-        return folder, _with_absolute_paths(complete), False
+        return folder, _checked(complete, folder), False
     if folder.config_path.exists():
         return folder, with_recipe(of_the_run(_with_absolute_paths(settings), folder)), True
     if resume or folder.holds_run():
@@ -63,7 +109,30 @@ def _place(settings: Settings) -> tuple[RunFolder, Settings, bool]:
             f"{folder.path} holds no run to resume; check the path, or start one without --resume"
         )
     note(f"nothing to resume in {folder.path}: starting there")
-    return folder, _with_absolute_paths(complete), False
+    return folder, _checked(complete, folder), False
+
+
+def _checked(settings: Settings, folder: RunFolder) -> Settings:
+    """The settings of a run that begins, fit to be stored. Raises ArgumentError where they cannot go together."""
+    decode, image = settings["decode-size"], settings["image-size"]
+    if decode is not None and image is not None and decode < image:
+        raise ArgumentError(
+            f"{settings.source('decode-size')}: expected at least the image size, {image}, got {decode}; images "
+            "that are kept smaller than the network sees them lose detail"
+        )
+    refuse_inside_data(folder, settings)
+    return _with_absolute_paths(settings)
+
+
+def _note_without_effect(settings: Settings) -> None:
+    for name, (chosen, users) in _USED_BY.items():
+        given = settings.source(name).startswith("--") and settings[name] is not False
+        if given and settings[chosen] not in users:
+            note(
+                f"note: --{name} has no effect with the {chosen} {settings[chosen]}, only with "
+                f"{' and '.join(users)}",
+                quiet=settings["quiet"],
+            )
 
 
 def _with_absolute_paths(settings: Settings) -> Settings:
@@ -129,6 +198,12 @@ def _make_trainer(settings: Settings, splits: DataSplits, model: Model, folder: 
         preprocessing=preprocessing,
         augmentation=augmentation,
         run=folder,
-        callbacks=[CurvesCallback(folder)],
-        progress=make_progress(quiet=settings["quiet"]),
+        callbacks=[EpochsCallback(folder, settings), CurvesCallback(folder)],
+        progress=_progress(quiet=settings["quiet"]),
     )
+
+
+def _progress(*, quiet: bool) -> Progress:
+    if sys.stderr is not None and sys.stderr.isatty():
+        return make_progress(quiet=quiet)
+    return make_progress(cast(TextIO, LastingErrors()), quiet=quiet)
