@@ -90,10 +90,34 @@ def test_tensor_dataset_hands_inputs_on():
     dataset = TensorDataset(x, [1, 0])
     assert dataset.preprocessed
     assert dataset.image_shape == (4, 5, 3)
-    assert dataset.images([1]).dtype == numpy.float32
-    assert (dataset.images([1])[0] == x[1].astype(numpy.float32)).all()
+    assert dataset.images([1]).dtype == numpy.float64
+    assert (dataset.images([1])[0] == x[1]).all()
     assert dataset.labels.dtype == numpy.int64
     assert dataset.classes == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"), [("float16", "float32"), ("float32", "float32"), (">f4", "float32"), (">f8", "float64")]
+)
+def test_tensor_dataset_keeps_the_precision(given, kept):
+    x = numpy.array([0.5, -0.25, 1.0, 2.0]).reshape(1, 1, 2, 2)
+    dataset = TensorDataset(x.astype(given), numpy.array([0.75], given))
+    assert dataset.images([0]).dtype == kept
+    assert (dataset.images([0]) == x).all()
+    assert dataset.labels.dtype == kept
+    assert dataset.labels.tolist() == [0.75]
+
+
+def test_class_names_are_plain_strings():
+    names = numpy.unique(["dog", "cat"])
+    made = [
+        ArrayDataset(pictures(), [0, 1, 0, 1, 0, 1], names),
+        TensorDataset(numpy.zeros((1, 1, 2, 2)), [1], names),
+        TensorDataset(numpy.zeros((1, 1, 2, 2)), [0.5], names),
+    ]
+    for dataset in made:
+        assert dataset.classes == ["cat", "dog"]
+        assert {type(name) for name in dataset.classes} == {str}
 
 
 def test_tensor_dataset_with_float_targets():

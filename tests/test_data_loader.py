@@ -215,6 +215,53 @@ def test_threads_end_while_they_wait_for_room():
     assert_threads_end()
 
 
+def test_close_from_another_thread_ends_a_wait():
+    entered, release = threading.Event(), threading.Event()
+
+    class Stuck(Watched):
+        def images(self, indices):
+            entered.set()
+            assert release.wait(30)
+            return super().images(indices)
+
+    epoch = Loader(Stuck(), 1, preprocessing=PLAIN, workers=1).epoch(0)
+    ends = []
+
+    def take():
+        ends.append(next(epoch, "the end"))
+
+    taker = threading.Thread(target=take, daemon=True)
+    taker.start()
+    assert entered.wait(30)
+    closer = threading.Thread(target=epoch.close, daemon=True)
+    closer.start()
+    time.sleep(0.05)
+    release.set()
+    for thread in (closer, taker):
+        thread.join(10)
+        assert not thread.is_alive()
+    assert ends == ["the end"]
+
+
+def test_numpy_integers_are_taken():
+    loader = Loader(
+        Watched(), numpy.int64(3), preprocessing=PLAIN, workers=numpy.uint8(1), prefetch=numpy.int32(2)
+    )
+    assert len(list(loader)) == 6
+    assert (type(loader.batch_size), type(loader.workers), type(loader.prefetch)) == (int, int, int)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_inputs_in_the_dtype_asked_for(dtype):
+    tensors = TensorDataset(numpy.full((2, 1, 1, 1), 0.1), [0, 1])
+    for loader in (
+        Loader(tensors, 2, workers=0, dtype=dtype),
+        Loader(Watched(), 2, preprocessing=PLAIN, workers=0, dtype=dtype),
+    ):
+        assert next(iter(loader)).images.dtype == dtype
+    assert next(iter(Loader(tensors, 2, workers=0))).images[0, 0, 0, 0] == 0.1
+
+
 def test_an_exhausted_epoch_has_no_threads():
     epoch = Loader(Watched(), 4, preprocessing=PLAIN).epoch(0)
     assert len(list(epoch)) == 4
@@ -242,6 +289,9 @@ def test_ctrl_c_ends_the_wait_and_the_threads():
         ({"batch_size": 0}, "batch_size must be a whole number, 1 or more, got 0"),
         ({"batch_size": 2.0}, "batch_size"),
         ({"batch_size": True}, "batch_size"),
+        ({"batch_size": numpy.bool_(True)}, "batch_size"),
+        ({"batch_size": numpy.float64(4)}, "batch_size"),
+        ({"batch_size": 4, "dtype": "float16"}, "dtype must be 'float32', 'float64' or None, got 'float16'"),
         ({"batch_size": 4, "workers": -1}, "workers"),
         ({"batch_size": 4, "prefetch": 0}, "prefetch"),
         ({"batch_size": 17, "drop_last": True}, "17 with drop_last leaves nothing of the 16 images"),

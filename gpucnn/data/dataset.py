@@ -23,8 +23,8 @@ class Dataset(ABC):
         name: what the data set is called in messages and reports.
         classes: the name of each class; label i means ``classes[i]``. Empty where the labels are not classes.
         image_shape: (height, width, channels) of every image.
-        labels: one label an image, int64 (or float32 targets in a :class:`TensorDataset`).
-        preprocessed: whether :meth:`images` gives float32 NCHW, ready for the model, instead of uint8 NHWC.
+        labels: one label an image, int64 (or float targets in a :class:`TensorDataset`).
+        preprocessed: whether :meth:`images` gives floats NCHW, ready for the model, instead of uint8 NHWC.
     """
 
     name: str
@@ -81,8 +81,9 @@ class TensorDataset(Dataset):
     """Inputs that are ready for the model: the loader hands them on as they are, without augmentation.
 
     Args:
-        x: float32 (count, channels, height, width); float64 and float16 are converted.
-        y: one integer label a sample, or float targets of shape (count, ...), kept as float32.
+        x: float32 or float64 (count, channels, height, width), kept as it is; float16 becomes float32.
+            ``Trainer`` and ``evaluate`` convert each batch to the dtype of the model.
+        y: one integer label a sample, or float targets of shape (count, ...), kept in the dtype of the inputs.
         classes: the names of the classes; without it "0", "1", ... to the largest label; none for float targets.
         name: what to call the data set.
 
@@ -105,20 +106,22 @@ class TensorDataset(Dataset):
             raise ShapeError(f"inputs must have shape (count, channels, height, width), got {inputs.shape}")
         if len(inputs) == 0:
             raise DataError("a data set needs at least one sample, got none")
-        self._inputs = inputs.astype(numpy.float32, copy=False)
+        dtype = numpy.float32 if inputs.dtype.itemsize < 8 else numpy.float64
+        self._inputs = inputs.astype(dtype, copy=False)
         targets = _as_array(y, "targets")
         if targets.dtype.kind == "f":
             if len(targets) != len(inputs):
                 raise ShapeError(f"{len(inputs)} inputs but {len(targets)} targets; each input needs one")
-            self.labels, self.classes = targets.astype(numpy.float32, copy=False), list(classes or ())
+            self.labels = targets.astype(dtype, copy=False)
+            self.classes = [] if classes is None else [str(name) for name in classes]
         else:
             self.labels, self.classes = checked_labels(targets, len(inputs), classes)
         _, channels, height, width = inputs.shape
         self.image_shape = (height, width, channels)
         self.name = name
 
-    def images(self, indices: ArrayLike) -> NDArray[numpy.float32]:
-        """The inputs with these numbers, (len(indices), channels, height, width) float32."""
+    def images(self, indices: ArrayLike) -> NDArray[Any]:
+        """The inputs with these numbers, (len(indices), channels, height, width) float32 or float64."""
         return self._inputs[numpy.asarray(indices, numpy.int64)]
 
 
@@ -233,7 +236,8 @@ def checked_labels(
         )
     if len(given) != count:
         raise ShapeError(f"{count} images but {len(given)} labels; each image needs one")
-    names = [str(number) for number in range(int(given.max()) + 1)] if classes is None else list(classes)
+    # Plain str: names from numpy.unique are NumPy's.
+    names = [str(name) for name in (range(int(given.max()) + 1) if classes is None else classes)]
     outside = numpy.flatnonzero((given < 0) | (given >= len(names)))
     if len(outside):
         raise DataError(

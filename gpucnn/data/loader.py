@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -21,9 +22,9 @@ _WAKE_SECONDS = 0.5  # how long a wait lasts before it looks around: Windows del
 
 
 class Batch(NamedTuple):
-    """Model inputs, float32 (count, channels, height, width); their labels; their numbers in the data set."""
+    """Model inputs, floats (count, channels, height, width); their labels; their numbers in the data set."""
 
-    images: NDArray[numpy.float32]
+    images: NDArray[Any]
     labels: NDArray[Any]
     indices: NDArray[numpy.int64]
 
@@ -42,6 +43,7 @@ class Loader:
         drop_last: leave out a last batch that is smaller than ``batch_size``.
         workers: background threads; 0 prepares each batch when it is asked for.
         prefetch: how many batches may be ready or under way ahead of the one in use.
+        dtype: "float32" or "float64": what to convert inputs to; None leaves them as they come.
 
     The order and every value depend on ``seed``, the epoch and the image's number alone, not on ``workers``,
     ``prefetch`` or where the epoch was started. Raises ArgumentError for sizes out of range.
@@ -59,14 +61,12 @@ class Loader:
         drop_last: bool = False,
         workers: int = 2,
         prefetch: int = 4,
+        dtype: str | None = None,
     ) -> None:
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("workers", workers, 0),
-            ("prefetch", prefetch, 1),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ArgumentError(f"{name} must be a whole number, {least} or more, got {value!r}")
+        batch_size = _count("batch_size", batch_size, 1)
+        workers, prefetch = _count("workers", workers, 0), _count("prefetch", prefetch, 1)
+        if dtype not in (None, "float32", "float64"):
+            raise ArgumentError(f"dtype must be 'float32', 'float64' or None, got {dtype!r}")
         if drop_last and batch_size > len(dataset):
             raise ArgumentError(
                 f"batch_size {batch_size} with drop_last leaves nothing of the {len(dataset)} images of "
@@ -82,7 +82,7 @@ class Loader:
         self.dataset, self.batch_size = dataset, batch_size
         self.preprocessing, self.augmentation = preprocessing, augmentation
         self.shuffle, self.seed, self.drop_last = shuffle, seed, drop_last
-        self.workers, self.prefetch = workers, prefetch
+        self.workers, self.prefetch, self.dtype = workers, prefetch, dtype
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self.dataset), self.batch_size)
@@ -118,9 +118,19 @@ class Loader:
                 images = self.preprocessing.apply(
                     images, self.augmentation, seed=self.seed, epoch=number, indices=indices
                 )
+            if self.dtype is not None:
+                images = images.astype(self.dtype, copy=False)
             return Batch(images, self.dataset.labels[indices], indices)
 
         return EpochIterator(prepare, start_batch, len(self), self.workers, self.prefetch)
+
+
+def _count(name: str, value: Any, least: int) -> int:
+    """``value``, which may be NumPy's integer, as Python's. Raises ArgumentError for anything else."""
+    is_count = hasattr(value, "__index__") and not isinstance(value, (bool, numpy.bool_))
+    if not is_count or value < least:
+        raise ArgumentError(f"{name} must be a whole number, {least} or more, got {value!r}")
+    return operator.index(value)
 
 
 class EpochIterator(Iterator[Batch]):
@@ -180,6 +190,8 @@ class _Queue:
         else:
             with self._changed:
                 while number not in self._ready:
+                    if self._stopped:  # closed by another thread: nobody prepares it any more
+                        raise StopIteration
                     self._changed.wait(_WAKE_SECONDS)
                 result = self._ready.pop(number)
         with self._changed:
