@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import random
 import signal
@@ -21,6 +22,7 @@ from gpucnn.errors import ArgumentError, CheckpointError
 from gpucnn.training import (
     Callback,
     Checkpoint,
+    LineProgress,
     RunFolder,
     Trainer,
     TrainingInterrupted,
@@ -169,6 +171,36 @@ def test_a_signal_during_validation_saves_the_trained_weights_not_their_average(
     assert_same_end(undisturbed, stopped)
 
 
+@pytest.mark.parametrize(
+    "error", [BrokenPipeError(32, "Broken pipe"), RuntimeError("reentrant call"), ValueError("closed file")]
+)
+def test_a_signal_that_cannot_be_announced_still_saves(tmp_path: Path, error: Exception) -> None:
+    class Gone(io.StringIO):
+        """Ends with the signal, as a reader in the same pipeline does; a pipe stays broken, the rest passes."""
+
+        broken, refused = False, 0
+
+        def write(self, text: str) -> int:
+            if self.broken:
+                self.refused += 1
+                self.broken = isinstance(error, OSError)
+                raise error
+            return super().write(text)
+
+    stream, run = Gone(), RunFolder(tmp_path)
+
+    def interrupt() -> None:
+        stream.broken = True
+        os.kill(os.getpid(), signal.SIGINT)
+
+    trainer = make_trainer(run, (StopAt(7, interrupt),), epochs=1)
+    trainer.progress = LineProgress(stream, interval=0.0)
+    with pytest.raises(TrainingInterrupted, match=r"step 7; saved in"):
+        trainer.fit()
+    assert run.read_last().position.step == 7
+    assert stream.refused >= 1
+
+
 def test_a_second_signal_stops_at_once() -> None:
     def twice() -> None:
         os.kill(os.getpid(), signal.SIGINT)
@@ -226,6 +258,20 @@ def test_a_run_started_otherwise_is_not_resumed(tmp_path: Path) -> None:
         make_trainer(run, epochs=1).fit()
     with pytest.raises(ArgumentError, match="needs a run folder"):
         make_trainer(None, epochs=1).fit(resume=True)
+
+
+def test_the_size_of_the_images_is_kept_and_need_not_be_known(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    make_trainer(run, epochs=1).fit()
+    checkpoint = read_checkpoint(run.last_path)
+    assert checkpoint.data["source_size"] == [6, 6]
+    del checkpoint.data["source_size"]  # as an earlier version wrote it
+    write_checkpoint(run.last_path, checkpoint)
+    make_trainer(run, epochs=1).fit(resume=True)
+    checkpoint.data["source_size"] = [9, 9]
+    write_checkpoint(run.last_path, checkpoint)
+    with pytest.raises(CheckpointError, match=r"source_size \(was \[9, 9\], now \[6, 6\]\)"):
+        make_trainer(run, epochs=1).fit(resume=True)
 
 
 class InDoublePrecision(Preprocessing):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 from collections.abc import Callable
@@ -27,7 +28,7 @@ class InterruptWatch:
     Signals reach Python's main thread alone, so in any other thread this watches nothing and changes nothing.
 
     Args:
-        announce: called with a line for the user when a signal comes.
+        announce: called with a line for the user when a signal comes. That it cannot be shown stops nothing.
     """
 
     def __init__(self, announce: Callable[[str], None]) -> None:
@@ -55,4 +56,8 @@ class InterruptWatch:
         if self.received is not None:
             raise KeyboardInterrupt
         self.received = number
-        self._announce("stopping after this step, then saving; once more to stop at once without saving")
+        # Ctrl-C in a pipeline ends the reader of the stream as well (OSError), the stream may be closed
+        # (ValueError), and the signal may have come in the middle of another write to it (RuntimeError).
+        # None of them may prevent the saving.
+        with contextlib.suppress(OSError, ValueError, RuntimeError):
+            self._announce("stopping after this step, then saving; once more to stop at once without saving")

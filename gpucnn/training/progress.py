@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from typing import Any, TextIO
@@ -33,8 +34,26 @@ class Progress:
         """Nothing more comes."""
 
 
+class _Output:
+    """A stream that may fail: the run goes on when the reader of its progress is gone."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:  # tqdm asks for the encoding and the terminal's width
+        return getattr(self._stream, name)
+
+
 class LineProgress(Progress):
-    """A line an epoch, and one now and then within a long epoch.
+    """A line an epoch, and one now and then within a long epoch. A stream that refuses a line loses that line.
 
     Args:
         stream: where to write; standard error unless given.
@@ -43,6 +62,7 @@ class LineProgress(Progress):
 
     def __init__(self, stream: TextIO | None = None, interval: float = LINE_INTERVAL) -> None:
         self.stream = sys.stderr if stream is None else stream
+        self._output = _Output(self.stream)
         self.interval = interval
         self._epoch = self._epochs = self._images = self._done = 0
         self._last = self._began = time.monotonic()
@@ -72,12 +92,14 @@ class LineProgress(Progress):
 
     def message(self, text: str) -> None:
         """Write ``text`` as a line."""
-        self.stream.write(text + "\n")
-        self.stream.flush()
+        self._output.write(text + "\n")
+        self._output.flush()
 
 
 class BarProgress(Progress):
     """A tqdm bar for the epoch under way, above it a line for each that has ended.
+
+    What the stream refuses is lost.
 
     Args:
         stream: where to draw; standard error unless given.
@@ -85,6 +107,7 @@ class BarProgress(Progress):
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = sys.stderr if stream is None else stream
+        self._output = _Output(self.stream)
         self._bar: Any = None
         self._epochs = 0
 
@@ -99,7 +122,7 @@ class BarProgress(Progress):
             initial=done,
             desc=_epoch_number(epoch, epochs),
             unit="img",
-            file=self.stream,
+            file=self._output,
             leave=False,
             dynamic_ncols=True,
         )
@@ -122,7 +145,7 @@ class BarProgress(Progress):
         """Write ``text`` as a line above the bar."""
         from tqdm import tqdm
 
-        tqdm.write(text, file=self.stream)
+        tqdm.write(text, file=self._output)
 
     def close(self) -> None:
         """Take the bar away."""

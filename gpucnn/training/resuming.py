@@ -17,15 +17,21 @@ from gpucnn.layers import Layer
 from gpucnn.training.checkpoint import Checkpoint
 from gpucnn.training.options import TrainingOptions
 
+_ABSENT_BEFORE = ("source_size",)  # what checkpoints of earlier versions do not say
+
 
 def describe_data(
     model: Layer, train: Dataset, preprocessing: Preprocessing | None, augmentation: Augmentation | None
 ) -> dict[str, Any]:
-    """What a checkpoint keeps of its data: enough to know them again, and to prepare an image for the model."""
+    """What a checkpoint keeps of its data: enough to know them again, and to prepare an image for the model.
+
+    ``source_size`` is the (height, width) of the training images before the preprocessing.
+    """
     labels = numpy.ascontiguousarray(train.labels, numpy.int64)
     return {
         "dataset": train.name,
-        "classes": list(train.classes),
+        "classes": [str(name) for name in train.classes],
+        "source_size": [int(side) for side in train.image_shape[:2]],
         "train_images": len(train),
         "label_checksum": zlib.crc32(labels.data),
         "dtype": ", ".join(sorted({str(parameter.dtype) for parameter in model.parameters()})),
@@ -59,7 +65,9 @@ def check_same_run(
     changed += [
         f"{name} (was {checkpoint.data.get(name)!r}, now {value!r})"
         for name, value in data.items()
-        if name != "dataset" and checkpoint.data.get(name) != value
+        if name != "dataset"
+        and checkpoint.data.get(name) != value
+        and not (name in _ABSENT_BEFORE and name not in checkpoint.data)
     ]
     if changed:
         raise CheckpointError(
