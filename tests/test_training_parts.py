@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import os
 import re
@@ -47,6 +48,10 @@ from gpucnn.training.interruption import InterruptWatch
         ("epochs", 0, r"epochs must be an integer of at least 1, got 0"),
         ("epochs", 2.5, r"epochs must be an integer"),
         ("epochs", True, r"epochs must be an integer"),
+        ("epochs", numpy.bool_(True), r"epochs must be an integer"),
+        ("epochs", numpy.float32(2), r"epochs must be an integer"),
+        ("lr", numpy.float32(math.nan), r"lr must be a number above 0 and finite"),
+        ("lr", True, r"lr must be a number above 0 and finite, got True"),
         ("batch_size", "8", r"batch_size must be an integer of at least 1, got '8'"),
         ("seed", -1, r"seed must be an integer of at least 0"),
         ("seed", 2**64, r"seed must be below 2\*\*64"),
@@ -76,6 +81,29 @@ def test_options_come_back_from_their_dictionary() -> None:
     assert TrainingOptions.from_dict(options.to_dict()) == options
     with pytest.raises(ArgumentError, match="unknown training option 'epoch'; did you mean 'epochs'"):
         TrainingOptions.from_dict({"epoch": 3})
+
+
+def test_numpy_numbers_become_pythons() -> None:
+    options = TrainingOptions(
+        epochs=numpy.int64(3),
+        batch_size=numpy.uint8(8),
+        lr=numpy.float32(0.125),
+        momentum=numpy.float64(0.5),
+        nesterov=numpy.bool_(True),
+        warmup_epochs=numpy.int32(1),
+        ema_decay=numpy.float16(0.5),
+        early_stopping=numpy.int16(2),
+        seed=numpy.uint64(2**63),
+        class_weights=numpy.array([1, 2], numpy.float32),
+    )
+    values = options.to_dict()
+    assert json.loads(json.dumps(values)) == values
+    assert values["lr"] == 0.125
+    assert values["seed"] == 2**63
+    assert values["class_weights"] == [1.0, 2.0]
+    assert type(values["epochs"]) is type(values["batch_size"]) is type(values["early_stopping"]) is int
+    assert type(values["lr"]) is type(values["warmup_epochs"]) is type(values["momentum"]) is float
+    assert values["nesterov"] is True
 
 
 def test_each_optimizer_has_its_defaults() -> None:
@@ -256,6 +284,27 @@ def test_a_bar_on_a_terminal() -> None:
     assert "validating" in shown
     assert "a line for the user\n" in shown
     assert "epoch 3/2  loss 0.4100" in shown
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_run_goes_on_when_nobody_reads_its_progress(terminal: bool) -> None:
+    class Gone(io.StringIO):
+        def isatty(self) -> bool:
+            return terminal
+
+        def write(self, text: str) -> int:
+            raise BrokenPipeError(32, "Broken pipe")
+
+        def flush(self) -> None:
+            raise BrokenPipeError(32, "Broken pipe")
+
+    model, dataset = evaluation_case()
+    progress = make_progress(Gone())
+    assert isinstance(progress, BarProgress if terminal else LineProgress)
+    if isinstance(progress, LineProgress):
+        progress.interval = 0.0
+    options = TrainingOptions(epochs=2, batch_size=4, workers=0)
+    assert len(Trainer(model, dataset, dataset, options=options, progress=progress).fit()) == 2
 
 
 def test_quiet_is_quiet() -> None:

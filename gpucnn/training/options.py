@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy
 
 from gpucnn.errors import ArgumentError
 from gpucnn.names import look_up, unknown
@@ -54,7 +58,8 @@ class TrainingOptions:
         workers: threads that prepare batches.
         prefetch: batches that they may be ahead.
 
-    Raises ArgumentError for a value out of its range or an unknown name, with the nearest match.
+    NumPy's numbers are taken like Python's and kept as Python's. Raises ArgumentError for a value out of its
+    range or an unknown name, with the nearest match.
     """
 
     epochs: int = 10
@@ -86,25 +91,25 @@ class TrainingOptions:
         look_up("schedule", self.schedule, dict.fromkeys(SCHEDULES))
         look_up("monitor", self.monitor, dict.fromkeys(MONITORS))
         for name, least in (("epochs", 1), ("batch_size", 1), ("seed", 0), ("workers", 0), ("prefetch", 1)):
-            _check_count(name, getattr(self, name), least)
+            self._keep(name, _count(name, getattr(self, name), least))
         for name in ("early_stopping", "checkpoint_steps", "evaluation_batch_size"):
             if getattr(self, name) is not None:
-                _check_count(name, getattr(self, name), 1)
+                self._keep(name, _count(name, getattr(self, name), 1))
         for name in ("lr", "clip_norm", "step_size", "checkpoint_seconds", "gamma"):
             if getattr(self, name) is not None:
-                _check_number(name, getattr(self, name), above=0.0)
+                self._keep(name, _number(name, getattr(self, name), above=0.0))
         for name in ("weight_decay", "warmup_epochs"):
             if getattr(self, name) is not None:
-                _check_number(name, getattr(self, name), least=0.0)
-        _check_number("momentum", self.momentum, least=0.0, below=1.0)
-        _check_number("label_smoothing", self.label_smoothing, least=0.0, below=1.0)
-        if self.ema_decay is not None:
-            _check_number("ema_decay", self.ema_decay, least=0.0, below=1.0)
+                self._keep(name, _number(name, getattr(self, name), least=0.0))
+        for name in ("momentum", "label_smoothing", "ema_decay"):
+            if name != "ema_decay" or self.ema_decay is not None:
+                self._keep(name, _number(name, getattr(self, name), least=0.0, below=1.0))
+        self._keep("nesterov", bool(self.nesterov))
         if self.seed >= 1 << 64:
             raise ArgumentError(f"seed must be below 2**64, got {self.seed}")
         if self.warmup_epochs >= self.epochs:
             raise ArgumentError(
-                f"warmup_epochs must be less than epochs ({self.epochs}), got {self.warmup_epochs}; "
+                f"warmup_epochs must be less than epochs ({self.epochs}), got {self.warmup_epochs:g}; "
                 "warm up for less or train for longer"
             )
         self._check_class_weights()
@@ -114,11 +119,13 @@ class TrainingOptions:
         if isinstance(weights, str):
             look_up("class_weights", weights, {"balanced": None})
         elif weights is not None:
-            for weight in weights:
-                _check_number("each of class_weights", weight, least=0.0)
-            if not any(weights):
+            plain = [_number("each of class_weights", weight, least=0.0) for weight in weights]
+            if not any(plain):
                 raise ArgumentError("class_weights must not all be zero")
-            object.__setattr__(self, "class_weights", [float(weight) for weight in weights])
+            self._keep("class_weights", plain)
+
+    def _keep(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # the way past a frozen dataclass's guard
 
     @property
     def resolved_lr(self) -> float:
@@ -183,16 +190,21 @@ class TrainingOptions:
         ]
 
 
-def _check_count(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value < least:
+def _count(name: str, value: Any, least: int) -> int:
+    """``value`` as Python's int. Raises ArgumentError for what is no integer, or too small."""
+    is_count = hasattr(value, "__index__") and not isinstance(value, (bool, numpy.bool_))
+    if not is_count or value < least:
         raise ArgumentError(f"{name} must be an integer of at least {least}, got {value!r}")
+    return operator.index(value)
 
 
-def _check_number(
+def _number(
     name: str, value: Any, *, least: float = -math.inf, above: float = -math.inf, below: float = math.inf
-) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+) -> float:
+    """``value`` as Python's float. Raises ArgumentError for what is no number, or out of range."""
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, (bool, numpy.bool_))
     if not (is_number and value >= least and value > above and value < below):
         wanted = f"above {above:g}" if above > -math.inf else f"{least:g} or more"
         wanted += f" and below {below:g}" if below < math.inf else " and finite"
         raise ArgumentError(f"{name} must be a number {wanted}, got {value!r}")
+    return float(value)
