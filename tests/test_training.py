@@ -276,6 +276,12 @@ def test_balanced_class_weights() -> None:
     assert class_weights(None, dataset) is None
     with pytest.raises(ArgumentError, match="class_weights has 2 numbers, but 'arrays' has 3 classes"):
         class_weights([1, 2], dataset)
+    assert class_weights([1, 2, 0], dataset) == [1.0, 2.0, 0.0]
+    for zero in (0, 1e-60):
+        with pytest.raises(
+            ArgumentError, match=r"gives class 'few' weight (0|1e-60), but 'arrays' has 2 images of it; give"
+        ):
+            class_weights([1, zero, 1], dataset)
     trainer = Trainer(small_model(), patterns(), options=quick(class_weights=[1, 2, 3]))
     assert numpy.array_equal(trainer.loss.weight, [1, 2, 3])
 
@@ -288,6 +294,32 @@ def test_the_default_preprocessing_fits_the_model() -> None:
     assert made.image_size == (4, 4)
     assert default_preprocessing(small_model(), patterns()) == Preprocessing.for_dataset(patterns())
     Trainer(model, patterns(), options=quick(epochs=1)).fit()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("kind", ["uint8", "float32", "float64"])
+def test_every_batch_comes_in_the_dtype_of_the_model(tmp_path: Path, kind: str, dtype: str) -> None:
+    seen = set()
+
+    class Watch(layers.Layer):
+        def forward(self, x: Any) -> Any:
+            seen.add(str(x.dtype))
+            return x
+
+        def backward(self, dy: Any) -> Any:
+            seen.add(str(dy.dtype))
+            return dy
+
+    images = patterns()
+    tensors = images.images(range(60)).transpose(0, 3, 1, 2) / 255
+    train = images if kind == "uint8" else TensorDataset(tensors.astype(kind), images.labels, images.classes)
+    model = Sequential(Watch(), *small_model(batch_norm=True)).to(dtype=dtype)
+    options = quick(class_weights=[1, 2, 3], ema_decay=0.9, clip_norm=1.0)
+    run = RunFolder(tmp_path)
+    history = Trainer(model, train, train, options=options, run=run).fit()
+    assert seen == {dtype}
+    assert history[1].train_loss < history[0].train_loss
+    assert {str(run.read_last().model[key].dtype) for key in ("1.weight", "5.bias")} == {dtype}
 
 
 # ---------------------------------------------------------------- what does not fit
@@ -447,6 +479,46 @@ def test_the_layer_where_it_began_is_named(tmp_path: Path, spoils: dict[str, Any
     assert run.read_last().position.step == 6
     assert all(numpy.isfinite(array).all() for array in run.read_last().model.values())
     assert "forward" not in vars(model[0])
+
+
+@pytest.mark.parametrize("spoils", [{"forward": math.nan}, {"backward": math.nan}])
+def test_running_statistics_are_those_of_the_step_before(spoils: dict[str, Any]) -> None:
+    states = []
+
+    class Watch(Callback):
+        def on_step_end(self, trainer: Trainer, loss: float) -> None:
+            states.append({name: array.copy() for name, array in trainer.model.state_dict().items()})
+
+    manual_seed(1)
+    model = Sequential(
+        layers.Conv2d(1, 4, 3),
+        Spoils(**spoils, after=3),
+        layers.BatchNorm2d(4),
+        layers.Flatten(),
+        layers.Linear(64, 3),
+    )
+    with pytest.raises(NonFiniteError, match=r"step 4 .* the weights are those of the step before; lower the"):
+        Trainer(model, patterns(), options=quick(), callbacks=[Watch()]).fit()
+    assert len(states) == 3
+    assert states[-1]["2.num_batches_tracked"] == 3
+    for name, array in model.state_dict().items():
+        assert numpy.array_equal(array, states[-1][name]), name
+
+
+def test_images_that_are_not_finite_are_named() -> None:
+    x = numpy.random.default_rng(0).standard_normal((20, 1, 6, 6))
+    x[13, 0, 2, 2], x[7, 0, 0, 0] = math.nan, math.inf
+    model = small_model(batch_norm=True)
+    before = {name: array.copy() for name, array in model.state_dict().items()}
+    train = TensorDataset(x, numpy.arange(20) % 3, name="spoilt")
+    with pytest.raises(NonFiniteError) as caught:
+        Trainer(model, train, options=quick(batch_size=20)).fit()
+    message = str(caught.value)
+    assert "the images of the batch are not finite already (2 of 720 values)" in message
+    assert message.endswith(("repair or leave out images 13, 7 of 'spoilt'", "images 7, 13 of 'spoilt'"))
+    assert "learning rate" not in message
+    for name, array in model.state_dict().items():
+        assert numpy.array_equal(array, before[name]), name
 
 
 def test_a_learning_rate_too_high_is_caught_before_the_weights_are_touched() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy
 
+from gpucnn.data.loader import Batch
 from gpucnn.layers import Layer
 from gpucnn.losses import CrossEntropyLoss
 from gpucnn.ops import Array, array_module
@@ -45,6 +46,19 @@ def find_first_non_finite(model: Layer, loss: CrossEntropyLoss, images: Array, l
         for _, layer in model.named_layers():
             layer._saved = None
     return "run again, every output and gradient of this batch was finite"
+
+
+def advice_on(batch: Batch, name: str) -> str:
+    """What to do about a step that went infinite or NaN on this batch of the data set ``name``."""
+    bad = [
+        str(number)
+        for number, image in zip(batch.indices.tolist(), batch.images, strict=True)
+        if not _is_finite(image)
+    ]
+    if not bad:
+        return "lower the learning rate, warm up, or set clip_norm"
+    shown = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")
+    return f"repair or leave out {'image' if len(bad) == 1 else 'images'} {shown} of '{name}'"
 
 
 def find_non_finite_weight(state: Mapping[str, Array]) -> str | None:

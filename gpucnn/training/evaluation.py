@@ -89,7 +89,7 @@ def evaluate(
         raise ArgumentError(
             f"the images of '{dataset.name}' need preprocessing; pass the one that the model was trained with"
         )
-    loader = Loader(dataset, batch_size, preprocessing=preprocessing, workers=workers)
+    loader = Loader(dataset, batch_size, preprocessing=preprocessing, workers=workers, dtype=input_dtype(model))
     loss_sum, done = 0.0, 0
     predictions: list[NDArray[numpy.int64]] = []
     probabilities: list[NDArray[numpy.float32]] = []
@@ -131,6 +131,11 @@ def evaluation_mode(model: Layer) -> Iterator[None]:
     finally:
         for layer, mode in modes:
             layer.training = mode
+
+
+def input_dtype(model: Layer) -> str:
+    """What ``model`` takes its inputs in: "float64" where its parameters are, "float32" otherwise."""
+    return "float64" if any(parameter.dtype == numpy.float64 for parameter in model.parameters()) else "float32"
 
 
 def check_class_labels(dataset: Dataset) -> None:

@@ -11,15 +11,19 @@ from gpucnn.data.loader import Loader
 from gpucnn.data.transforms import Preprocessing
 from gpucnn.errors import ArgumentError, DataError, ShapeError
 from gpucnn.layers import BatchNorm1d, BatchNorm2d, Layer
-from gpucnn.training.evaluation import check_class_labels, check_logits, evaluation_mode
+from gpucnn.training.evaluation import check_class_labels, check_logits, evaluation_mode, input_dtype
 
 
 def default_preprocessing(model: Layer, dataset: Dataset) -> Preprocessing | None:
-    """Resizing to the model's ``input_shape`` and normalization by ``dataset``; None for preprocessed ones."""
+    """Resizing to the model's ``input_shape`` and normalization by ``dataset``.
+
+    The inputs have the dtype of the model's parameters. None for data sets that are preprocessed.
+    """
     if dataset.preprocessed:
         return None
     shape = getattr(model, "input_shape", None)
-    return Preprocessing.for_dataset(dataset, None if shape is None else (shape[1], shape[2]))
+    size = None if shape is None else (shape[1], shape[2])
+    return Preprocessing.for_dataset(dataset, size, input_dtype(model))
 
 
 def class_weights(weights: str | Sequence[float] | None, dataset: Dataset) -> list[float] | None:
@@ -27,18 +31,24 @@ def class_weights(weights: str | Sequence[float] | None, dataset: Dataset) -> li
 
     "balanced" is images / (classes * images of the class), so that every class weighs alike in an epoch and the
     mean weight of an image is 1; a class without images weighs nothing. Raises ArgumentError where there is not
-    one weight a class.
+    one weight a class, or it is zero for a class that has images: the mean loss of a batch of those is 0 / 0.
     """
     count = len(dataset.classes)
     if weights is None:
         return None
+    images = numpy.bincount(dataset.labels, minlength=count)
     if isinstance(weights, str):
-        images = numpy.bincount(dataset.labels, minlength=count)
         return [len(dataset) / (count * int(number)) if number else 0.0 for number in images]
     if len(weights) != count:
         raise ArgumentError(
             f"class_weights has {len(weights)} numbers, but '{dataset.name}' has {count} classes; give one a class"
         )
+    for name, weight, number in zip(dataset.classes, weights, images.tolist(), strict=True):
+        if number and weight < numpy.finfo(numpy.float32).tiny:
+            raise ArgumentError(
+                f"class_weights gives class '{name}' weight {weight:g}, but '{dataset.name}' has {number} images "
+                "of it; give it a positive weight, or leave its images out"
+            )
     return [float(weight) for weight in weights]
 
 
@@ -63,7 +73,8 @@ def check_model(model: Layer, dataset: Dataset, preprocessing: Preprocessing | N
     Raises ShapeError where the image has the wrong number of channels or size, or the output is not
     (1, number of classes).
     """
-    with Loader(dataset, 1, preprocessing=preprocessing, workers=0).epoch(0) as batches:
+    loader = Loader(dataset, 1, preprocessing=preprocessing, workers=0, dtype=input_dtype(model))
+    with loader.epoch(0) as batches:
         images = next(batches).images
     expected = getattr(model, "input_shape", None)
     if expected is not None and images.shape[1] != expected[0]:

@@ -20,10 +20,11 @@ from gpucnn.optimizers import Optimizer
 from gpucnn.random import default_generator
 from gpucnn.schedules import Schedule
 from gpucnn.training.averaging import WeightAverage
+from gpucnn.training.buffers import BufferCopy
 from gpucnn.training.callbacks import Callback
 from gpucnn.training.checkpoint import Checkpoint, Position, write_checkpoint
-from gpucnn.training.diagnosis import find_first_non_finite, find_non_finite_weight
-from gpucnn.training.evaluation import EvaluationResult, evaluate
+from gpucnn.training.diagnosis import advice_on, find_first_non_finite, find_non_finite_weight
+from gpucnn.training.evaluation import EvaluationResult, evaluate, input_dtype
 from gpucnn.training.history import EpochRecord, History
 from gpucnn.training.interruption import InterruptWatch, TrainingInterrupted
 from gpucnn.training.options import TrainingOptions
@@ -104,6 +105,7 @@ class Trainer:
             drop_last=self._leaves_out_last,
             workers=self.options.workers,
             prefetch=self.options.prefetch,
+            dtype=input_dtype(model),
         )
         check_model(model, train, self.preprocessing)
         weights = class_weights(self.options.class_weights, train)
@@ -113,6 +115,7 @@ class Trainer:
         self.optimizer: Optimizer
         self.schedule: Schedule
         self._average: WeightAverage | None = None
+        self._buffers: BufferCopy
         self._data = describe_data(model, train, self.preprocessing, self.augmentation)
         self._random = RandomState(model)
         self._position = Position()
@@ -173,6 +176,7 @@ class Trainer:
         self.optimizer = options.make_optimizer(self.model)  # moves the weights to its buffers
         self.schedule = options.make_schedule(len(self.loader))
         self._average = None if options.ema_decay is None else WeightAverage(self.model, options.ema_decay)
+        self._buffers = BufferCopy(self.model)
         self.model.train()
         self.model.skip_input_gradient()
         if checkpoint is not None and run is not None:
@@ -227,6 +231,7 @@ class Trainer:
         """(loss, images classified rightly) of a batch, after the optimizer's step."""
         optimizer, images, labels = self.optimizer, batch.images, batch.labels
         random_states = self._random.capture()
+        self._buffers.take()  # batch norm's forward changes its statistics before the loss can be looked at
         optimizer.zero_grad()
         logits = self.model(images)
         loss: float = self.loss(logits, labels)
@@ -382,18 +387,19 @@ class Trainer:
         self, what: str, value: float, batch: Batch, states: dict[str, dict[str, int]]
     ) -> NonFiniteError:
         self._random.restore(states)
+        self._buffers.put_back()
         self.optimizer.zero_grad()
         cause = find_first_non_finite(self.model, self.loss, batch.images, batch.labels)
         position = self._position
+        kept = "the weights are those of the step before" if self.run is None else self._what_is_kept()
         return NonFiniteError(
             f"the {what} became {value} at step {position.step + 1} (epoch {position.epoch + 1}, batch "
-            f"{position.batch + 1}): {cause}; {self._what_is_kept()}; lower the learning rate, warm up, or set "
-            "clip_norm"
+            f"{position.batch + 1}): {cause}; {kept}; {advice_on(batch, self.train.name)}"
         )
 
     def _what_is_kept(self) -> str:
         if self.run is None:
-            return "the weights are those of the step before"
+            return "without a run folder nothing is saved"
         return f"the checkpoint of step {self._saved_step} is kept in {self.run.last_path}"
 
     def _images_an_epoch(self) -> int:
