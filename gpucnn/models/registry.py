@@ -148,6 +148,7 @@ def create(
     size = info.input_shape[1] if image_size is None else image_size
     _check_type("num_classes", num_classes, 1)
     _check_type("in_channels", channels, 1)
+    _check_type("image_size", size, 1)
     if num_classes < 1 or channels < 1:
         raise ArgumentError(
             f"num_classes and in_channels must be at least 1, got {num_classes!r} and {channels!r}"
