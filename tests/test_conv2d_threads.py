@@ -74,7 +74,9 @@ def test_every_task_runs_once(count: int, any_threads: int) -> None:
 def test_tasks_run_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPUCNN_NUM_THREADS", "3")
     meeting = threading.Barrier(3, timeout=20)  # passes only when three threads have arrived
-    parallel_for(3, lambda _: meeting.wait() and None)
+    places: list[int] = []
+    parallel_for(3, lambda _: places.append(meeting.wait()))
+    assert sorted(places) == [0, 1, 2]
 
 
 def test_small_work_stays_in_the_calling_thread(monkeypatch: pytest.MonkeyPatch) -> None:
