@@ -27,6 +27,7 @@ class PoolCase:
 
 
 POOL_PROBLEMS = [
+    PoolCase("columns that step over the image", (1, 1, 1, 1), (2, 2), (1, 1), (1, 1), (1, 2)),
     PoolCase("one pixel", (1, 1, 1, 1), (1, 1), (1, 1)),
     PoolCase("halves", (2, 3, 8, 8), (2, 2), (2, 2)),
     PoolCase("halves of an odd image", (2, 3, 7, 9), (2, 2), (2, 2)),

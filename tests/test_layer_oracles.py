@@ -81,7 +81,7 @@ def test_pooling(case, layout):
     arguments = (case.kernel, case.stride, case.padding, case.dilation, case.ceil_mode)
     layer = layers.MaxPool2d(*arguments)
     y, argmax = pooling.max_pool(x, *arguments)
-    assert max_error(layer(LAYOUTS[layout](x)), y) <= 0
+    assert numpy.array_equal(layer(LAYOUTS[layout](x)), y)  # minus infinity where a window steps over the image
     dy = random_array(*y.shape, seed=1)
     dx = pooling.max_pool_backward(dy, argmax, x.shape, *arguments)
     assert max_error(layer.backward(LAYOUTS[layout](dy)), dx) <= TOLERANCE

@@ -53,6 +53,7 @@ def max_pool2d_forward(
     starts = numpy.add.outer(
         [problem.S * r for r in first_inside(rows, problem.P)], first_inside(columns, problem.Q)
     ).astype(argmax.dtype)
+    starts *= numpy.logical_and.outer(_any_inside(rows, problem.P), _any_inside(columns, problem.Q))
     blocks = image_blocks(x.shape, x.itemsize)
     channels_last = is_channels_last(x) and is_channels_last(y)  # slices are then long rows of channels
     phases = Phases(problem)
@@ -84,6 +85,14 @@ def max_pool2d_forward(
 
     parallel_for(len(blocks), task, small=x.size < SMALL)
     return y, argmax
+
+
+def _any_inside(places: list[Reach], count: int) -> NDArray[numpy.bool_]:
+    """Which of ``count`` windows along an axis reach the image at all: a dilated one may step over it."""
+    inside = numpy.zeros(count, bool)
+    for place in places:
+        inside[place.windows] = True
+    return inside
 
 
 def _readers(places: list[Reach], size: int) -> NDArray[numpy.int64]:
