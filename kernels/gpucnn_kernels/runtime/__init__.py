@@ -1,0 +1,128 @@
+"""Where kernels run: CUDA through CuPy, or the host runtime, which compiles the same text for the CPU.
+
+``GPUCNN_KERNELS_RUNTIME`` chooses ("cuda", the default, or "host"); :func:`using` chooses for a block of code.
+The host runtime is for tests and for projects whose CI has no GPU; see docs/host-runtime.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from gpucnn_kernels.errors import ArgumentError
+from gpucnn_kernels.source import Source
+
+VARIABLE = "GPUCNN_KERNELS_RUNTIME"
+NAMES = ("cuda", "host")
+
+
+@dataclass(frozen=True, slots=True)
+class Pointer:
+    """An array argument of a launch: ``size`` bytes from ``address`` on."""
+
+    address: int
+    size: int
+    writable: bool
+
+
+class Module(Protocol):
+    """A compiled source."""
+
+    def launch(
+        self,
+        kernel: str,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        arguments: Sequence[Pointer | Any],
+        shared_bytes: int,
+        stream: Any,
+    ) -> None:
+        """Start ``kernel``; each argument is a Pointer or None (a null one), or a ctypes value of its parameter's type."""
+
+
+class Runtime(Protocol):
+    """What the launcher needs of a place where kernels run. Arrays are ``array_type``'s: NumPy's or CuPy's."""
+
+    name: str
+
+    def as_array(self, value: Any, name: str) -> Any:
+        """``value`` as an array of this runtime, sharing its memory; DtypeError or DeviceError in words if it is none."""
+
+    def address(self, array: Any) -> int:
+        """Where the first element is."""
+
+    def device(self, array: Any) -> int:
+        """The number of the device that holds it."""
+
+    def empty(self, shape: Sequence[int], dtype: str, like: Any) -> Any:
+        """A new C-contiguous array of the kind of ``like``, on its device, its values undefined."""
+
+    def module(self, source: Source, device: int) -> Module:
+        """The source compiled for a device, from memory or disk where it was compiled before."""
+
+    def on(self, device: int, stream: Any) -> contextlib.AbstractContextManager[Any]:
+        """A context in which allocations and launches go to this device and stream."""
+
+
+_chosen: list[str] = []
+_runtimes: dict[str, Runtime] = {}
+
+
+def current_name() -> str:
+    """ "cuda" or "host". Raises ArgumentError where the environment names another."""
+    if _chosen:
+        return _chosen[-1]
+    name = os.environ.get(VARIABLE) or "cuda"
+    if name not in NAMES:
+        raise ArgumentError(f"{VARIABLE} must be one of {', '.join(NAMES)}, got '{name}'")
+    return name
+
+
+def current() -> Runtime:
+    """The runtime in use, made on first use."""
+    name = current_name()
+    if name not in _runtimes:
+        if name == "host":
+            from gpucnn_kernels.runtime.host_launch import HostRuntime
+
+            _runtimes[name] = HostRuntime()
+        else:
+            from gpucnn_kernels.runtime.cuda import CudaRuntime
+
+            _runtimes[name] = CudaRuntime()
+    return _runtimes[name]
+
+
+@contextlib.contextmanager
+def using(name: str) -> Iterator[Runtime]:
+    """Run the kernels of a block on this runtime, whatever the environment says."""
+    if name not in NAMES:
+        raise ArgumentError(f"a runtime is one of {', '.join(NAMES)}, got '{name}'")
+    _chosen.append(name)
+    try:
+        yield current()
+    finally:
+        _chosen.pop()
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of an element of ``dtype``, by name."""
+    return ITEM_SIZES[dtype]
+
+
+ITEM_SIZES: Mapping[str, int] = {
+    "bool": 1,
+    "uint8": 1,
+    "int32": 4,
+    "uint32": 4,
+    "int64": 8,
+    "uint64": 8,
+    "float16": 2,
+    "bfloat16": 2,
+    "float32": 4,
+    "float64": 8,
+}
+"""Bytes an element, by the dtypes that kernels take."""

@@ -1,0 +1,222 @@
+"""Kernels on an NVIDIA GPU, through CuPy: NVRTC compiles, CuPy keeps the binary on disk, the driver launches.
+
+CuPy is imported on first use and never at import. CuPy's disk cache is keyed by the source text, the options, the
+architecture and NVRTC's version; our text has its headers in it, so an edited header is another key.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from gpucnn_kernels.errors import CompileError, DeviceError, DtypeError
+from gpucnn_kernels.runtime import Module, Pointer
+from gpucnn_kernels.source import Source
+
+OPTIONS = ("-std=c++17",)
+"""For NVRTC. CuPy adds the architecture and -ftz=true."""
+
+DEFAULT_SHARED_BYTES = 48 << 10
+_SAY_AFTER_SECONDS = 1.0
+
+
+def status() -> tuple[bool, str]:
+    """(whether a GPU can be used, the reason in words): a CuPy that imports is not yet a GPU that works."""
+    import importlib.util
+
+    if importlib.util.find_spec("cupy") is None:
+        return False, (
+            "CuPy is not installed; pip install 'gpucnn[cuda12]' (driver 525 or newer) or 'gpucnn[cuda13]' "
+            "(driver 580 or newer)"
+        )
+    try:
+        import cupy
+    except Exception as error:  # a broken install raises many kinds; each is a reason to show
+        return False, (
+            f"CuPy does not import: {_first_line(error)}; reinstall one of 'gpucnn[cuda12]' and 'gpucnn[cuda13]', "
+            "and only one"
+        )
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except Exception as error:
+        return False, f"CuPy {cupy.__version__} finds no usable NVIDIA driver or GPU: {_explained(error)}"
+    if count == 0:
+        return False, f"CuPy {cupy.__version__} works, but there is no NVIDIA GPU"
+    try:
+        cupy.cuda.nvrtc.getVersion()
+    except Exception as error:
+        return False, (
+            f"NVRTC, which compiles the kernels, cannot be loaded: {_first_line(error)}; install it with "
+            "pip install 'gpucnn[cuda12]' or 'gpucnn[cuda13]', whichever matches the driver"
+        )
+    name = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
+    return True, f"{name}, CuPy {cupy.__version__}"
+
+
+def _explained(error: Exception) -> str:
+    text = _first_line(error)
+    if "InsufficientDriver" in text:
+        return f"{text}; there is no driver, or it is older than CuPy's CUDA: update it, or install 'gpucnn[cuda12]'"
+    return text
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+class CudaRuntime:
+    """CuPy's arrays, streams and compiler."""
+
+    name = "cuda"
+
+    def __init__(self) -> None:
+        usable, reason = status()
+        if not usable:
+            raise DeviceError(
+                f"no GPU can be used: {reason}. Without a GPU, GPUCNN_KERNELS_RUNTIME=host runs the kernels on "
+                "NumPy arrays, slowly, for tests"
+            )
+        import cupy
+
+        self._cupy = cupy
+        self._modules: dict[tuple[str, int], _CudaModule] = {}
+        self._lock = threading.Lock()
+
+    def as_array(self, value: Any, name: str) -> Any:
+        """A cupy.ndarray on the memory of ``value``, which may be CuPy's, PyTorch's, JAX's or Numba's."""
+        cupy = self._cupy
+        if isinstance(value, cupy.ndarray):
+            return value
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        try:
+            if kind.startswith("torch.") and str(value.dtype) == "torch.bfloat16":
+                import torch
+
+                from gpucnn_kernels.runtime.host_launch import numpy_dtype
+
+                if value.is_cuda:
+                    return cupy.asarray(value.detach().view(torch.int16)).view(numpy_dtype("bfloat16"))
+            elif kind.startswith("torch."):
+                if value.is_cuda:
+                    return cupy.asarray(value.detach())
+            elif hasattr(value, "__cuda_array_interface__"):
+                return cupy.asarray(value)
+            elif hasattr(value, "__dlpack__") and not kind.startswith("numpy."):
+                return cupy.from_dlpack(value)
+        except (TypeError, ValueError, RuntimeError, BufferError, AttributeError) as error:
+            raise DtypeError(f"{name}, a {kind}, cannot share its memory with CuPy: {error}") from error
+        if kind.startswith(("numpy.", "torch.")):
+            raise DeviceError(
+                f"{name} is in the host's memory ({kind}); move it to the GPU first (cupy.asarray(...), or "
+                "tensor.cuda())"
+            )
+        raise DtypeError(
+            f"{name} must be a cupy.ndarray or another array on the GPU (__cuda_array_interface__ or DLPack), got {kind}"
+        )
+
+    def address(self, array: Any) -> int:
+        """The device pointer."""
+        return int(array.data.ptr)
+
+    def device(self, array: Any) -> int:
+        """The device's number."""
+        return int(array.device.id)
+
+    def empty(self, shape: Sequence[int], dtype: str, like: Any) -> Any:
+        """A new cupy.ndarray on the current device."""
+        del like
+        from gpucnn_kernels.runtime.host_launch import numpy_dtype
+
+        return self._cupy.empty(tuple(shape), numpy_dtype(dtype))
+
+    def module(self, source: Source, device: int) -> Module:
+        """The source compiled for a device."""
+        key = source.fingerprint, device
+        module = self._modules.get(key)
+        if module is None:
+            with self._lock:
+                module = self._modules.get(key)
+                if module is None:
+                    module = self._modules[key] = _CudaModule(self._cupy, source, device)
+        return module
+
+    @contextlib.contextmanager
+    def on(self, device: int, stream: Any) -> Iterator[Any]:
+        """Make the device and the stream current: CuPy's stream, PyTorch's, Numba's, or a pointer."""
+        with self._cupy.cuda.Device(device):
+            if stream is None:
+                yield None
+            else:
+                with self._stream(stream, device):
+                    yield None
+
+    def _stream(self, stream: Any, device: int) -> Any:
+        cupy = self._cupy
+        if isinstance(stream, (cupy.cuda.Stream, cupy.cuda.ExternalStream)):
+            return stream
+        pointer = getattr(stream, "cuda_stream", None)  # PyTorch
+        if pointer is None:
+            pointer = getattr(getattr(stream, "handle", None), "value", None)  # Numba
+        if pointer is None and isinstance(stream, int) and not isinstance(stream, bool):
+            pointer = stream
+        if pointer is None:
+            raise DtypeError(
+                "stream must be a CuPy, PyTorch or Numba stream or the address of one, got "
+                f"{type(stream).__module__}.{type(stream).__qualname__}"
+            )
+        return cupy.cuda.ExternalStream(int(pointer), device)
+
+
+class _CudaModule:
+    def __init__(self, cupy: Any, source: Source, device: int) -> None:
+        self._cupy, self._source = cupy, source
+        module = cupy.RawModule(code=source.text, options=OPTIONS, backend="nvrtc")
+        began = time.perf_counter()
+        timer = threading.Timer(_SAY_AFTER_SECONDS, _say_compiling, (source.title,))
+        timer.daemon = True
+        timer.start()
+        try:
+            with cupy.cuda.Device(device):
+                self._kernels = {name: module.get_function(name) for name in source.kernels}
+                self._functions = {name: kernel.kernel for name, kernel in self._kernels.items()}
+        except cupy.cuda.compiler.CompileException as error:
+            raise CompileError(f"{source.title} does not compile for this GPU:\n{error}") from error
+        finally:
+            timer.cancel()
+        self.seconds = time.perf_counter() - began
+        self._shared = dict.fromkeys(source.kernels, DEFAULT_SHARED_BYTES)
+
+    def launch(
+        self,
+        kernel: str,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        arguments: Sequence[Pointer | Any],
+        shared_bytes: int,
+        stream: Any,
+    ) -> None:
+        """Queue ``kernel`` on the current stream."""
+        del stream  # made current by ``on``
+        if shared_bytes > self._shared[kernel]:
+            self._kernels[kernel].max_dynamic_shared_size_bytes = shared_bytes
+            self._shared[kernel] = shared_bytes
+        values = [
+            ctypes.c_void_p(0 if argument is None else argument.address)
+            if argument is None or isinstance(argument, Pointer)
+            else argument
+            for argument in arguments
+        ]
+        addresses = (ctypes.c_void_p * max(len(values), 1))(*(ctypes.addressof(value) for value in values))
+        current = self._cupy.cuda.get_current_stream()
+        self._cupy.cuda.driver.launchKernel(
+            self._functions[kernel].ptr, *grid, *block, shared_bytes, current.ptr, ctypes.addressof(addresses), 0
+        )
+
+
+def _say_compiling(title: str) -> None:
+    print(f"gpucnn_kernels: compiling {title} for this GPU, once ...", file=sys.stderr, flush=True)

@@ -1,0 +1,115 @@
+"""The host runtime as the launcher sees it: NumPy arrays, and anything on the CPU that shares its memory."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy
+
+from gpucnn_kernels.errors import DeviceError, DtypeError
+from gpucnn_kernels.runtime import Module, Pointer
+from gpucnn_kernels.runtime.host import HostModule, Memory
+from gpucnn_kernels.source import Source
+
+
+def numpy_dtype(name: str) -> numpy.dtype[Any]:
+    """The NumPy dtype of this name; "bfloat16" is ml_dtypes'."""
+    if name != "bfloat16":
+        return numpy.dtype(name)
+    try:
+        import ml_dtypes
+    except ImportError:
+        raise DtypeError("bfloat16 arrays need the package ml_dtypes: pip install ml_dtypes") from None
+    return numpy.dtype(ml_dtypes.bfloat16)
+
+
+class HostRuntime:
+    """Kernels compiled by the machine's C++ compiler, run on host memory."""
+
+    name = "host"
+
+    def __init__(self) -> None:
+        self._modules: dict[str, _HostLaunchModule] = {}
+
+    def as_array(self, value: Any, name: str) -> Any:
+        """A NumPy array on the memory of ``value``."""
+        if isinstance(value, numpy.ndarray):
+            return value
+        kind = type(value).__module__.split(".")[0]
+        if kind == "cupy" or (kind != "torch" and hasattr(value, "__cuda_array_interface__")):
+            raise DeviceError(
+                f"{name} is a GPU array ({type(value).__module__}.{type(value).__qualname__}), but kernels run on the "
+                "host runtime (GPUCNN_KERNELS_RUNTIME=host); pass NumPy arrays, or unset the variable"
+            )
+        try:
+            if kind == "torch" and str(value.dtype) == "torch.bfloat16":
+                import torch
+
+                return numpy.from_dlpack(value.detach().view(torch.int16)).view(numpy_dtype("bfloat16"))
+            if kind == "torch":
+                return numpy.from_dlpack(value.detach())
+            if hasattr(value, "__dlpack__"):
+                return numpy.from_dlpack(value)
+            if hasattr(value, "__array_interface__"):
+                return numpy.asarray(value)
+        except (TypeError, ValueError, RuntimeError, BufferError) as error:
+            raise DtypeError(
+                f"{name}, a {type(value).__module__}.{type(value).__qualname__}, cannot share its memory: {error}"
+            ) from error
+        raise DtypeError(
+            f"{name} must be a numpy.ndarray or another array on the CPU that speaks DLPack, got "
+            f"{type(value).__module__}.{type(value).__qualname__}; use numpy.asarray(...) first"
+        )
+
+    def address(self, array: Any) -> int:
+        """Where the first element is."""
+        return int(array.ctypes.data)
+
+    def device(self, array: Any) -> int:
+        """0: there is one host."""
+        del array
+        return 0
+
+    def empty(self, shape: Sequence[int], dtype: str, like: Any) -> Any:
+        """A new array, of the subclass of ``like`` where it is one, filled with 0xFF so that a gap shows as NaN."""
+        array = numpy.empty(tuple(shape), numpy_dtype(dtype))
+        array.view(numpy.uint8).fill(0xFF) if array.ndim else array.reshape(1).view(numpy.uint8).fill(0xFF)
+        return array if like is None else array.view(type(like))
+
+    def module(self, source: Source, device: int) -> Module:
+        """The source compiled for this machine."""
+        del device
+        if source.fingerprint not in self._modules:
+            self._modules[source.fingerprint] = _HostLaunchModule(source)
+        return self._modules[source.fingerprint]
+
+    def on(self, device: int, stream: Any) -> contextlib.AbstractContextManager[Any]:
+        """Nothing: launches are done when they return."""
+        del device, stream
+        return contextlib.nullcontext()
+
+
+class _HostLaunchModule:
+    def __init__(self, source: Source) -> None:
+        self._module = HostModule(source.text, list(source.kernels))
+
+    def launch(
+        self,
+        kernel: str,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        arguments: Sequence[Pointer | Any],
+        shared_bytes: int,
+        stream: Any,
+    ) -> None:
+        """Run ``kernel`` to its end."""
+        del stream
+        memory = [
+            Memory(argument.address, argument.size, argument.writable)
+            if isinstance(argument, Pointer)
+            else argument
+            for argument in arguments
+        ]
+        self._module.launch(kernel, grid, block, memory, shared_bytes=shared_bytes)

@@ -1,0 +1,219 @@
+"""CUDA sources: read, made whole, described.
+
+A source is one ``.cu`` file of the folder ``cuda``. Its project headers (``#include "name.cuh"``) are put in its
+place, once each, and its ``#define`` lines in front, so the text says everything that the compiler sees: it is the
+same for NVRTC and for the host runtime, and a cache that is keyed by it cannot be fooled by an edited header.
+
+The text is also the one description of its kernels: the launcher reads each kernel's parameters, and the structs
+that it takes by value, from here, and so cannot disagree with them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+from gpucnn_kernels.errors import ArgumentError
+
+FOLDER = Path(__file__).parent / "cuda"
+
+SCALARS: dict[str, tuple[str, str]] = {
+    "float32": ("float32", "float32"),
+    "float16": ("float16", "float32"),
+    "bfloat16": ("bfloat16", "float32"),
+    "float64": ("float64", "float64"),
+}
+"""By dtype of the arrays: what ``scalar_t`` (storage) and ``accumulate_t`` (arithmetic) are. See scalar.cuh."""
+
+_VALUES: dict[str, type[Any]] = {
+    "bool": ctypes.c_bool,
+    "unsigned char": ctypes.c_uint8,
+    "int": ctypes.c_int32,
+    "unsigned": ctypes.c_uint32,
+    "unsigned int": ctypes.c_uint32,
+    "long long": ctypes.c_int64,
+    "unsigned long long": ctypes.c_uint64,
+    "float": ctypes.c_float,
+    "double": ctypes.c_double,
+}
+_ELEMENTS = {
+    "bool": "bool",
+    "unsigned char": "uint8",
+    "int": "int32",
+    "unsigned": "uint32",
+    "unsigned int": "uint32",
+    "long long": "int64",
+    "unsigned long long": "uint64",
+    "float": "float32",
+    "double": "float64",
+}
+_INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]+"([^"]+)"[^\n]*\n', re.MULTILINE)
+_COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
+_KERNEL = re.compile(
+    r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\s*\(([^)]*)\)\s*)?(\w+)\s*\(([^)]*)\)\s*\{'
+)
+_STRUCT = re.compile(r"\bstruct\s+(\w+)\s*\{([^{}()]*)\}\s*;")
+_QUALIFIER = re.compile(r"\b(?:const|__restrict__|__restrict)\b")
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A kernel's parameter: an array of ``dtype`` (written to unless ``constant``), or a value of a C type."""
+
+    name: str
+    dtype: str | None  # of a pointer's elements
+    constant: bool
+    value: type[Any] | None  # the ctypes type of a parameter that is no pointer
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel's name, its parameters in order, and the largest block that its ``__launch_bounds__`` allow."""
+
+    name: str
+    parameters: tuple[Parameter, ...]
+    max_threads: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """The whole text of a ``.cu`` file for one set of definitions."""
+
+    name: str
+    definitions: tuple[tuple[str, str], ...]
+    text: str
+
+    @property
+    def title(self) -> str:
+        """What to call it in messages: "activations (SCALAR float32)"."""
+        return " ".join([self.name, *(f"({name} {value})" for name, value in self.definitions)])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the text, which is all that the compiler sees of this project."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+    @cached_property
+    def kernels(self) -> Mapping[str, Kernel]:
+        """The kernels of the file, by name."""
+        return _kernels(self.text, dict(self.definitions), self.title)
+
+
+@lru_cache(maxsize=None)
+def load(name: str, definitions: tuple[tuple[str, str], ...] = ()) -> Source:
+    """The source ``cuda/<name>.cu`` with ``definitions`` as (macro, value) pairs.
+
+    ("SCALAR", "float32") chooses the element type. Raises ArgumentError for a name or an element type that there
+    is not.
+    """
+    path = FOLDER / f"{name}.cu"
+    if not path.is_file():
+        raise ArgumentError(f"there is no CUDA source '{name}'; there are {', '.join(names())}")
+    lines = []
+    for macro, value in definitions:
+        if macro == "SCALAR":
+            if value not in SCALARS:
+                raise ArgumentError(f"kernels take arrays of {', '.join(SCALARS)}, got {value}")
+            lines.append(f"#define SCALAR_{value.upper()} 1\n")
+        else:
+            lines.append(f"#define {macro} {value}\n")
+    return Source(name, definitions, "".join(lines) + _inlined(path, set()))
+
+
+def names() -> list[str]:
+    """The names of all sources."""
+    return sorted(path.stem for path in FOLDER.glob("*.cu"))
+
+
+def source_from_text(text: str, name: str = "kernel", definitions: tuple[tuple[str, str], ...] = ()) -> Source:
+    """A source of your own, for the same checked launch; project headers can be included."""
+    lines = "".join(f"#define {macro} {value}\n" for macro, value in definitions)
+    return Source(name, definitions, lines + _with_headers(text, set()))
+
+
+def _inlined(path: Path, seen: set[str]) -> str:
+    return _with_headers(path.read_text(encoding="utf-8"), seen)
+
+
+def _with_headers(text: str, seen: set[str]) -> str:
+    def replace(match: re.Match[str]) -> str:
+        header = match[1]
+        if header in seen:
+            return ""
+        seen.add(header)
+        path = FOLDER / header
+        if not path.is_file():
+            raise ArgumentError(f'#include "{header}": there is no such header among the CUDA sources')
+        return _inlined(path, seen)
+
+    return _INCLUDE.sub(replace, text)
+
+
+def _kernels(text: str, definitions: Mapping[str, str], title: str) -> dict[str, Kernel]:
+    plain = _COMMENT.sub(" ", text)
+    elements, values = dict(_ELEMENTS), dict(_VALUES)
+    scalar = definitions.get("SCALAR")
+    if scalar is not None:
+        elements["scalar_t"], elements["accumulate_t"] = SCALARS[scalar]
+        values["accumulate_t"] = ctypes.c_double if elements["accumulate_t"] == "float64" else ctypes.c_float
+    for name, body in _STRUCT.findall(plain):
+        values[name] = _structure(name, body, values, title)
+    kernels = {}
+    for bounds, name, parameters in _KERNEL.findall(plain):
+        limit = bounds.split(",")[0].strip()
+        limit = definitions.get(limit, limit) or "1024"
+        if not limit.isdigit():
+            found = re.search(rf"#define\s+{re.escape(limit)}\s+(\d+)", plain)
+            found = found or re.search(rf"constexpr\s+int\s+{re.escape(limit)}\s*=\s*(\d+)\s*;", plain)
+            if found is None:
+                raise ArgumentError(f"{title}: cannot read the launch bounds '{bounds}' of {name}; write a number")
+            limit = found[1]
+        declared = tuple(
+            _parameter(part, elements, values, f"{title}: {name}") for part in parameters.split(",") if part.strip()
+        )
+        kernels[name] = Kernel(name, declared, int(limit))
+    if not kernels:
+        raise ArgumentError(f'{title} has no kernel of the form: extern "C" __global__ void name(...)')
+    return kernels
+
+
+def _structure(name: str, body: str, values: Mapping[str, type[Any]], title: str) -> type[ctypes.Structure]:
+    fields: list[tuple[str, type[Any]]] = []
+    for declaration in body.split(";"):
+        words = declaration.strip()
+        if not words:
+            continue
+        kind, _, members = words.rpartition(" ") if "," not in words else _split_list(words)
+        if kind.strip() not in values:
+            raise ArgumentError(f"{title}: struct {name} has a field of type '{kind.strip()}', which is not known")
+        fields += [(member.strip(), values[kind.strip()]) for member in members.split(",")]
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+def _split_list(words: str) -> tuple[str, str, str]:
+    """("long long", "", "a, b") of "long long a, b"."""
+    first, _, rest = words.partition(",")
+    kind, _, member = first.rpartition(" ")
+    return kind, "", f"{member},{rest}"
+
+
+def _parameter(
+    declaration: str, elements: Mapping[str, str], values: Mapping[str, type[Any]], where: str
+) -> Parameter:
+    constant = bool(re.search(r"\bconst\b", declaration))
+    words = " ".join(_QUALIFIER.sub(" ", declaration).replace("*", " * ").split())
+    kind, _, name = words.rpartition(" ")
+    if kind.endswith("*"):
+        element = kind[:-1].strip()
+        if element not in elements:
+            raise ArgumentError(f"{where}: parameter '{name}' points to '{element}', which is not known")
+        return Parameter(name, elements[element], constant, None)
+    if kind not in values:
+        raise ArgumentError(f"{where}: parameter '{name}' has the type '{kind}', which is not known")
+    return Parameter(name, None, True, values[kind])
