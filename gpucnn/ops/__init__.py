@@ -1,36 +1,41 @@
 """Operations on arrays: one contract, one backend a kind of array.
 
-``backend_of(array)`` is the module whose functions take that array: :mod:`gpucnn.ops.cpu` for NumPy. Layers call
+``backend_of(array)`` is the module whose functions take that array: :mod:`gpucnn.ops.cpu` for NumPy,
+``gpucnn.ops.cuda`` for arrays in device memory, which is imported when the first of them comes. Layers call
 operations through it, so the array's type chooses the backend.
 """
 
 from __future__ import annotations
 
+import importlib
+import sys
 from typing import Any
 
 import numpy
 
-from gpucnn.errors import DtypeError
+from gpucnn.device import module_of
 from gpucnn.ops import cpu
 from gpucnn.ops.contract import Array, Operations
 
 __all__ = ["Array", "Operations", "array_module", "backend_of"]
 
+_CUDA = "gpucnn.ops.cuda"
+
 
 def backend_of(array: Any) -> Operations:
     """The backend whose operations take ``array``.
 
-    Raises DtypeError for anything but an array that a backend of this version handles.
+    Raises DtypeError for anything but an array that a backend handles.
     """
-    if isinstance(array, numpy.ndarray):
+    if type(array) is numpy.ndarray or module_of(array) is numpy:
         return cpu
-    raise DtypeError(
-        f"expected a numpy.ndarray, got {type(array).__module__}.{type(array).__qualname__}; "
-        "use numpy.asarray(...) for lists and array-likes"
-    )
+    backend: Operations = sys.modules.get(_CUDA) or importlib.import_module(_CUDA)
+    return backend
 
 
 def array_module(array: Any) -> Any:
-    """The module that makes arrays like ``array``: numpy for NumPy arrays."""
-    backend_of(array)
-    return numpy
+    """The module that makes arrays like ``array``: numpy, cupy, or ``host_arrays`` for the host runtime's arrays.
+
+    Raises DtypeError for anything but an array that a backend handles.
+    """
+    return module_of(array)
