@@ -1,6 +1,7 @@
 """Initial weights: the common random initializers, drawn from a Philox stream and so the same on every device.
 
-Each fills an array in place and returns it, as PyTorch's ``nn.init`` functions do.
+Each fills an array in place and returns it, as PyTorch's ``nn.init`` functions do. The numbers are drawn on the
+CPU and copied where the array is elsewhere.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from gpucnn.device import copy_into
 from gpucnn.errors import ArgumentError, ShapeError
 from gpucnn.random import Generator, default_generator
 
@@ -58,7 +60,7 @@ def uniform(weight: Any, low: float = 0.0, high: float = 1.0, generator: Generat
     """Fill with uniform numbers in (low, high)."""
     if _draws_skipped:
         return constant(weight, 0)
-    weight[...] = (generator or default_generator).uniform(weight.shape, low, high, weight.dtype)
+    copy_into(weight, (generator or default_generator).uniform(weight.shape, low, high, weight.dtype))
     return weight
 
 
@@ -66,7 +68,7 @@ def normal(weight: Any, mean: float = 0.0, std: float = 1.0, generator: Generato
     """Fill with normal numbers of that mean and standard deviation."""
     if _draws_skipped:
         return constant(weight, 0)
-    weight[...] = (generator or default_generator).normal(weight.shape, mean, std, weight.dtype)
+    copy_into(weight, (generator or default_generator).normal(weight.shape, mean, std, weight.dtype))
     return weight
 
 

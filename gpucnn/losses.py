@@ -1,15 +1,18 @@
 """Losses: PyTorch's names, definitions and defaults.
 
 ``value = loss(prediction, target)`` is a number (an array with reduction="none"), ``loss.backward()`` the
-gradient for the prediction. With the default reduction "mean", gradients are batch means.
+gradient for the prediction. With the default reduction "mean", gradients are batch means. The target must be on
+the prediction's device; weights follow the prediction by themselves.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import numpy
+from numpy.typing import NDArray
 
+from gpucnn.device import Device, device_of, require_same_device, to_cpu, to_device
 from gpucnn.errors import ArgumentError, DtypeError, ShapeError, StateError
 from gpucnn.ops import Array, backend_of
 
@@ -37,12 +40,53 @@ class Loss:
         value = self.forward(prediction, target)
         return value if self.reduction == "none" else float(value)
 
+    def to(self, device: str | Device) -> Self:
+        """Move the weights to ``device`` now, before the first prediction there needs them; returns itself."""
+        for weight in vars(self).values():
+            if isinstance(weight, _Weight):
+                weight.move(device)
+        return self
+
     def _take_saved(self) -> Any:
         saved = self._saved
         if saved is None:
             raise StateError(f"{type(self).__name__}: backward needs a forward before it, one for each backward")
         self._saved = None
         return saved
+
+
+class _Weight:
+    """A loss's weights as they were given, and the copy in the dtype and on the device that were last needed."""
+
+    def __init__(self, values: Any) -> None:
+        self.values = numpy.asarray(to_cpu(values))
+        self._copy: Array = self.values
+
+    def move(self, device: str | Device) -> None:
+        self._copy = to_device(self._copy, device)
+
+    def like(self, prediction: Array) -> Array:
+        if self._copy.dtype != prediction.dtype:
+            self._copy = self.values.astype(prediction.dtype)
+        if type(self._copy) is not numpy.ndarray or type(prediction) is not numpy.ndarray:
+            self._copy = to_device(self._copy, device_of(prediction))
+        return self._copy
+
+
+def _weight(values: Any | None) -> _Weight | None:
+    return None if values is None else _Weight(values)
+
+
+def _check_target(prediction: Array, target: Any) -> None:
+    """Raise DtypeError unless the target is an array, DeviceError unless it is where the prediction is."""
+    if getattr(target, "shape", None) is None:
+        raise DtypeError(f"the target must be an array, got {type(target).__name__}")
+    require_same_device(
+        target,
+        prediction,
+        "the target is on {array} but the prediction on {other}; move the target with "
+        "gpucnn.device.to_device(target, '{other}')",
+    )
 
 
 class CrossEntropyLoss(Loss):
@@ -61,15 +105,22 @@ class CrossEntropyLoss(Loss):
         super().__init__(reduction)
         if not 0 <= label_smoothing <= 1:
             raise ArgumentError(f"label_smoothing must be between 0 and 1, got {label_smoothing}")
-        self.weight = None if weight is None else numpy.asarray(weight)
+        self._weight = _weight(weight)
         if self.weight is not None and not (self.weight.ndim == 1 and bool((self.weight >= 0).all())):
             raise ArgumentError("class weights must be one non-negative number a class")
         self.label_smoothing = label_smoothing
 
+    @property
+    def weight(self) -> NDArray[Any] | None:
+        """The class weights as they were given."""
+        return None if self._weight is None else self._weight.values
+
     def forward(self, prediction: Array, target: Array) -> Any:
         """The loss of logits (N, C) against ``target``."""
-        weight = None if self.weight is None else self.weight.astype(prediction.dtype)
-        loss, probabilities = backend_of(prediction).softmax_cross_entropy_forward(
+        ops = backend_of(prediction)
+        _check_target(prediction, target)
+        weight = None if self._weight is None else self._weight.like(prediction)
+        loss, probabilities = ops.softmax_cross_entropy_forward(
             prediction, target, weight=weight, label_smoothing=self.label_smoothing, reduction=self.reduction
         )
         self._saved = probabilities, target, weight
@@ -84,8 +135,7 @@ class CrossEntropyLoss(Loss):
 
 
 def _check_pair(prediction: Array, target: Array) -> None:
-    if getattr(target, "shape", None) is None:
-        raise DtypeError(f"the target must be an array, got {type(target).__name__}")
+    _check_target(prediction, target)
     if tuple(prediction.shape) != tuple(target.shape):
         raise ShapeError(
             f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} must have the same shape"
@@ -103,13 +153,22 @@ class BCEWithLogitsLoss(Loss):
 
     def __init__(self, weight: Any | None = None, pos_weight: Any | None = None, reduction: str = "mean") -> None:
         super().__init__(reduction)
-        self.weight = None if weight is None else numpy.asarray(weight)
-        self.pos_weight = None if pos_weight is None else numpy.asarray(pos_weight)
+        self._weight, self._pos_weight = _weight(weight), _weight(pos_weight)
 
-    def _weights(self, dtype: Any) -> dict[str, Any]:
+    @property
+    def weight(self) -> NDArray[Any] | None:
+        """The weights of the elements as they were given."""
+        return None if self._weight is None else self._weight.values
+
+    @property
+    def pos_weight(self) -> NDArray[Any] | None:
+        """The weights of the positive term as they were given."""
+        return None if self._pos_weight is None else self._pos_weight.values
+
+    def _weights(self, prediction: Array) -> dict[str, Array | None]:
         return {
-            "weight": None if self.weight is None else self.weight.astype(dtype),
-            "positive_weight": None if self.pos_weight is None else self.pos_weight.astype(dtype),
+            "weight": None if self._weight is None else self._weight.like(prediction),
+            "positive_weight": None if self._pos_weight is None else self._pos_weight.like(prediction),
         }
 
     def forward(self, prediction: Array, target: Array) -> Any:
@@ -117,14 +176,14 @@ class BCEWithLogitsLoss(Loss):
         _check_pair(prediction, target)
         self._saved = prediction, target
         return backend_of(prediction).binary_cross_entropy_with_logits_forward(
-            prediction, target, reduction=self.reduction, **self._weights(prediction.dtype)
+            prediction, target, reduction=self.reduction, **self._weights(prediction)
         )
 
     def backward(self) -> Array:
         """The gradient for the logits."""
         prediction, target = self._take_saved()
         return backend_of(prediction).binary_cross_entropy_with_logits_backward(
-            prediction, target, reduction=self.reduction, **self._weights(prediction.dtype)
+            prediction, target, reduction=self.reduction, **self._weights(prediction)
         )
 
 

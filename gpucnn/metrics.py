@@ -2,6 +2,8 @@
 
 A share that has nothing to be a share of (the accuracy of a class without images, the precision of a class
 that was never predicted) is NaN, not zero: "not known" and "all wrong" are different news.
+
+Arrays may be on any device; they are counted on the CPU, and results are NumPy's.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
+from gpucnn.device import to_cpu
 from gpucnn.errors import ArgumentError, DtypeError, ShapeError
 
 
@@ -28,7 +31,7 @@ def top_k_accuracy(logits: Any, labels: Any, k: int = 5) -> float:
     On ties the class with the smaller number goes first. Raises ArgumentError for ``k`` outside 1 .. C, for no
     rows at all and for labels outside 0 .. C - 1; ShapeError where the shapes do not fit.
     """
-    logits, labels = numpy.asarray(logits), _class_numbers(labels, "labels")
+    logits, labels = to_cpu(logits), _class_numbers(labels, "labels")
     if logits.ndim != 2 or logits.shape[0] != labels.size:
         raise ShapeError(
             f"expected logits (N, C) and labels (N,), got shapes {tuple(logits.shape)} and {tuple(labels.shape)}"
@@ -90,7 +93,7 @@ def f1(confusion: NDArray[Any]) -> NDArray[numpy.float64]:
 
 
 def _class_numbers(values: Any, name: str) -> NDArray[numpy.int64]:
-    numbers = numpy.asarray(values)
+    numbers: NDArray[Any] = to_cpu(values)
     if numbers.ndim != 1:
         raise ShapeError(f"{name} must be class numbers of shape (N,), got shape {tuple(numbers.shape)}")
     if numbers.size and numbers.dtype.kind not in "iu":
@@ -105,7 +108,7 @@ def _check_range(numbers: NDArray[numpy.int64], classes: int, name: str) -> None
 
 
 def _square(confusion: NDArray[Any]) -> NDArray[Any]:
-    matrix = numpy.asarray(confusion)
+    matrix: NDArray[Any] = to_cpu(confusion)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ShapeError(f"a confusion matrix is square, got shape {tuple(matrix.shape)}")
     return matrix

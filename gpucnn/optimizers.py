@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import numpy
 from numpy.typing import NDArray
 
+from gpucnn.device import copy_into, on_device, to_cpu, to_device
 from gpucnn.errors import ArgumentError, CheckpointError, StateError
 from gpucnn.names import look_up, unknown
 from gpucnn.ops import Array, array_module, backend_of
@@ -26,7 +27,7 @@ from gpucnn.parameter_groups import (
     check_distinct,
     parameter_groups,
 )
-from gpucnn.parameters import Parameter, flatten
+from gpucnn.parameters import FlatBuffer, Parameter, flatten
 
 __all__ = [
     "OPTIMIZERS",
@@ -69,7 +70,7 @@ class Optimizer(ABC):
             Slab(
                 group,
                 buffer,
-                {name: array_module(buffer.data).zeros_like(buffer.data) for name in self._state_names(group)},
+                {name: _zeros_like(buffer) for name in self._state_names(group)},
                 numpy.zeros(len(buffer.parameters), numpy.int64),
             )
             for group in self.groups
@@ -137,9 +138,10 @@ class Optimizer(ABC):
     def step(self) -> None:
         """Update all parameters that are not frozen by their gradients.
 
-        Raises StateError where the parameters were moved elsewhere (``model.to(...)``, another optimizer).
+        Parameters that ``model.to(device)`` moved are followed, with the optimizer's own arrays. Raises StateError
+        where another optimizer took them, where they have another dtype or where they are on several devices.
         """
-        self._check_holds()
+        self._follow()
         for slab in self._slabs:
             for parameters, elements in slab.runs():
                 step = int(slab.steps[parameters.start]) + 1
@@ -155,13 +157,13 @@ class Optimizer(ABC):
 
     def zero_grad(self) -> None:
         """Set all gradients to zero, one fill a buffer."""
-        self._check_holds()
+        self._follow()
         for slab in self._slabs:
             slab.buffer.gradient.fill(0)
 
     def gradient_norm(self) -> float:
         """The Euclidean norm of all gradients that the next step would use, as one vector."""
-        self._check_holds()
+        self._follow()
         return math.sqrt(math.fsum(backend_of(part).sum_of_squares(part) for part in self._gradients()))
 
     def clip_gradient_norm(self, max_norm: float) -> float:
@@ -184,43 +186,57 @@ class Optimizer(ABC):
             for _, elements in slab.runs():
                 yield slab.buffer.gradient[elements]
 
-    def _check_holds(self) -> None:
-        if not all(slab.buffer.holds() for slab in self._slabs):
-            raise StateError(
-                f"the parameters have moved out of this {type(self).__name__}'s buffers (model.to(...) or another "
-                "optimizer took them); make the optimizer after that"
-            )
+    def _follow(self) -> None:
+        """Lay parameters that were moved to another device into new buffers there."""
+        strays = [slab for slab in self._slabs if not slab.buffer.holds()]
+        for slab in strays:
+            parameters = slab.buffer.parameters
+            devices = sorted({parameter.device for parameter in parameters})
+            if len(devices) > 1:
+                raise StateError(
+                    f"the parameters of this {type(self).__name__} are on several devices "
+                    f"({', '.join(devices)}); move the whole model to one"
+                )
+            dtype, free = slab.buffer.data.dtype, (0, slab.buffer.number)
+            if any(parameter.buffer_number not in free or parameter.dtype != dtype for parameter in parameters):
+                raise StateError(
+                    f"the parameters have moved out of this {type(self).__name__}'s buffers (model.to(dtype=...) "
+                    "or another optimizer took them); make the optimizer after that"
+                )
+        for slab in strays:
+            slab.buffer = FlatBuffer(slab.buffer.parameters)
+            slab.state = {name: to_device(array, slab.buffer.device) for name, array in slab.state.items()}
 
     # ------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
-        """Copies of what continuing needs, as NumPy arrays under flat keys.
+        """Copies of what continuing needs, as NumPy arrays (wherever the parameters are) under flat keys.
 
         "lr" is the learning rate (0-d); "step.i" the steps taken by each parameter of buffer i; the rest, such
         as "momentum.i", the optimizer's own arrays. Buffers are numbered over groups, then dtypes.
         """
-        state = {"lr": numpy.array(self._lr)}
-        for number, slab in enumerate(self._slabs):
-            state[f"step.{number}"] = slab.steps.copy()
-            for name, array in slab.state.items():
-                state[f"{name}.{number}"] = numpy.array(array)
-        return state
+        return {"lr": numpy.array(self._lr)} | {
+            key: numpy.array(to_cpu(array)) for key, array in self._arrays().items()
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a :meth:`state_dict` of an optimizer of the same class over the same model.
 
+        Its arrays may be on any device; they are copied to where the parameters are.
+
         Raises CheckpointError that lists the keys missing, left over or of another shape; nothing is then changed.
         """
-        own = self.state_dict()
+        self._follow()
+        own = {"lr": ()} | {key: tuple(array.shape) for key, array in self._arrays().items()}
         problems = []
         if missing := [key for key in own if key not in state]:
             problems.append("missing: " + ", ".join(missing))
         if unexpected := [key for key in state if key not in own]:
             problems.append("left over: " + ", ".join(unexpected))
         problems += [
-            f"{key} has shape {numpy.shape(state[key])}, expected {array.shape}"
-            for key, array in own.items()
-            if key in state and numpy.shape(state[key]) != array.shape
+            f"{key} has shape {_shape(state[key])}, expected {shape}"
+            for key, shape in own.items()
+            if key in state and _shape(state[key]) != shape
         ]
         if problems:
             raise CheckpointError(
@@ -228,10 +244,16 @@ class Optimizer(ABC):
                 "optimizer, options and model as when it was saved"
             )
         self.lr = float(state["lr"])
+        for key, array in self._arrays().items():
+            copy_into(array, state[key])
+
+    def _arrays(self) -> dict[str, Array]:
+        """The arrays themselves that the state holds, in its order."""
+        arrays: dict[str, Array] = {}
         for number, slab in enumerate(self._slabs):
-            slab.steps[...] = state[f"step.{number}"]
-            for name, array in slab.state.items():
-                array[...] = array_module(array).asarray(state[f"{name}.{number}"])
+            arrays[f"step.{number}"] = slab.steps
+            arrays |= {f"{name}.{number}": array for name, array in slab.state.items()}
+        return arrays
 
     def __repr__(self) -> str:
         count = sum(parameter.size for group in self.groups for parameter in group.parameters)
@@ -458,6 +480,15 @@ def make_optimizer(
     if lr is not None:
         options["lr"] = lr
     return kind(parameters, **options)
+
+
+def _zeros_like(buffer: FlatBuffer) -> Array:
+    with on_device(buffer.device):
+        return array_module(buffer.data).zeros_like(buffer.data)
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    return tuple(value.shape) if hasattr(value, "shape") else numpy.shape(value)
 
 
 def _check_range(name: str, value: float, low: float = 0.0, below: float = math.inf) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
 import numpy
 
-from gpucnn.errors import DtypeError, ShapeError
+from gpucnn.device import copy_into, device_of, is_device_array, on_device, to_device
+from gpucnn.errors import DeviceError, DtypeError, ShapeError
 from gpucnn.ops import Array, array_module
+
+_buffer_numbers = itertools.count(1)
 
 
 class Parameter:
@@ -19,15 +23,18 @@ class Parameter:
         gradient: an array of the same shape and dtype that ``backward`` adds to and ``zero_grad`` clears.
         requires_grad: False freezes it; layers then leave its gradient alone and optimizers skip it.
         path: where it is in its model ("features.0.weight"), for messages.
+        buffer_number: of the flat buffer that it was last laid into; 0 for none, or none since it was moved.
     """
 
-    __slots__ = ("data", "gradient", "path", "requires_grad")
+    __slots__ = ("buffer_number", "data", "gradient", "path", "requires_grad")
 
     def __init__(self, data: Array, requires_grad: bool = True) -> None:
         self.data = data
-        self.gradient = array_module(data).zeros_like(data)
+        with on_device(device_of(data)):
+            self.gradient = array_module(data).zeros_like(data)
         self.requires_grad = requires_grad
         self.path = ""
+        self.buffer_number = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -44,6 +51,24 @@ class Parameter:
         """The dtype of the values."""
         return self.data.dtype
 
+    @property
+    def device(self) -> str:
+        """Where the values are: "cpu", "cuda:0", ..."""
+        return device_of(self.data)
+
+    def move(self, device: str | None = None, dtype: Any = None) -> None:
+        """Bring values and gradient to ``device`` and ``dtype``, each unless None: into arrays of their own.
+
+        Where they are there already nothing happens. Raises DeviceError where the device cannot be used.
+        """
+        data, gradient = self.data, self.gradient
+        if dtype is not None and data.dtype != dtype:
+            data, gradient = data.astype(dtype), gradient.astype(dtype)
+        if device is not None:
+            data, gradient = to_device(data, device), to_device(gradient, device)
+        if data is not self.data:
+            self.data, self.gradient, self.buffer_number = data, gradient, 0
+
     def add_gradient(self, gradient: Array) -> None:
         """Add to the gradient, unless the parameter is frozen."""
         if self.requires_grad:
@@ -54,19 +79,27 @@ class Parameter:
         self.gradient.fill(0)
 
     def copy_from(self, values: Any) -> None:
-        """Set the values in place (views of the flat buffer stay views).
+        """Set the values in place (views of the flat buffer stay views), from an array on any device or a list.
 
         Raises ShapeError where the shapes differ, DtypeError where ``values`` are not real numbers.
         """
-        array = values if type(values) is type(self.data) else numpy.asarray(values)
+        array = values if is_device_array(values) else numpy.asarray(values)
         if tuple(array.shape) != self.shape:
             raise ShapeError(f"parameter '{self.path}' has shape {self.shape}, got {tuple(array.shape)}")
         if array.dtype.kind not in "fiu":
             raise DtypeError(f"parameter '{self.path}' takes real numbers, got dtype {array.dtype}")
-        self.data[...] = array
+        copy_into(self.data, array)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
-        """The values, so that numpy.asarray(parameter) and numpy.allclose take a parameter."""
+        """The values, so that numpy.asarray(parameter) and numpy.allclose take a parameter on the CPU.
+
+        Raises DeviceError on a GPU, from which nothing is copied unasked.
+        """
+        if is_device_array(self.data):
+            raise DeviceError(
+                f"parameter '{self.path}' is on {self.device}, and NumPy works on the CPU; take "
+                "gpucnn.device.to_cpu(parameter.data)"
+            )
         return numpy.array(self.data, dtype=dtype, copy=copy)
 
     def __repr__(self) -> str:
@@ -82,10 +115,14 @@ class FlatBuffer:
     def __init__(self, parameters: Iterable[Parameter]) -> None:
         self.parameters = list(parameters)
         first = self.parameters[0].data
-        module = array_module(first)
+        self.device, self.number = device_of(first), next(_buffer_numbers)
         size = sum(parameter.size for parameter in self.parameters)
-        self.data = module.empty(size, first.dtype)
-        self.gradient = module.empty(size, first.dtype)
+        with on_device(self.device):
+            self.data = array_module(first).empty(size, first.dtype)
+            self.gradient = array_module(first).empty(size, first.dtype)
+            self._lay()
+
+    def _lay(self) -> None:
         self.offsets: list[int] = []
         start = 0
         for parameter in self.parameters:
@@ -95,6 +132,7 @@ class FlatBuffer:
             gradient[...] = parameter.gradient.reshape(-1)
             parameter.data = view.reshape(parameter.shape)
             parameter.gradient = gradient.reshape(parameter.shape)
+            parameter.buffer_number = self.number
             self.offsets.append(start)
             start = stop
 
@@ -107,8 +145,8 @@ class FlatBuffer:
 
 
 def flatten(parameters: Iterable[Parameter]) -> list[FlatBuffer]:
-    """Lay parameters into one flat buffer a dtype, in their order; each becomes a view."""
-    by_dtype: dict[Any, list[Parameter]] = {}
+    """Lay parameters into one flat buffer a dtype (and device), in their order; each becomes a view."""
+    by_kind: dict[Any, list[Parameter]] = {}
     for parameter in parameters:
-        by_dtype.setdefault(parameter.dtype, []).append(parameter)
-    return [FlatBuffer(group) for group in by_dtype.values()]
+        by_kind.setdefault((parameter.dtype, parameter.device), []).append(parameter)
+    return [FlatBuffer(group) for group in by_kind.values()]

@@ -22,7 +22,7 @@ class ReLU(Layer):
     def backward(self, dy: Array) -> Array:
         """dy where the output was positive."""
         (y,) = self._take_saved()
-        check_gradient(dy, y.shape)
+        check_gradient(dy, y.shape, y)
         return backend_of(dy).relu_backward(dy, y)
 
     def extra_repr(self) -> str:
@@ -46,7 +46,7 @@ class ReLU6(Layer):
     def backward(self, dy: Array) -> Array:
         """dy where the output was strictly between 0 and 6."""
         (y,) = self._take_saved()
-        check_gradient(dy, y.shape)
+        check_gradient(dy, y.shape, y)
         # A choice, not a product with 0 and 1: an infinity in dy must vanish where y was clipped.
         return backend_of(dy).relu_backward(dy, y * (y < 6))
 
@@ -69,7 +69,7 @@ class LeakyReLU(Layer):
     def backward(self, dy: Array) -> Array:
         """dy, scaled where x was negative."""
         (x,) = self._take_saved()
-        check_gradient(dy, x.shape)
+        check_gradient(dy, x.shape, x)
         return backend_of(dy).leaky_relu_backward(dy, x, negative_slope=self.negative_slope)
 
     def extra_repr(self) -> str:
@@ -89,7 +89,7 @@ class Sigmoid(Layer):
     def backward(self, dy: Array) -> Array:
         """dy * y * (1 - y)."""
         (y,) = self._take_saved()
-        check_gradient(dy, y.shape)
+        check_gradient(dy, y.shape, y)
         return backend_of(dy).sigmoid_backward(dy, y)
 
 
@@ -105,7 +105,7 @@ class Tanh(Layer):
     def backward(self, dy: Array) -> Array:
         """dy * (1 - y * y)."""
         (y,) = self._take_saved()
-        check_gradient(dy, y.shape)
+        check_gradient(dy, y.shape, y)
         return backend_of(dy).tanh_backward(dy, y)
 
 
@@ -125,7 +125,7 @@ class GELU(Layer):
     def backward(self, dy: Array) -> Array:
         """The gradient for x."""
         (x,) = self._take_saved()
-        check_gradient(dy, x.shape)
+        check_gradient(dy, x.shape, x)
         return backend_of(dy).gelu_backward(dy, x, approximate=self.approximate)
 
     def extra_repr(self) -> str:
@@ -144,7 +144,7 @@ class SiLU(Layer):
     def backward(self, dy: Array) -> Array:
         """The gradient for x."""
         (x,) = self._take_saved()
-        check_gradient(dy, x.shape)
+        check_gradient(dy, x.shape, x)
         return backend_of(dy).silu_backward(dy, x)
 
 
@@ -163,7 +163,7 @@ class Softmax(Layer):
     def backward(self, dy: Array) -> Array:
         """y * (dy - sum(dy * y))."""
         (y,) = self._take_saved()
-        check_gradient(dy, y.shape)
+        check_gradient(dy, y.shape, y)
         return backend_of(dy).softmax_backward(dy, y, axis=self.dim)
 
     def extra_repr(self) -> str:

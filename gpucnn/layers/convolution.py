@@ -95,7 +95,7 @@ class Conv2d(Layer):
 
     def forward(self, x: Array) -> Array:
         """Convolve x (N, in_channels, H, W)."""
-        check_input(x, 4, f"(N, {self.in_channels}, H, W)", self.weight.dtype)
+        check_input(x, 4, f"(N, {self.in_channels}, H, W)", self.weight.data)
         if x.shape[1] != self.in_channels:
             raise ShapeError(f"expected {self.in_channels} input channels, got {x.shape[1]} (shape {x.shape})")
         y = backend_of(x).conv2d_forward(
@@ -114,7 +114,7 @@ class Conv2d(Layer):
     def backward(self, dy: Array) -> Array:
         """The gradient for x; adds to ``weight.gradient`` and ``bias.gradient``."""
         x, output_shape = self._take_saved()
-        check_gradient(dy, output_shape)
+        check_gradient(dy, output_shape, x)
         ops = backend_of(dy)
         if self.bias is not None and self.bias.requires_grad:
             self.bias.add_gradient(ops.conv2d_backward_bias(dy))
@@ -195,7 +195,7 @@ class ConvTranspose2d(Layer):
 
     def forward(self, x: Array) -> Array:
         """Spread x (N, in_channels, H, W) through the kernel."""
-        check_input(x, 4, f"(N, {self.in_channels}, H, W)", self.weight.dtype)
+        check_input(x, 4, f"(N, {self.in_channels}, H, W)", self.weight.data)
         if x.shape[1] != self.in_channels:
             raise ShapeError(f"expected {self.in_channels} input channels, got {x.shape[1]} (shape {x.shape})")
         y = backend_of(x).conv_transpose2d_forward(
@@ -214,7 +214,7 @@ class ConvTranspose2d(Layer):
     def backward(self, dy: Array) -> Array:
         """The gradient for x; adds to ``weight.gradient`` and ``bias.gradient``."""
         x, output_shape = self._take_saved()
-        check_gradient(dy, output_shape)
+        check_gradient(dy, output_shape, x)
         ops = backend_of(dy)
         if self.bias is not None and self.bias.requires_grad:
             self.bias.add_gradient(ops.conv2d_backward_bias(dy))

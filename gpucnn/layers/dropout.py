@@ -49,7 +49,7 @@ class Dropout(Layer):
     def backward(self, dy: Array) -> Array:
         """The gradient for x: zero where forward dropped."""
         mask, shape = self._take_saved()
-        check_gradient(dy, shape)
+        check_gradient(dy, shape, mask)
         return dy if mask is None else backend_of(dy).dropout_backward(dy, mask, probability=self.p)
 
     def extra_repr(self) -> str:

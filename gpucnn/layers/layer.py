@@ -11,8 +11,20 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Self
 
 import numpy
+from numpy.typing import NDArray
 
-from gpucnn.errors import CheckpointError, DtypeError, ShapeError, StateError, locate
+from gpucnn.device import (
+    Device,
+    copy_into,
+    device_of,
+    is_device_array,
+    on_device,
+    require_same_device,
+    split_name,
+    to_cpu,
+    to_device,
+)
+from gpucnn.errors import CheckpointError, DeviceError, DtypeError, ShapeError, StateError, locate
 from gpucnn.ops import Array
 from gpucnn.parameters import Parameter
 from gpucnn_kernels.problem import ProblemError
@@ -22,7 +34,8 @@ class Layer:
     """Base class of layers, containers and models.
 
     Assign a :class:`Parameter` or a Layer to an attribute and it is found, named and saved by that attribute's
-    name. Arrays named in ``buffer_names`` are saved too, but not trained.
+    name. Arrays named in ``buffer_names`` are saved too, but not trained; those that ``cpu_buffer_names`` names as
+    well stay on the CPU wherever the layer goes: counters that Python looks at.
 
     Attributes:
         training: whether ``forward`` saves for backward and dropout and batch norm behave as in training.
@@ -31,6 +44,7 @@ class Layer:
     """
 
     buffer_names: ClassVar[tuple[str, ...]] = ()
+    cpu_buffer_names: ClassVar[tuple[str, ...]] = ()
 
     training: bool = True
     path: str = ""
@@ -72,7 +86,7 @@ class Layer:
             return self.forward(x)
         except ProblemError as error:
             raise locate(ShapeError(str(error)), self.path, self) from error
-        except (ShapeError, DtypeError) as error:
+        except (ShapeError, DtypeError, DeviceError) as error:
             located = locate(error, self.path, self)
             if located is error:
                 raise
@@ -171,40 +185,88 @@ class Layer:
             parameter.requires_grad = requires_grad
         return self
 
-    def to(self, *, dtype: Any = None) -> Self:
-        """Convert parameters and floating-point buffers to ``dtype``; gradients are cleared.
+    @property
+    def device(self) -> str:
+        """Where this layer computes, by its first parameter or buffer: "cpu", "cuda:0", ...; "cpu" without any."""
+        for _, parameter in self.named_parameters():
+            return parameter.device
+        for _, layer in self.named_layers():
+            for name in layer.buffer_names:
+                if name not in layer.cpu_buffer_names and getattr(layer, name) is not None:
+                    return device_of(getattr(layer, name))
+        return "cpu"
 
-        An optimizer made before keeps the old arrays: make it afterwards.
+    def to(self, device: str | Device | None = None, *, dtype: Any = None) -> Self:
+        """Move parameters, gradients and buffers to ``device``, and convert them to ``dtype``; returns itself.
+
+        ``device`` is "cpu", "cuda" or "cuda:1"; buffers of integers keep their dtype. What a forward saved for its
+        backward is dropped where anything moves. An optimizer follows to another device by itself; for another
+        dtype make it afterwards.
+
+        Raises DeviceError, with the reason, where the device cannot be used.
         """
-        if dtype is not None:
-            if numpy.dtype(dtype).kind != "f":
-                raise DtypeError(f"a layer's dtype must be floating point, got {numpy.dtype(dtype)}")
-            for _, layer in self.named_layers():
-                for _, parameter in layer._own_parameters():
-                    parameter.data = parameter.data.astype(dtype)
-                    parameter.gradient = numpy.zeros_like(parameter.data)
-                for name in layer.buffer_names:
-                    value = getattr(layer, name)
-                    if value is not None and value.dtype.kind == "f":
-                        setattr(layer, name, value.astype(dtype))
+        place = None
+        if device is not None:
+            _check_is_device(device)
+            name, index = split_name(device)
+            place = f"{name}:{index}" if name == "cuda" else name
+        if dtype is not None and numpy.dtype(dtype).kind != "f":
+            raise DtypeError(f"a layer's dtype must be floating point, got {numpy.dtype(dtype)}")
+        moved = False
+        for _, layer in self.named_layers():
+            for _, parameter in layer._own_parameters():
+                before = parameter.data
+                with on_device(parameter.device):
+                    parameter.move(place, dtype)
+                moved = moved or parameter.data is not before
+            for name in layer.buffer_names:
+                value = getattr(layer, name)
+                if value is None:
+                    continue
+                if dtype is not None and value.dtype.kind == "f" and value.dtype != dtype:
+                    value = value.astype(dtype)
+                if place is not None and name not in layer.cpu_buffer_names:
+                    value = to_device(value, place)
+                if value is not getattr(layer, name):
+                    setattr(layer, name, value)
+                    moved = True
+        if moved:
+            for layer in [layer for _, layer in self.named_layers()]:
+                layer._saved = None
         return self
+
+    def cuda(self, index: int = 0) -> Self:
+        """Move to the GPU of that number, as :meth:`to`."""
+        return self.to(f"cuda:{index}")
+
+    def cpu(self) -> Self:
+        """Move to the CPU, as :meth:`to`."""
+        return self.to("cpu")
 
     # ------------------------------------------------------------ state
 
-    def state_dict(self) -> dict[str, Array]:
-        """Copies of all parameters and buffers by path: PyTorch's keys, in PyTorch's order."""
+    def state_dict(self) -> dict[str, NDArray[Any]]:
+        """Copies of all parameters and buffers by path: PyTorch's keys, in PyTorch's order.
+
+        They are NumPy arrays wherever the layer is, so that what one device saved loads on any other.
+        """
+        return {key: numpy.array(to_cpu(array)) for key, array in self._state().items()}
+
+    def _state(self) -> dict[str, Array]:
+        """The arrays themselves of all parameters and buffers, by path."""
         state: dict[str, Array] = {}
         for path, layer in self.named_layers():
             for name, parameter in layer._own_parameters():
-                state[f"{path}.{name}" if path else name] = parameter.data.copy()
+                state[f"{path}.{name}" if path else name] = parameter.data
             for name in layer.buffer_names:
-                value = getattr(layer, name)
-                if value is not None:
-                    state[f"{path}.{name}" if path else name] = value.copy()
+                if getattr(layer, name) is not None:
+                    state[f"{path}.{name}" if path else name] = getattr(layer, name)
         return state
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> tuple[list[str], list[str]]:
         """Copy ``state`` into the parameters and buffers; returns (missing keys, unexpected keys).
+
+        The arrays may be on any device; they are copied to where the parameters are.
 
         Raises CheckpointError that lists every missing key, every one left over (both only with ``strict``)
         and every one of another shape. Nothing is changed unless all is well.
@@ -214,13 +276,7 @@ class Layer:
                 f"load_state_dict takes a mapping of names to arrays, got {type(state).__name__}; a file is read "
                 "by gpucnn.models.load or gpucnn.training.read_tensors"
             )
-        targets: dict[str, Any] = {}
-        for path, layer in self.named_layers():
-            for name, parameter in layer._own_parameters():
-                targets[f"{path}.{name}" if path else name] = parameter.data
-            for name in layer.buffer_names:
-                if getattr(layer, name) is not None:
-                    targets[f"{path}.{name}" if path else name] = getattr(layer, name)
+        targets = self._state()
         missing = [key for key in targets if key not in state]
         unexpected = [key for key in state if key not in targets]
         arrays = {key: _as_array(state[key]) for key in targets if key in state}
@@ -243,7 +299,7 @@ class Layer:
                 + ("" if reshaped or not strict else " (strict=False loads what fits)")
             )
         for key, array in arrays.items():
-            targets[key][...] = array
+            copy_into(targets[key], array)
         return missing, unexpected
 
     # ------------------------------------------------------------ showing
@@ -256,15 +312,30 @@ class Layer:
         return f"{type(self).__name__}({self.extra_repr()})"
 
 
+def _check_is_device(device: Any) -> None:
+    """Raise DtypeError where ``device`` is a dtype: PyTorch's ``to`` takes either."""
+    if not isinstance(device, Device) and device not in ("cpu", "cuda"):
+        try:
+            dtype = numpy.dtype(device)
+        except TypeError:
+            return
+        raise DtypeError(f"to(...) takes a device first; for a dtype write to(dtype='{dtype}')")
+
+
 def _as_array(value: Any) -> Any:
-    """A NumPy array of a saved value; PyTorch tensors come in through ``__array__``."""
+    """An array of a saved value; PyTorch tensors come in through ``__array__``."""
+    if is_device_array(value):
+        return value
     if hasattr(value, "detach"):
         value = value.detach().cpu()
     return numpy.asarray(value)
 
 
-def check_input(x: Any, dimensions: int, meaning: str, dtype: Any = None) -> None:
-    """Raise DtypeError or ShapeError unless x is a floating-point array of that many dimensions (and dtype)."""
+def check_input(x: Any, dimensions: int, meaning: str, weight: Array | None = None) -> None:
+    """Raise DtypeError or ShapeError unless x is a floating-point array of that many dimensions.
+
+    With ``weight``, x must have its dtype and be on its device: DtypeError and DeviceError otherwise.
+    """
     shape, kind = getattr(x, "shape", None), getattr(getattr(x, "dtype", None), "kind", "")
     if shape is None or not kind:
         raise DtypeError(
@@ -276,17 +347,40 @@ def check_input(x: Any, dimensions: int, meaning: str, dtype: Any = None) -> Non
         )
     if len(shape) != dimensions:
         raise ShapeError(f"expected {dimensions} dimensions {meaning}, got shape {tuple(shape)}")
-    if dtype is not None and x.dtype != dtype:
+    if weight is None:
+        return
+    if x.dtype != weight.dtype:
         raise DtypeError(
-            f"the input is {x.dtype} but the parameters are {dtype}; convert the input with x.astype('{dtype}') "
-            f"or the model with model.to(dtype='{x.dtype}')"
+            f"the input is {x.dtype} but the parameters are {weight.dtype}; convert the input with "
+            f"x.astype('{weight.dtype}') or the model with model.to(dtype='{x.dtype}')"
+        )
+    check_device(x, weight)
+
+
+def check_device(x: Array, weight: Array) -> None:
+    """Raise DeviceError unless the input is where the layer is."""
+    require_same_device(
+        x,
+        weight,
+        "the input is on {array} but the layer on {other}; move the input with "
+        "gpucnn.device.to_device(x, '{other}') or the model with model.to('{array}')",
+    )
+
+
+def check_gradient(dy: Any, shape: tuple[int, ...], saved: Array | None = None) -> None:
+    """Raise ShapeError unless ``dy`` has the shape of the forward's output.
+
+    With ``saved``, an array that forward kept, raise DeviceError unless the gradient is on its device.
+    """
+    if tuple(dy.shape) != tuple(shape):
+        raise ShapeError(f"the gradient has shape {tuple(dy.shape)}, but the output had {tuple(shape)}")
+    if saved is not None:
+        require_same_device(
+            dy,
+            saved,
+            "the gradient is on {array} but the forward was on {other}; move it with "
+            "gpucnn.device.to_device(dy, '{other}')",
         )
 
 
-def check_gradient(dy: Any, shape: tuple[int, ...]) -> None:
-    """Raise ShapeError unless ``dy`` has the shape of the forward's output."""
-    if tuple(dy.shape) != tuple(shape):
-        raise ShapeError(f"the gradient has shape {tuple(dy.shape)}, but the output had {tuple(shape)}")
-
-
-__all__ = ["Layer", "check_gradient", "check_input"]
+__all__ = ["Layer", "check_device", "check_gradient", "check_input"]

@@ -30,7 +30,7 @@ class Linear(Layer):
 
     def forward(self, x: Array) -> Array:
         """Apply to x (N, in_features)."""
-        check_input(x, 2, f"(N, {self.in_features})", self.weight.dtype)
+        check_input(x, 2, f"(N, {self.in_features})", self.weight.data)
         if x.shape[1] != self.in_features:
             raise ShapeError(
                 f"expected {self.in_features} input features, got {x.shape[1]} (shape {x.shape}); an image of "
@@ -43,7 +43,7 @@ class Linear(Layer):
     def backward(self, dy: Array) -> Array:
         """The gradient for x; adds to ``weight.gradient`` and ``bias.gradient``."""
         (x,) = self._take_saved()
-        check_gradient(dy, (x.shape[0], self.out_features))
+        check_gradient(dy, (x.shape[0], self.out_features), x)
         ops = backend_of(dy)
         if self.bias is not None and self.bias.requires_grad:
             self.bias.add_gradient(ops.linear_backward_bias(dy))

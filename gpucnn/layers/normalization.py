@@ -8,7 +8,7 @@ import numpy
 
 from gpucnn.errors import ArgumentError, ShapeError
 from gpucnn.layers.convolution import check_positive
-from gpucnn.layers.layer import Layer, check_gradient, check_input
+from gpucnn.layers.layer import Layer, check_device, check_gradient, check_input
 from gpucnn.ops import Array, backend_of
 from gpucnn.parameters import Parameter
 
@@ -17,6 +17,7 @@ class _BatchNorm(Layer):
     """What the one- and two-dimensional batch norm share."""
 
     buffer_names: ClassVar[tuple[str, ...]] = ("running_mean", "running_var", "num_batches_tracked")
+    cpu_buffer_names: ClassVar[tuple[str, ...]] = ("num_batches_tracked",)
     dimensions: ClassVar[int]
     meaning: ClassVar[str]
 
@@ -46,7 +47,9 @@ class _BatchNorm(Layer):
 
     def forward(self, x: Array) -> Array:
         """Normalize each channel of x: by the batch in training, by the running statistics in evaluation."""
-        check_input(x, self.dimensions, self.meaning, None if self.weight is None else self.weight.dtype)
+        check_input(x, self.dimensions, self.meaning, None if self.weight is None else self.weight.data)
+        if self.running_mean is not None:
+            check_device(x, self.running_mean)
         if x.shape[1] != self.num_features:
             raise ShapeError(f"expected {self.num_features} channels, got {x.shape[1]} (shape {x.shape})")
         ops, (weight, bias) = backend_of(x), self._affine()
@@ -72,7 +75,7 @@ class _BatchNorm(Layer):
     def backward(self, dy: Array) -> Array:
         """The gradient for x; adds to ``weight.gradient`` and ``bias.gradient``."""
         x, mean, inverse_std = self._take_saved()
-        check_gradient(dy, x.shape)
+        check_gradient(dy, x.shape, x)
         dx, dweight, dbias = backend_of(dy).batch_norm_backward(dy, x, self._affine()[0], mean, inverse_std)
         if self.weight is not None and self.bias is not None:
             self.weight.add_gradient(dweight)

@@ -48,7 +48,7 @@ class MaxPool2d(Layer):
     def backward(self, dy: Array) -> Array:
         """The gradient for x: each dy goes to its window's winner."""
         argmax, input_size = self._take_saved()
-        check_gradient(dy, argmax.shape)
+        check_gradient(dy, argmax.shape, argmax)
         return backend_of(dy).max_pool2d_backward(
             dy,
             argmax,
