@@ -52,14 +52,18 @@ _ELEMENTS = {
     "unsigned long long": "uint64",
     "float": "float32",
     "double": "float64",
+    "__half": "float16",
+    "half": "float16",
+    "__nv_bfloat16": "bfloat16",
 }
-_INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]+"([^"]+)"[^\n]*\n', re.MULTILINE)
-_COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
+_INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*"([^"]+)"[^\n]*(?:\n|\Z)', re.MULTILINE)
+_COMMENT = re.compile(r'("(?:\\.|[^"\\\n])*")|//[^\n]*|/\*.*?\*/', re.DOTALL)
 _KERNEL = re.compile(
     r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\s*\(([^)]*)\)\s*)?(\w+)\s*\(([^)]*)\)\s*\{'
 )
 _STRUCT = re.compile(r"\bstruct\s+(\w+)\s*\{([^{}()]*)\}\s*;")
-_QUALIFIER = re.compile(r"\b(?:const|__restrict__|__restrict)\b")
+_QUALIFIER = re.compile(r"\b(?:const|__restrict__|__restrict|__grid_constant__)\b")
+_NAME = re.compile(r"[A-Za-z_]\w*")
 
 
 @dataclass(frozen=True)
@@ -115,15 +119,7 @@ def load(name: str, definitions: tuple[tuple[str, str], ...] = ()) -> Source:
     path = FOLDER / f"{name}.cu"
     if not path.is_file():
         raise ArgumentError(f"there is no CUDA source '{name}'; there are {', '.join(names())}")
-    lines = []
-    for macro, value in definitions:
-        if macro == "SCALAR":
-            if value not in SCALARS:
-                raise ArgumentError(f"kernels take arrays of {', '.join(SCALARS)}, got {value}")
-            lines.append(f"#define SCALAR_{value.upper()} 1\n")
-        else:
-            lines.append(f"#define {macro} {value}\n")
-    return Source(name, definitions, "".join(lines) + _inlined(path, set()))
+    return Source(name, definitions, _defined(definitions) + _inlined(path, set()))
 
 
 def names() -> list[str]:
@@ -132,13 +128,25 @@ def names() -> list[str]:
 
 
 def source_from_text(text: str, name: str = "kernel", definitions: tuple[tuple[str, str], ...] = ()) -> Source:
-    """A source of your own, for the same checked launch; project headers can be included."""
-    lines = "".join(f"#define {macro} {value}\n" for macro, value in definitions)
-    return Source(name, definitions, lines + _with_headers(text, set()))
+    """A source of your own, for the same checked launch; definitions and project headers as in :func:`load`."""
+    return Source(name, definitions, _defined(definitions) + _with_headers(text, set()))
+
+
+def _defined(definitions: tuple[tuple[str, str], ...]) -> str:
+    lines = []
+    for macro, value in definitions:
+        if macro == "SCALAR":
+            if value not in SCALARS:
+                raise ArgumentError(f"kernels take arrays of {', '.join(SCALARS)}, got {value}")
+            lines.append(f"#define SCALAR_{value.upper()} 1\n")
+        else:
+            lines.append(f"#define {macro} {value}\n")
+    return "".join(lines)
 
 
 def _inlined(path: Path, seen: set[str]) -> str:
-    return _with_headers(path.read_text(encoding="utf-8"), seen)
+    text = _with_headers(path.read_text(encoding="utf-8"), seen)
+    return text if text.endswith("\n") else text + "\n"
 
 
 def _with_headers(text: str, seen: set[str]) -> str:
@@ -156,43 +164,69 @@ def _with_headers(text: str, seen: set[str]) -> str:
 
 
 def _kernels(text: str, definitions: Mapping[str, str], title: str) -> dict[str, Kernel]:
-    plain = _COMMENT.sub(" ", text)
+    plain = _COMMENT.sub(lambda match: match[1] or " ", text)
     elements, values = dict(_ELEMENTS), dict(_VALUES)
     scalar = definitions.get("SCALAR")
     if scalar is not None:
         elements["scalar_t"], elements["accumulate_t"] = SCALARS[scalar]
         values["accumulate_t"] = ctypes.c_double if elements["accumulate_t"] == "float64" else ctypes.c_float
+    unreadable: dict[str, str] = {}  # of no concern as long as no kernel takes it
     for name, body in _STRUCT.findall(plain):
-        values[name] = _structure(name, body, values, title)
+        try:
+            values[name] = _structure(name, body, values, title)
+        except ArgumentError as error:
+            unreadable[name] = str(error)
     kernels = {}
     for bounds, name, parameters in _KERNEL.findall(plain):
-        limit = bounds.split(",")[0].strip()
-        limit = definitions.get(limit, limit) or "1024"
-        if not limit.isdigit():
-            found = re.search(rf"#define\s+{re.escape(limit)}\s+(\d+)", plain)
-            found = found or re.search(rf"constexpr\s+int\s+{re.escape(limit)}\s*=\s*(\d+)\s*;", plain)
-            if found is None:
-                raise ArgumentError(f"{title}: cannot read the launch bounds '{bounds}' of {name}; write a number")
-            limit = found[1]
-        declared = tuple(
-            _parameter(part, elements, values, f"{title}: {name}") for part in parameters.split(",") if part.strip()
-        )
-        kernels[name] = Kernel(name, declared, int(limit))
+        parts = [part for part in parameters.split(",") if part.strip()]
+        for part in parts:
+            for word in part.split():
+                if word in unreadable:
+                    raise ArgumentError(unreadable[word])
+        declared = tuple(_parameter(part, elements, values, f"{title}: {name}") for part in parts)
+        kernels[name] = Kernel(name, declared, _threads(bounds, definitions, plain, f"{title}: {name}"))
+    form = 'extern "C" __global__ void [__launch_bounds__(number)] name(...) {'
     if not kernels:
-        raise ArgumentError(f'{title} has no kernel of the form: extern "C" __global__ void name(...)')
+        raise ArgumentError(f"{title} has no kernel of the form: {form}")
+    if plain.count("__global__") != len(kernels):
+        raise ArgumentError(
+            f"{title} says __global__ {plain.count('__global__')} times, but only {', '.join(kernels)} could be read; "
+            f"write every kernel once, as {form}"
+        )
     return kernels
+
+
+def _threads(bounds: str, definitions: Mapping[str, str], plain: str, where: str) -> int:
+    """The first of the launch bounds: a number, or the name of one that the text says once."""
+    limit = bounds.split(",")[0].strip() or "1024"
+    limit = definitions.get(limit, limit)
+    if not limit.isdigit():
+        name = re.escape(limit)
+        found = re.findall(rf"#[ \t]*define[ \t]+{name}[ \t]+(\d+)[ \t]*$", plain, re.MULTILINE)
+        found += re.findall(rf"\bconst(?:expr)?\s+(?:int|unsigned)\s+{name}\s*=\s*(\d+)\s*;", plain)
+        if len(set(found)) != 1:
+            raise ArgumentError(f"{where}: cannot read the launch bounds '{bounds}'; write a number")
+        limit = found[0]
+    return int(limit)
 
 
 def _structure(name: str, body: str, values: Mapping[str, type[Any]], title: str) -> type[ctypes.Structure]:
     fields: list[tuple[str, type[Any]]] = []
     for declaration in body.split(";"):
-        words = declaration.strip()
+        words = " ".join(declaration.split())
         if not words:
             continue
         kind, _, members = words.rpartition(" ") if "," not in words else _split_list(words)
-        if kind.strip() not in values:
-            raise ArgumentError(f"{title}: struct {name} has a field of type '{kind.strip()}', which is not known")
-        fields += [(member.strip(), values[kind.strip()]) for member in members.split(",")]
+        if kind not in values:
+            raise ArgumentError(f"{title}: struct {name} has a field of type '{kind}', which is not known")
+        for member in members.split(","):
+            if not _NAME.fullmatch(member.strip()):
+                raise ArgumentError(
+                    f"{title}: struct {name} has a field '{member.strip()}'; only plain values are read"
+                )
+            fields.append((member.strip(), values[kind]))
+    if not fields:
+        raise ArgumentError(f"{title}: struct {name} has no fields")
     return type(name, (ctypes.Structure,), {"_fields_": fields})
 
 
@@ -206,9 +240,11 @@ def _split_list(words: str) -> tuple[str, str, str]:
 def _parameter(
     declaration: str, elements: Mapping[str, str], values: Mapping[str, type[Any]], where: str
 ) -> Parameter:
-    constant = bool(re.search(r"\bconst\b", declaration))
+    constant = bool(re.search(r"\bconst\b", declaration.partition("*")[0]))  # what is pointed to, not the pointer
     words = " ".join(_QUALIFIER.sub(" ", declaration).replace("*", " * ").split())
     kind, _, name = words.rpartition(" ")
+    if not _NAME.fullmatch(name):
+        raise ArgumentError(f"{where}: the parameter '{' '.join(declaration.split())}' is not understood")
     if kind.endswith("*"):
         element = kind[:-1].strip()
         if element not in elements:
