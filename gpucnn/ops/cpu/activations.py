@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy
-from numpy.typing import NDArray
 
-from gpucnn.errors import ArgumentError
+from gpucnn.ops.checks import check_axis, check_gradient, require_floating, require_shape
 from gpucnn.ops.cpu.blocks import elementwise
-from gpucnn.ops.cpu.checks import require_floating, require_shape
 from gpucnn.ops.cpu.memory import FloatArray, calculation_dtype, result_array
 from gpucnn.ops.cpu.selection import choose, keep
 
@@ -29,9 +27,7 @@ def forward(kernel: Any, x: FloatArray, out: FloatArray | None) -> FloatArray:
 
 def backward(kernel: Any, dy: FloatArray, saved: FloatArray, out: FloatArray | None) -> FloatArray:
     """``kernel(out, dy, saved)`` block by block."""
-    require_floating(dy, "the output gradient")
-    require_floating(saved, "the saved array")
-    require_shape(dy, saved.shape, "the output gradient")
+    check_gradient(dy, saved)
     return elementwise(kernel, _result(out, dy), dy, saved)
 
 
@@ -169,16 +165,10 @@ def silu_backward(dy: FloatArray, x: FloatArray, *, out: FloatArray | None = Non
     return backward(kernel, dy, x, out)
 
 
-def _checked_axis(x: NDArray[Any], axis: int) -> int:
-    if not -x.ndim <= axis < x.ndim:
-        raise ArgumentError(f"softmax over axis {axis} of an array with {x.ndim} axes, shape {x.shape}")
-    return axis
-
-
 def softmax_forward(x: FloatArray, *, axis: int = -1, out: FloatArray | None = None) -> FloatArray:
     """exp(x - max) / sum, along ``axis``."""
     require_floating(x, "the input")
-    _checked_axis(x, axis)
+    check_axis(x, axis)
     result = _result(out, x)
     if x.size == 0:
         return result
@@ -196,7 +186,7 @@ def softmax_backward(
     """Y * (dy - sum(dy * y)), along ``axis``."""
     require_floating(dy, "the output gradient")
     require_shape(dy, y.shape, "the output gradient")
-    _checked_axis(y, axis)
+    check_axis(y, axis)
     result = _result(out, dy)
     wide = calculation_dtype(dy.dtype)
     gradient, probability = dy.astype(wide, copy=False), y.astype(wide, copy=False)

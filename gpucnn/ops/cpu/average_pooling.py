@@ -8,9 +8,8 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from gpucnn.errors import ShapeError
+from gpucnn.ops.checks import check_adaptive, check_pixels, require_floating, require_shape
 from gpucnn.ops.cpu.blocks import SMALL, image_blocks
-from gpucnn.ops.cpu.checks import require_dimensions, require_floating, require_shape
 from gpucnn.ops.cpu.memory import FloatArray, calculation_dtype, result_array
 from gpucnn.ops.cpu.threads import parallel_for
 from gpucnn.ops.cpu.windows import rows_and_columns
@@ -122,18 +121,12 @@ def _bounds(size: int, count: int) -> list[slice]:
     return [slice(i * size // count, -(-(i + 1) * size // count)) for i in range(count)]
 
 
-def _check_image(shape: Sequence[int]) -> None:
-    if min(shape[2:]) < 1:
-        raise ShapeError(f"adaptive pooling needs an image of at least one pixel, got shape {tuple(shape)}")
-
-
 def adaptive_avg_pool2d_forward(
     x: FloatArray, *, output_size: IntOrPair, out: FloatArray | None = None
 ) -> FloatArray:
     """Means over windows floor(i * H / P) .. ceil((i + 1) * H / P): (N, C, P, Q) for any input size."""
-    require_floating(x, "the input")
-    require_dimensions(x, 4, "(N, C, H, W)", "the input of adaptive pooling")
-    _check_image(x.shape)
+    check_adaptive(x, "the input", "(N, C, H, W)")
+    check_pixels(x.shape)
     n, c, h, w = x.shape
     p, q = pair(output_size, "output_size")
     y = result_array(out, (n, c, p, q), x.dtype, like=x)
@@ -149,11 +142,10 @@ def adaptive_avg_pool2d_backward(
     dy: FloatArray, *, input_size: Sequence[int], out: FloatArray | None = None
 ) -> FloatArray:
     """The gradient for x, (N, C, H, W)."""
-    require_floating(dy, "the output gradient")
-    require_dimensions(dy, 4, "(N, C, P, Q)", "the output gradient of adaptive pooling")
+    check_adaptive(dy, "the output gradient", "(N, C, P, Q)")
     n, c, p, q = dy.shape
     shape = (n, c, int(input_size[0]), int(input_size[1]))
-    _check_image(shape)
+    check_pixels(shape)
     dx = result_array(out, shape, dy.dtype, like=dy)
     wide = calculation_dtype(dy.dtype)
     total = dx if wide == dx.dtype else numpy.empty(shape, wide)

@@ -12,11 +12,18 @@ from typing import Any
 import numpy
 from numpy.typing import DTypeLike, NDArray
 
-from gpucnn.errors import ArgumentError, ShapeError
+from gpucnn.errors import ArgumentError
+from gpucnn.ops.checks import (
+    backward_data_problem,
+    backward_filter_problem,
+    check_algorithm,
+    forward_problem,
+    require_dimensions,
+    require_floating,
+)
 from gpucnn.ops.cpu import conv2d_data, conv2d_depthwise, conv2d_im2col, conv2d_positions, conv2d_rows
-from gpucnn.ops.cpu.checks import require_dimensions, require_floating, require_shape
 from gpucnn.ops.cpu.memory import calculation_dtype, result_array
-from gpucnn_kernels.problem import Conv2dProblem, IntOrPair, Padding, pair
+from gpucnn_kernels.problem import Conv2dProblem, IntOrPair, Padding
 
 Forward = Callable[
     [Conv2dProblem, NDArray[Any], NDArray[Any], NDArray[Any] | None, NDArray[Any]], None
@@ -96,12 +103,9 @@ def conv2d_choose(direction: str, problem: Conv2dProblem, dtype: DTypeLike) -> s
 
 def _resolve(direction: str, algorithm: str, problem: Conv2dProblem, dtype: DTypeLike) -> str:
     names = conv2d_algorithms(direction)
+    check_algorithm(direction, algorithm, names)
     if algorithm == "auto":
         return conv2d_choose(direction, problem, dtype)
-    if algorithm not in names:
-        raise ArgumentError(
-            f"unknown algorithm {algorithm!r} for conv2d {direction}; choose auto or one of {', '.join(names)}"
-        )
     if algorithm == "depthwise" and not conv2d_depthwise.is_depthwise(problem):
         others = ", ".join(name for name in names if name != "depthwise")
         raise ArgumentError(
@@ -137,12 +141,7 @@ def conv2d_forward(
     Raises ProblemError or ShapeError where shapes do not fit, DtypeError where an array is not floating-point,
     ArgumentError for an algorithm that is unknown or cannot do this problem.
     """
-    require_floating(x, "x")
-    require_floating(weight, "weight")
-    problem = Conv2dProblem.from_shapes(
-        x.shape, weight.shape, stride=stride, padding=padding, dilation=dilation, groups=groups
-    )
-    check_bias(bias, problem.K)
+    problem = forward_problem(x, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups)
     name = _resolve("forward", algorithm, problem, x.dtype)
     dtype = _common_dtype(x, weight)
 
@@ -170,17 +169,8 @@ def conv2d_backward_data(
     dx[n, c, h, w] is the sum of dy[n, k, p, q] * weight[k, c, r, s] over all k, p, q, r, s in which x[n, c, h, w]
     was multiplied by weight[k, c, r, s] for y[n, k, p, q]. Raises what :func:`conv2d_forward` does.
     """
-    require_floating(dy, "dy")
-    require_floating(weight, "weight")
-    require_dimensions(weight, 4, "(K, C / groups, R, S)", "weight")
-    problem = Conv2dProblem.from_output(
-        dy.shape,
-        weight.shape,
-        pair(input_size, "input_size"),
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        groups=groups,
+    problem = backward_data_problem(
+        dy, weight, input_size, stride=stride, padding=padding, dilation=dilation, groups=groups
     )
     name = _resolve("backward_data", algorithm, problem, dy.dtype)
     dtype = _common_dtype(dy, weight)
@@ -209,23 +199,9 @@ def conv2d_backward_filter(
     Whether it is a mean over the batch is for the loss to say, through dy. Raises what :func:`conv2d_forward`
     does.
     """
-    require_floating(dy, "dy")
-    require_floating(x, "x")
-    require_dimensions(dy, 4, "(N, K, P, Q)", "dy")
-    require_dimensions(x, 4, "(N, C, H, W)", "x")
-    if groups < 1 or x.shape[1] % groups:
-        raise ShapeError(f"groups={groups} must divide the {x.shape[1]} input channels")
-    problem = Conv2dProblem.from_output(
-        (x.shape[0], *dy.shape[1:]),
-        (dy.shape[1], x.shape[1] // groups, *pair(kernel_size, "kernel_size")),
-        x.shape[2:],
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        groups=groups,
+    problem = backward_filter_problem(
+        dy, x, kernel_size, groups, stride=stride, padding=padding, dilation=dilation
     )
-    if dy.shape[0] != x.shape[0]:
-        raise ShapeError(f"dy has {dy.shape[0]} images and x {x.shape[0]}; they must have as many")
     name = _resolve("backward_filter", algorithm, problem, x.dtype)
     dtype = _common_dtype(dy, x)
 
@@ -254,13 +230,6 @@ def conv2d_backward_bias(dy: NDArray[Any], *, out: NDArray[Any] | None = None) -
 
 def _common_dtype(a: NDArray[Any], b: NDArray[Any]) -> numpy.dtype[Any]:
     return calculation_dtype(numpy.result_type(a, b))
-
-
-def check_bias(bias: NDArray[Any] | None, channels: int) -> None:
-    """Raise ShapeError or DtypeError unless ``bias`` is None or one number an output channel."""
-    if bias is not None:
-        require_floating(bias, "bias")
-        require_shape(bias, (channels,), "bias")
 
 
 def _dense(weight: NDArray[Any], dtype: DTypeLike) -> NDArray[Any]:

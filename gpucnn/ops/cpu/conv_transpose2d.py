@@ -15,8 +15,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from gpucnn.ops.cpu.checks import require_floating
-from gpucnn.ops.cpu.conv2d import check_bias, conv2d_backward_data, conv2d_backward_filter, conv2d_forward
+from gpucnn.ops.checks import check_bias, require_floating
+from gpucnn.ops.cpu.conv2d import conv2d_backward_data, conv2d_backward_filter, conv2d_forward
 from gpucnn_kernels.problem import IntOrPair, conv_transpose2d_problem, pair
 
 

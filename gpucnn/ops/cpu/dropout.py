@@ -7,14 +7,12 @@ import math
 import numpy
 
 from gpucnn import random
-from gpucnn.errors import ArgumentError, ShapeError
-from gpucnn.ops.cpu.checks import require_floating
+from gpucnn.ops.checks import check_mask, check_probability, dropout_mask_shape, require_floating
 from gpucnn.ops.cpu.memory import FloatArray, result_array
 
 
 def _scale(probability: float) -> float:
-    if not 0 <= probability <= 1:
-        raise ArgumentError(f"the dropout probability must lie between 0 and 1, got {probability!r}")
+    check_probability(probability)
     return 1 / (1 - probability) if probability < 1 else 0.0
 
 
@@ -43,11 +41,7 @@ def dropout_forward(
     """
     require_floating(x, "the input")
     scale = _scale(probability)
-    shape = x.shape
-    if per_channel:
-        if x.ndim < 2:
-            raise ShapeError(f"dropout of whole channels needs an input (N, C, ...), got shape {x.shape}")
-        shape = x.shape[:2] + (1,) * (x.ndim - 2)
+    shape = dropout_mask_shape(x, per_channel)
     threshold = math.ceil(probability * 2**32)
     count = math.prod(shape)
     if threshold > 0xFFFFFFFF:
@@ -61,7 +55,5 @@ def dropout_backward(
     dy: FloatArray, mask: FloatArray, *, probability: float, out: FloatArray | None = None
 ) -> FloatArray:
     """Dy / (1 - probability) where the mask holds, 0 elsewhere."""
-    require_floating(dy, "the output gradient")
-    if mask.ndim != dy.ndim or any(m not in (1, d) for m, d in zip(mask.shape, dy.shape, strict=True)):
-        raise ShapeError(f"a mask of shape {mask.shape} does not fit an output gradient of shape {dy.shape}")
+    check_mask(mask, dy)
     return _masked(dy, mask, _scale(probability), out)

@@ -6,8 +6,8 @@ import math
 
 import numpy
 
+from gpucnn.ops.checks import require_choice
 from gpucnn.ops.cpu.activations import backward, clipped, forward, sigmoid_and_rest, sigmoid_in_place
-from gpucnn.ops.cpu.checks import require_choice
 from gpucnn.ops.cpu.error_function import erfc
 from gpucnn.ops.cpu.memory import FloatArray
 

@@ -12,11 +12,10 @@ from typing import Any
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from gpucnn.errors import ShapeError
-from gpucnn.ops.cpu.checks import require_floating
+from gpucnn.ops.checks import columns_problem, require_floating, window_problem
 from gpucnn.ops.cpu.memory import calculation_dtype, result_array
 from gpucnn.ops.cpu.threads import parallel_for, scratch
-from gpucnn_kernels.problem import Conv2dProblem, IntOrPair, Padding, pair
+from gpucnn_kernels.problem import Conv2dProblem, IntOrPair, Padding
 
 _SMALL = 1 << 15  # elements of the matrix below which one thread is quicker than two
 
@@ -42,7 +41,7 @@ def im2col(
     Raises ProblemError where the window does not fit, ShapeError where ``out`` does not.
     """
     require_floating(x, "x")
-    problem = _window_problem(x.shape, kernel_size, stride, padding, dilation)
+    problem = window_problem(x.shape, kernel_size, stride, padding, dilation)
     shape = (problem.N, problem.C * problem.R * problem.S, problem.P * problem.Q)
     out = result_array(out, shape, x.dtype)
     windows = out.reshape(problem.N, problem.C, problem.R, problem.S, problem.P, problem.Q)
@@ -69,33 +68,15 @@ def col2im(
     ``input_size`` is (H, W). What falls on padding is dropped. Raises ShapeError where the columns are not
     those of such an image.
     """
-    require_floating(columns, "columns")
-    r, s = pair(kernel_size, "kernel_size")
-    if columns.ndim != 3 or columns.shape[1] % (r * s) or columns.shape[1] == 0:
-        raise ShapeError(f"col2im expects columns of shape (N, C * {r} * {s}, P * Q), got {columns.shape}")
-    n, c = columns.shape[0], columns.shape[1] // (r * s)
-    problem = _window_problem((n, c, *pair(input_size, "input_size")), (r, s), stride, padding, dilation)
-    if columns.shape[2] != problem.P * problem.Q:
-        raise ShapeError(
-            f"col2im got columns of shape {columns.shape}, but an input of {problem.H}x{problem.W} has "
-            f"{problem.P}x{problem.Q} = {problem.P * problem.Q} windows"
-        )
+    problem = columns_problem(columns, input_size, kernel_size, stride, padding, dilation)
     out = result_array(out, problem.input_shape, columns.dtype)
-    windows = columns.reshape(n, c, r, s, problem.P, problem.Q)
+    windows = columns.reshape(problem.N, problem.C, problem.R, problem.S, problem.P, problem.Q)
 
     def add_image(i: int) -> None:
         add_windows(windows[i], problem, out[i])
 
-    parallel_for(n, add_image, small=columns.size < _SMALL)
+    parallel_for(problem.N, add_image, small=columns.size < _SMALL)
     return out
-
-
-def _window_problem(
-    shape: Sequence[int], kernel_size: IntOrPair, stride: IntOrPair, padding: Padding, dilation: IntOrPair
-) -> Conv2dProblem:
-    channels = shape[1] if len(shape) == 4 else 1
-    weight_shape = (1, channels, *pair(kernel_size, "kernel_size"))
-    return Conv2dProblem.from_shapes(shape, weight_shape, stride=stride, padding=padding, dilation=dilation)
 
 
 # ---------------------------------------------------------------- what the convolutions build on

@@ -8,19 +8,11 @@ from typing import Any
 import numpy
 from numpy.typing import DTypeLike, NDArray
 
-from gpucnn.errors import ArgumentError, DtypeError, ShapeError
-from gpucnn.ops.cpu.checks import require_dimensions, require_shape
+from gpucnn.ops.checks import check_images
 from gpucnn.ops.cpu.memory import result_array
 from gpucnn.ops.cpu.threads import parallel_for
 
 _SMALL = 1 << 17
-
-
-def _check_images(images: Any) -> None:
-    if not isinstance(images, numpy.ndarray) or images.dtype != numpy.uint8:
-        found = images.dtype if isinstance(images, numpy.ndarray) else type(images).__qualname__
-        raise DtypeError(f"images must be a numpy.ndarray of uint8, got {found}")
-    require_dimensions(images, 4, "(N, H, W, C)", "images")
 
 
 def images_to_float(
@@ -41,16 +33,8 @@ def images_to_float(
     mean colour). Without an offset the window is the top left corner.
     Raises DtypeError, ShapeError or ArgumentError for arrays and sequences that do not fit.
     """
-    _check_images(images)
+    check_images(images, mean, std, flip, crop_offset)
     n, height, width, channels = images.shape
-    if len(mean) != channels or len(std) != channels:
-        raise ShapeError(f"images have {channels} channels, but mean has {len(mean)} values and std {len(std)}")
-    if min(std, default=1.0) <= 0:
-        raise ArgumentError(f"std must be positive, got {tuple(std)}")
-    if flip is not None:
-        require_shape(flip, (n,), "flip")
-    if crop_offset is not None:
-        require_shape(crop_offset, (n, 2), "crop_offset")
     h, w = (height, width) if crop_size is None else (int(crop_size[0]), int(crop_size[1]))
     result = result_array(out, (n, channels, h, w), dtype)
     factor = [1 / (255 * float(value)) for value in std]

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import numpy
 
-from gpucnn.errors import ShapeError
+from gpucnn.ops.checks import (
+    check_linear_data,
+    check_linear_forward,
+    check_linear_gradient,
+    check_linear_weight,
+)
 from gpucnn.ops.cpu.blocks import ranges
-from gpucnn.ops.cpu.checks import require_dimensions, require_floating, require_shape
 from gpucnn.ops.cpu.memory import FloatArray, calculation_dtype, result_array
 from gpucnn.ops.cpu.threads import parallel_for
 
@@ -51,18 +55,9 @@ def linear_forward(
     x: FloatArray, weight: FloatArray, bias: FloatArray | None = None, *, out: FloatArray | None = None
 ) -> FloatArray:
     """X (N, in) @ weight.T (weight is (out, in)) + bias (out,): (N, out)."""
-    require_floating(x, "the input")
-    require_dimensions(x, 2, "(N, in features)", "the input")
-    require_dimensions(weight, 2, "(out features, in features)", "the weight")
-    if x.shape[1] != weight.shape[1]:
-        raise ShapeError(
-            f"the input has {x.shape[1]} features (shape {x.shape}) but the weight of shape {weight.shape} "
-            f"expects {weight.shape[1]}"
-        )
-    if bias is not None:
-        require_shape(bias, weight.shape[:1], "the bias")
-        if out is not None and numpy.may_share_memory(out, bias):
-            bias = bias.copy()  # the product overwrites it before it is added
+    check_linear_forward(x, weight, bias)
+    if bias is not None and out is not None and numpy.may_share_memory(out, bias):
+        bias = bias.copy()  # the product overwrites it before it is added
     result = _product(x, weight.T, out)
     if bias is not None:
         numpy.add(result, bias, out=result, casting="same_kind")
@@ -71,26 +66,19 @@ def linear_forward(
 
 def linear_backward_data(dy: FloatArray, weight: FloatArray, *, out: FloatArray | None = None) -> FloatArray:
     """Dy (N, out) @ weight: (N, in)."""
-    require_floating(dy, "the output gradient")
-    require_dimensions(dy, 2, "(N, out features)", "the output gradient")
-    require_dimensions(weight, 2, "(out features, in features)", "the weight")
-    require_shape(dy, (dy.shape[0], weight.shape[0]), "the output gradient")
+    check_linear_data(dy, weight)
     return _product(dy, weight, out)
 
 
 def linear_backward_weight(dy: FloatArray, x: FloatArray, *, out: FloatArray | None = None) -> FloatArray:
     """dy.T @ x: (out, in)."""
-    require_floating(dy, "the output gradient")
-    require_dimensions(dy, 2, "(N, out features)", "the output gradient")
-    require_dimensions(x, 2, "(N, in features)", "the input")
-    require_shape(dy, (x.shape[0], dy.shape[1]), "the output gradient")
+    check_linear_weight(dy, x)
     return _product(dy.T, x, out)
 
 
 def linear_backward_bias(dy: FloatArray, *, out: FloatArray | None = None) -> FloatArray:
     """The sum of dy over the batch: (out,)."""
-    require_floating(dy, "the output gradient")
-    require_dimensions(dy, 2, "(N, out features)", "the output gradient")
+    check_linear_gradient(dy)
     result = result_array(out, dy.shape[1:], dy.dtype)
     with numpy.errstate(all="ignore"):
         result[...] = dy.sum(axis=0, dtype=numpy.float64)

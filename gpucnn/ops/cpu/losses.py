@@ -10,11 +10,9 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from gpucnn.errors import ArgumentError, DtypeError, ShapeError
-from gpucnn.ops.cpu.checks import require_choice, require_dimensions, require_floating, require_shape
+from gpucnn.errors import ShapeError
+from gpucnn.ops.checks import check_broadcast, check_classification, check_loss_pair, label_error
 from gpucnn.ops.cpu.memory import FloatArray, calculation_dtype, result_array
-
-_REDUCTIONS = ("mean", "sum", "none")
 
 
 def _reduced(terms: NDArray[Any], reduction: str, divisor: float, dtype: Any) -> NDArray[Any]:
@@ -33,10 +31,7 @@ def _check_labels(labels: NDArray[Any], classes: int) -> None:
     outside = (labels < 0) | (labels >= classes)
     if outside.any():
         position = int(numpy.argmax(outside))
-        raise ArgumentError(
-            f"label {int(labels[position])} at position {position} is out of range: with {classes} classes, "
-            f"labels are 0 .. {classes - 1}; check the data set and the model's num_classes"
-        )
+        raise label_error(int(labels[position]), position, classes)
 
 
 def _weighted_targets(
@@ -44,32 +39,14 @@ def _weighted_targets(
 ) -> tuple[FloatArray, float]:
     """The targets with smoothing and class weights, (N, C), and the divisor of "mean"."""
     n, classes = shape
-    if not 0 <= label_smoothing <= 1:
-        raise ArgumentError(f"label_smoothing must lie between 0 and 1, got {label_smoothing!r}")
-    if weight is not None:
-        require_shape(weight, (classes,), "the class weights")
-    if not isinstance(targets, numpy.ndarray):
-        raise DtypeError(f"the targets must be a numpy.ndarray, got {type(targets).__qualname__}")
     divisor = float(n)
     if targets.ndim == 1:
-        if targets.dtype.kind not in "iu":
-            raise DtypeError(
-                f"targets (N,) are class numbers and must be integers, got dtype {targets.dtype}; "
-                "convert them with .astype('int64'), or give probabilities of shape (N, C)"
-            )
-        require_shape(targets, (n,), "the targets")
         _check_labels(targets, classes)
         smoothed = numpy.full(shape, label_smoothing / classes, dtype)
         smoothed[numpy.arange(n), targets] += dtype.type(1 - label_smoothing)
         if weight is not None:
             divisor = float(weight[targets].sum(dtype=numpy.float64))
     else:
-        if targets.dtype.kind != "f":
-            raise DtypeError(
-                f"targets of shape {targets.shape} are probabilities and must be floating point, got dtype "
-                f"{targets.dtype}; class numbers have shape ({n},)"
-            )
-        require_shape(targets, shape, "the targets")
         smoothed = targets.astype(dtype)
         if label_smoothing:
             smoothed *= dtype.type(1 - label_smoothing)
@@ -94,9 +71,7 @@ def softmax_cross_entropy_forward(
     then (N,)). Raises ArgumentError for a class number outside 0 .. C - 1, DtypeError for targets that are neither
     integers (N,) nor floating point (N, C).
     """
-    require_floating(logits, "the logits")
-    require_dimensions(logits, 2, "(N, classes)", "the logits")
-    require_choice(reduction, _REDUCTIONS, "reduction")
+    check_classification(logits, "the logits", targets, weight, label_smoothing, reduction)
     dtype = calculation_dtype(logits.dtype)
     target, divisor = _weighted_targets(logits.shape, targets, weight, label_smoothing, dtype)
     if logits.shape[1] == 0:
@@ -126,9 +101,7 @@ def softmax_cross_entropy_backward(
     out: FloatArray | None = None,
 ) -> FloatArray:
     """The gradient for the logits of the loss ("none": of the sum of the losses)."""
-    require_floating(probabilities, "the probabilities")
-    require_dimensions(probabilities, 2, "(N, classes)", "the probabilities")
-    require_choice(reduction, _REDUCTIONS, "reduction")
+    check_classification(probabilities, "the probabilities", targets, weight, label_smoothing, reduction)
     dtype = calculation_dtype(probabilities.dtype)
     target, divisor = _weighted_targets(probabilities.shape, targets, weight, label_smoothing, dtype)
     result = result_array(out, probabilities.shape, probabilities.dtype)
@@ -144,20 +117,11 @@ def softmax_cross_entropy_backward(
 # ---------------------------------------------------------------- binary cross-entropy
 
 
-def _check_pair(logits: Any, targets: Any, reduction: str, first: str, second: str) -> None:
-    require_floating(logits, first)
-    require_floating(targets, second)
-    require_shape(targets, logits.shape, second)
-    require_choice(reduction, _REDUCTIONS, "reduction")
-
-
 def _broadcast(factor: FloatArray | None, shape: tuple[int, ...], name: str) -> Any:
     if factor is None:
         return 1
-    try:
-        return numpy.broadcast_to(factor, shape)
-    except ValueError:
-        raise ShapeError(f"{name} of shape {factor.shape} does not broadcast to the logits' {shape}") from None
+    check_broadcast(factor, shape, name)
+    return numpy.broadcast_to(factor, shape)
 
 
 def binary_cross_entropy_with_logits_forward(
@@ -172,7 +136,7 @@ def binary_cross_entropy_with_logits_forward(
 
     ``targets`` has the shape of the logits; ``weight`` (w) and ``positive_weight`` (p) broadcast to it.
     """
-    _check_pair(logits, targets, reduction, "the logits", "the targets")
+    check_loss_pair(logits, targets, reduction, "the logits", "the targets")
     dtype = calculation_dtype(logits.dtype)
     x, t = logits.astype(dtype, copy=False), targets.astype(dtype, copy=False)
     w = _broadcast(weight, logits.shape, "weight")
@@ -195,7 +159,7 @@ def binary_cross_entropy_with_logits_backward(
     out: FloatArray | None = None,
 ) -> FloatArray:
     """The gradient for the logits."""
-    _check_pair(logits, targets, reduction, "the logits", "the targets")
+    check_loss_pair(logits, targets, reduction, "the logits", "the targets")
     dtype = calculation_dtype(logits.dtype)
     x, t = logits.astype(dtype, copy=False), targets.astype(dtype, copy=False)
     w = _broadcast(weight, logits.shape, "weight")
@@ -219,7 +183,7 @@ def mean_squared_error_forward(
     prediction: FloatArray, target: FloatArray, *, reduction: str = "mean"
 ) -> FloatArray:
     """(prediction - target) ** 2, its mean or sum."""
-    _check_pair(prediction, target, reduction, "the prediction", "the target")
+    check_loss_pair(prediction, target, reduction, "the prediction", "the target")
     dtype = calculation_dtype(prediction.dtype)
     with numpy.errstate(all="ignore"):
         difference = numpy.subtract(prediction, target, dtype=dtype, casting="same_kind")
@@ -230,7 +194,7 @@ def mean_squared_error_backward(
     prediction: FloatArray, target: FloatArray, *, reduction: str = "mean", out: FloatArray | None = None
 ) -> FloatArray:
     """2 * (prediction - target), over the element count for "mean"."""
-    _check_pair(prediction, target, reduction, "the prediction", "the target")
+    check_loss_pair(prediction, target, reduction, "the prediction", "the target")
     dtype = calculation_dtype(prediction.dtype)
     result = result_array(out, prediction.shape, prediction.dtype)
     factor = 2 / max(1, prediction.size) if reduction == "mean" else 2.0

@@ -12,9 +12,8 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from gpucnn.errors import DtypeError
+from gpucnn.ops.checks import check_argmax, require_floating, require_shape
 from gpucnn.ops.cpu.blocks import SMALL, image_blocks
-from gpucnn.ops.cpu.checks import require_floating, require_shape
 from gpucnn.ops.cpu.memory import FloatArray, calculation_dtype, is_channels_last, result_array
 from gpucnn.ops.cpu.phases import Phases, add_by_phases, max_of_phases
 from gpucnn.ops.cpu.selection import keep
@@ -126,9 +125,7 @@ def max_pool2d_backward(
         ceil_mode=ceil_mode,
     )
     require_shape(dy, problem.output_shape, "the output gradient")
-    require_shape(argmax, problem.output_shape, "argmax")
-    if argmax.dtype != argmax_dtype(problem):
-        raise DtypeError(f"argmax must have dtype {argmax_dtype(problem)}, got {argmax.dtype}")
+    check_argmax(argmax, problem.output_shape, argmax_dtype(problem))
     dx = result_array(out, problem.input_shape, dy.dtype, like=dy)
     rows, columns = rows_and_columns(problem)
     blocks = image_blocks(problem.input_shape, dy.itemsize)

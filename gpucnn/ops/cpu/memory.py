@@ -8,7 +8,7 @@ from typing import Any
 import numpy
 from numpy.typing import DTypeLike, NDArray
 
-from gpucnn.errors import DtypeError, ShapeError
+from gpucnn.ops.checks import check_out
 
 FloatArray = NDArray[Any]
 
@@ -32,13 +32,9 @@ def result_array(
             n, c, h, w = size
             return numpy.empty((n, h, w, c), dtype).transpose(0, 3, 1, 2)
         return numpy.empty(size, dtype)
-    if not isinstance(out, numpy.ndarray):
-        raise DtypeError(f"out must be a numpy.ndarray, got {type(out).__qualname__}")
-    if out.shape != size:
-        raise ShapeError(f"out must have the result's shape {size}, got {out.shape}")
-    if out.dtype != numpy.dtype(dtype):
-        raise DtypeError(f"out must have the result's dtype {numpy.dtype(dtype)}, got {out.dtype}")
-    return out
+    check_out(out, size, dtype)
+    result: NDArray[Any] = out
+    return result
 
 
 def is_channels_last(array: NDArray[Any]) -> bool:

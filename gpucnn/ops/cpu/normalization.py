@@ -15,9 +15,8 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from gpucnn.errors import ShapeError
+from gpucnn.ops.checks import check_batch, check_batch_norm, require_floating, require_shape
 from gpucnn.ops.cpu.blocks import PLANE_BYTES, SMALL, ranges
-from gpucnn.ops.cpu.checks import require_floating, require_shape
 from gpucnn.ops.cpu.memory import FloatArray, calculation_dtype, result_array
 from gpucnn.ops.cpu.threads import parallel_for, scratch
 
@@ -25,16 +24,6 @@ _PIECE = 512  # numbers added in the calculation dtype before float64 takes over
 _LONG = 128  # pixels of an image from which on a channel is worked on where it lies, and not copied together
 _PIECE_BYTES = 1 << 17  # bytes of images whose passes of the backward pass are made one after the other
 _SAMPLED = 8  # images that the first estimate of the mean looks at
-
-
-def _check_input(x: Any, **per_channel: Any) -> None:
-    require_floating(x, "the input")
-    if x.ndim not in (2, 4):
-        raise ShapeError(f"batch norm takes (N, C) or (N, C, H, W), got shape {x.shape}")
-    for name, array in per_channel.items():
-        if array is not None:
-            require_floating(array, name)
-            require_shape(array, (x.shape[1],), name)
 
 
 def _by_channel(x: FloatArray) -> FloatArray:
@@ -113,15 +102,10 @@ def batch_norm_forward(
     statistics, where given, move in place by ``momentum`` towards the mean and the *unbiased* variance.
     Raises ShapeError with fewer than two values a channel.
     """
-    _check_input(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+    check_batch_norm(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     channels = x.shape[1]
     count = x.size // max(1, channels)
-    if channels and count < 2:
-        raise ShapeError(
-            f"batch norm in training needs at least two values a channel, got {count} from an input of shape "
-            f"{x.shape}: a batch of one has no variance; use a larger batch (drop_last=True drops a last batch of "
-            "one) or evaluation mode"
-        )
+    check_batch(x)
     y = numpy.empty_like(x, subok=False) if out is None else result_array(out, x.shape, x.dtype)
     wide = calculation_dtype(x.dtype)
     mean, variance = numpy.empty(channels, numpy.float64), numpy.empty(channels, numpy.float64)
@@ -173,7 +157,7 @@ def batch_norm_backward(
     out: FloatArray | None = None,
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
     """(dx, dweight, dbias) of the training-time batch norm."""
-    _check_input(x, weight=weight, mean=mean, inverse_std=inverse_std)
+    check_batch_norm(x, weight=weight, mean=mean, inverse_std=inverse_std)
     require_floating(dy, "the output gradient")
     require_shape(dy, x.shape, "the output gradient")
     channels = x.shape[1]
@@ -238,7 +222,7 @@ def batch_norm_inference(
     out: FloatArray | None = None,
 ) -> FloatArray:
     """(x - running_mean) / sqrt(running_var + epsilon) * weight + bias."""
-    _check_input(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+    check_batch_norm(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     y = numpy.empty_like(x, subok=False) if out is None else result_array(out, x.shape, x.dtype)
     wide = calculation_dtype(x.dtype)
     shape = (1, -1) + (1,) * (x.ndim - 2)

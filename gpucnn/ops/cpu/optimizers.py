@@ -10,9 +10,8 @@ from collections.abc import Callable
 
 import numpy
 
-from gpucnn.errors import ArgumentError
+from gpucnn.ops.checks import check_buffers, check_momentum, check_step, require_floating
 from gpucnn.ops.cpu.blocks import ELEMENTS, SMALL, ranges
-from gpucnn.ops.cpu.checks import require_dimensions, require_floating, require_shape
 from gpucnn.ops.cpu.memory import FloatArray, calculation_dtype, flat_views
 from gpucnn.ops.cpu.threads import parallel_for
 
@@ -21,11 +20,7 @@ _SQUARES = 1 << 13  # below OpenBLAS's threshold for threads, so that a sum has 
 
 def _update(kernel: Callable[..., None], parameter: FloatArray, *buffers: FloatArray | None) -> None:
     """Run ``kernel`` on equal blocks of the buffers, each float32 or wider; what it changed is written back."""
-    present = [parameter, *(buffer for buffer in buffers if buffer is not None)]
-    for buffer in present:
-        require_floating(buffer, "an optimizer's buffer")
-        require_dimensions(buffer, 1, "(a flat buffer)", "an optimizer's buffer")
-        require_shape(buffer, parameter.shape, "an optimizer's buffer")
+    check_buffers(parameter, *buffers)
     wide = calculation_dtype(parameter.dtype)
     parts = ranges(parameter.size, ELEMENTS)
 
@@ -58,8 +53,7 @@ def sgd_step(
     first_step: bool = False,
 ) -> None:
     """PyTorch's SGD on 1-d arrays, in place; ``first_step`` starts the momentum at the gradient itself."""
-    if momentum and momentum_buffer is None:
-        raise ArgumentError(f"SGD with momentum={momentum} needs a momentum_buffer, got None")
+    check_momentum("SGD", momentum, momentum_buffer)
 
     def kernel(parameter: FloatArray, gradient: FloatArray, velocity: FloatArray | None) -> None:
         step = -gradient if maximize else gradient.copy()
@@ -96,8 +90,7 @@ def adam_step(
     step: int = 1,
 ) -> None:
     """Adam (Kingma and Ba), or AdamW (Loshchilov and Hutter) where ``decoupled``; ``step`` counts from 1."""
-    if step < 1:
-        raise ArgumentError(f"Adam's step counts from 1, got {step}")
+    check_step(step)
     step_size = lr / (1 - beta1**step)
     root_correction = 1 / math.sqrt(1 - beta2**step)
 
@@ -137,8 +130,7 @@ def rmsprop_step(
     momentum: float = 0.0,
 ) -> None:
     """PyTorch's RMSprop, centered where ``gradient_average`` is given."""
-    if momentum and momentum_buffer is None:
-        raise ArgumentError(f"RMSprop with momentum={momentum} needs a momentum_buffer, got None")
+    check_momentum("RMSprop", momentum, momentum_buffer)
 
     def kernel(
         parameter: FloatArray,
