@@ -2,13 +2,16 @@
 
     .venv/bin/python scripts/document_results.py RUN [RUN ...]
 
-The runs' curves, confusion matrices, histories and summaries are copied to docs/results/, one folder a run.
+A run takes the place of the row and section that bear its folder's name, or is added at the end; what the page has
+of other runs stays. Curves, confusion matrices, histories and summaries are copied to docs/results/, one folder a
+run.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -90,21 +93,29 @@ def section(run: RunFolder) -> tuple[str, str]:
     return row, "\n".join(lines)
 
 
+def documented(page: str) -> dict[str, tuple[str, str]]:
+    """By run, the (row, section) that the page has."""
+    sections = {text.partition("\n")[0]: f"## {text}" for text in page.split("\n## ")[1:]}
+    rows = {match[1]: match[0] for match in re.finditer(r"^\| .*\]\(#([^)]+)\).*$", page, re.MULTILINE)}
+    return {name: (row, sections[name].rstrip("\n") + "\n") for name, row in rows.items()}
+
+
 def main(folders: list[str]) -> int:
     """Write the page; the exit status."""
     if not folders:
         print(__doc__, file=sys.stderr)
         return 2
+    page = DOCS / "results.md"
     try:
-        parts = [section(RunFolder(folder)) for folder in folders]
+        parts = documented(page.read_text(encoding="utf-8") if page.exists() else "")
+        for folder in folders:
+            parts[RunFolder(folder).path.name] = section(RunFolder(folder))
     except (CheckpointError, OSError, KeyError, json.JSONDecodeError) as error:
         print(f"document_results: {error}", file=sys.stderr)
         return 2
-    rows, sections = zip(*parts, strict=True)
-    (DOCS / "results.md").write_text(
-        INTRODUCTION + "\n".join(rows) + "\n\n" + "\n".join(sections), encoding="utf-8"
-    )
-    print(f"wrote {DOCS / 'results.md'} and {DOCS / 'results'}")
+    rows, sections = zip(*parts.values(), strict=True)
+    page.write_text(INTRODUCTION + "\n".join(rows) + "\n\n" + "\n".join(sections), encoding="utf-8")
+    print(f"wrote {page} and {DOCS / 'results'}")
     return 0
 
 

@@ -65,7 +65,12 @@ PAIRS: dict[tuple[str, str], dict[str, Any]] = {
         "augment": "flip,shift=2",
         "label-smoothing": 0.1,
     },
-    (FOLDER, "animalnet"): {"epochs": 80, "lr": 4e-3, "model-option": {"dropout": 0.1}},
+    (FOLDER, "animalnet"): {
+        "epochs": 160,
+        "lr": 4e-3,
+        "augment": "flip,resized-crop=0.3,color=0.3",
+        "model-option": {"dropout": 0.3},
+    },
     (FOLDER, "vgg-small"): {
         "image-size": 96,
         "decode-size": 128,
