@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy
 
+from gpucnn.device import device_of, to_device
 from gpucnn.layers.layer import Layer
 
 
@@ -28,7 +29,7 @@ def directional_errors(
 
     Args:
         layer: converted to float64 in place; its buffers (running statistics) move as forward moves them.
-        x: the input, any strides; converted to float64 with its strides kept.
+        x: the input, any strides, on the layer's device; converted to float64 with its strides kept.
         directions: how many random directions to try.
         step: the difference e.
         seed: of the random directions and weighting.
@@ -40,7 +41,8 @@ def directional_errors(
     """
     layer.to(dtype=numpy.float64)
     x = x.astype(numpy.float64, order="K")
-    random = numpy.random.default_rng(seed)
+    place = device_of(x)
+    generator = numpy.random.default_rng(seed)
     parameters = [parameter for parameter in layer.parameters() if parameter.requires_grad]
 
     def forward(value: Any) -> Any:
@@ -48,14 +50,17 @@ def directional_errors(
             before_forward()
         return layer.forward(value.copy(order="K"))
 
-    weighting = random.standard_normal(forward(x).shape)
+    def random(shape: tuple[int, ...]) -> Any:
+        return to_device(generator.standard_normal(shape), place)
+
+    weighting = random(forward(x).shape)
     layer.zero_grad()
     forward(x)
     dx = layer.backward(weighting.copy())
     errors = []
     for _ in range(directions):
-        v = random.standard_normal(x.shape)
-        parameter_directions = [random.standard_normal(parameter.shape) for parameter in parameters]
+        v = random(x.shape)
+        parameter_directions = [random(parameter.shape) for parameter in parameters]
         analytic = float((dx * v).sum())
         for parameter, direction in zip(parameters, parameter_directions, strict=True):
             analytic += float((parameter.gradient * direction).sum())

@@ -13,7 +13,9 @@ import numpy
 from numpy.typing import NDArray
 
 from gpucnn.data.dataset import Dataset
+from gpucnn.data.transfer import Transfer, make_transfer
 from gpucnn.data.transforms import Augmentation, Preprocessing
+from gpucnn.device import Device
 from gpucnn.errors import ArgumentError
 from gpucnn.random import permutation
 
@@ -22,10 +24,13 @@ _WAKE_SECONDS = 0.5  # how long a wait lasts before it looks around: Windows del
 
 
 class Batch(NamedTuple):
-    """Model inputs, floats (count, channels, height, width); their labels; their numbers in the data set."""
+    """Model inputs, floats (count, channels, height, width); their labels; their numbers in the data set.
 
-    images: NDArray[Any]
-    labels: NDArray[Any]
+    Images and labels are on the loader's device, the numbers are on the CPU.
+    """
+
+    images: Any
+    labels: Any
     indices: NDArray[numpy.int64]
 
 
@@ -44,6 +49,8 @@ class Loader:
         workers: background threads; 0 prepares each batch when it is asked for.
         prefetch: how many batches may be ready or under way ahead of the one in use.
         dtype: "float32" or "float64": what to convert inputs to; None leaves them as they come.
+        device: where batches go: "cpu", "cuda" or "cuda:1". With workers they are copied to a GPU while it
+            computes on the ones before.
 
     The order and every value depend on ``seed``, the epoch and the image's number alone, not on ``workers``,
     ``prefetch`` or where the epoch was started. Raises ArgumentError for sizes out of range.
@@ -62,6 +69,7 @@ class Loader:
         workers: int = 2,
         prefetch: int = 4,
         dtype: str | None = None,
+        device: str | Device = "cpu",
     ) -> None:
         batch_size = _count("batch_size", batch_size, 1)
         workers, prefetch = _count("workers", workers, 0), _count("prefetch", prefetch, 1)
@@ -82,7 +90,7 @@ class Loader:
         self.dataset, self.batch_size = dataset, batch_size
         self.preprocessing, self.augmentation = preprocessing, augmentation
         self.shuffle, self.seed, self.drop_last = shuffle, seed, drop_last
-        self.workers, self.prefetch, self.dtype = workers, prefetch, dtype
+        self.workers, self.prefetch, self.dtype, self.device = workers, prefetch, dtype, device
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self.dataset), self.batch_size)
@@ -101,7 +109,8 @@ class Loader:
         """The batches of epoch ``number`` from ``start_batch`` on.
 
         The iterator's threads end when it is exhausted, closed (``close`` or the end of a ``with`` block) or
-        dropped, or has raised what preparing a batch raised. Raises ArgumentError for numbers out of range.
+        dropped, or has raised what preparing a batch raised. Raises ArgumentError for numbers out of range,
+        DeviceError, with the reason, where the loader's device cannot be used.
         """
         if not 0 <= number < 1 << 32:
             raise ArgumentError(f"epoch number must be from 0 to 2**32 - 1, got {number}")
@@ -110,6 +119,7 @@ class Loader:
                 f"start_batch must be from 0 to {len(self)}, the batches of an epoch, got {start_batch}"
             )
         order = self.order(number)
+        transfer = make_transfer(self.device, max(self.workers, 1))
 
         def prepare(batch: int) -> Batch:
             indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
@@ -122,7 +132,7 @@ class Loader:
                 images = images.astype(self.dtype, copy=False)
             return Batch(images, self.dataset.labels[indices], indices)
 
-        return EpochIterator(prepare, start_batch, len(self), self.workers, self.prefetch)
+        return EpochIterator(prepare, start_batch, len(self), self.workers, self.prefetch, transfer)
 
 
 def _count(name: str, value: Any, least: int) -> int:
@@ -137,9 +147,16 @@ class EpochIterator(Iterator[Batch]):
     """The batches ``start`` .. ``stop`` - 1 of one epoch, in order. Made by :meth:`Loader.epoch`."""
 
     def __init__(
-        self, prepare: Callable[[int], Batch], start: int, stop: int, workers: int, prefetch: int
+        self,
+        prepare: Callable[[int], Batch],
+        start: int,
+        stop: int,
+        workers: int,
+        prefetch: int,
+        transfer: Transfer | None = None,
     ) -> None:
-        self._queue = _Queue(prepare, start, stop, prefetch)
+        self._transfer = transfer
+        self._queue = _Queue(prepare if transfer is None else _sending(prepare, transfer), start, stop, prefetch)
         # The threads know the queue but not this object: when it is dropped, the finalizer tells them to end.
         self._threads = [
             threading.Thread(target=self._queue.work, name=f"gpucnn-loader-{number}", daemon=True)
@@ -151,7 +168,11 @@ class EpochIterator(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         try:
-            return self._queue.get(inline=not self._threads)
+            found = self._queue.get(inline=not self._threads)
+            if self._transfer is None:
+                return found
+            images, labels = self._transfer.arrive(found.images)
+            return Batch(images, labels, found.indices)
         except BaseException:  # the end, an error in a worker, or Ctrl-C: in each case it is over
             self.close()
             raise
@@ -161,6 +182,8 @@ class EpochIterator(Iterator[Batch]):
         self._finalizer()
         for thread in self._threads:
             thread.join()
+        if self._transfer is not None:
+            self._transfer.close()
 
     def __enter__(self) -> EpochIterator:
         return self
@@ -169,6 +192,16 @@ class EpochIterator(Iterator[Batch]):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _sending(prepare: Callable[[int], Batch], transfer: Transfer) -> Callable[[int], Batch]:
+    """``prepare``, and the copy to the device begun; until it arrives, it is in the place of the images."""
+
+    def prepare_and_send(number: int) -> Batch:
+        images, labels, indices = prepare(number)
+        return Batch(transfer.start([images, labels]), None, indices)
+
+    return prepare_and_send
 
 
 class _Queue:

@@ -10,6 +10,7 @@ import numpy
 from numpy.typing import NDArray
 
 from gpucnn import layers
+from gpucnn.device import Device, on_device, to_cpu, to_device
 from gpucnn.errors import ArgumentError, CheckpointError, DtypeError, ShapeError
 from gpucnn.layers import Layer
 
@@ -100,6 +101,7 @@ class Model(Layer):
         resume: bool = False,
         verbose: bool = True,
         callbacks: Sequence[Callback] = (),
+        device: str | Device | None = None,
         **options: Any,
     ) -> History:
         """Train on labelled images; returns the history, one record an epoch.
@@ -118,6 +120,7 @@ class Model(Layer):
             resume: go on from the last checkpoint in ``output``.
             verbose: show progress.
             callbacks: called as the training goes.
+            device: "auto", "cpu", "cuda" or "cuda:1", where the model is moved and stays; where it is by default.
             options: the other fields of :class:`gpucnn.training.TrainingOptions`: optimizer="adamw", lr=...,
                 schedule="one-cycle", label_smoothing=..., seed=...
 
@@ -149,13 +152,14 @@ class Model(Layer):
             run=None if output is None else RunFolder(output),
             callbacks=callbacks,
             progress=make_progress(quiet=not verbose),
+            device=device,
         )
         # Before the training, so that a callback, or a run that was interrupted, can predict.
         self.preprocessing, self.classes = preprocessing, list(train_set.classes)
         return trainer.fit(resume=resume)
 
     def evaluate(self, data: Data, *, batch_size: int = 64) -> EvaluationResult:
-        """Loss, accuracy and confusion matrix on labelled images, given as to :meth:`fit`."""
+        """Loss, accuracy and confusion matrix on labelled images, given as to :meth:`fit`; all NumPy's."""
         from gpucnn.data import DataSplits
         from gpucnn.training import evaluate
 
@@ -164,7 +168,7 @@ class Model(Layer):
         return evaluate(self, as_dataset(data, self._class_names()), self.preprocessing, batch_size)
 
     def predict(self, images: Any, *, batch_size: int = 64) -> NDArray[numpy.floating[Any]]:
-        """Class probabilities (N, classes).
+        """Class probabilities (N, classes), a NumPy array; computed where the model is.
 
         Args:
             images: uint8 (N, H, W, C), (N, H, W) or one image (H, W, C), prepared as in training; or ready float
@@ -174,7 +178,7 @@ class Model(Layer):
         from gpucnn.ops import backend_of
         from gpucnn.training.evaluation import evaluation_mode
 
-        inputs = numpy.asarray(images)
+        inputs = to_cpu(images)
         if inputs.dtype == numpy.uint8:
             if self.preprocessing is None:
                 raise ArgumentError(
@@ -192,13 +196,13 @@ class Model(Layer):
         if len(inputs) == 0:
             raise ShapeError(f"predict was given no images (shape {inputs.shape})")
         probabilities = []
-        with evaluation_mode(self):
+        with on_device(self.device), evaluation_mode(self):
             for start in range(0, len(inputs), batch_size):
                 batch = inputs[start : start + batch_size]
                 if self.preprocessing is not None and batch.dtype == numpy.uint8:
                     batch = self.preprocessing.apply(batch)
-                logits = self(batch.astype(self._dtype(), copy=False))
-                probabilities.append(backend_of(logits).softmax_forward(logits, axis=1))
+                logits = self(to_device(batch.astype(self._dtype(), copy=False), self.device))
+                probabilities.append(to_cpu(backend_of(logits).softmax_forward(logits, axis=1)))
         return numpy.concatenate(probabilities)
 
     # ------------------------------------------------------------ files
@@ -262,8 +266,8 @@ def as_dataset(data: Any, classes: Sequence[str] = ()) -> Dataset:
         return data
     if not (isinstance(data, (tuple, list)) and len(data) == 2):
         raise DtypeError(f"expected a data set or a pair (images, labels), got {type(data).__name__}")
-    images = numpy.asarray(data[0])
+    images, labels = to_cpu(data[0]), to_cpu(data[1])
     names = list(classes) or None
     if images.dtype.kind == "f":
-        return TensorDataset(images, data[1], classes=names)
-    return ArrayDataset(images, data[1], classes=names)
+        return TensorDataset(images, labels, classes=names)
+    return ArrayDataset(images, labels, classes=names)

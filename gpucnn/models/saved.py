@@ -7,19 +7,20 @@ from pathlib import Path
 import numpy
 
 from gpucnn import initializers
+from gpucnn.device import Device
 from gpucnn.errors import ArgumentError, CheckpointError
 from gpucnn.models.model import Model
 from gpucnn.models.registry import create
 from gpucnn.training import Checkpoint, RunFolder, read_checkpoint
 
 
-def load(path: str | Path) -> Model:
-    """The model in a checkpoint, or in a run folder (its best), ready to evaluate and predict.
+def load(path: str | Path, device: str | Device = "cpu") -> Model:
+    """The model in a checkpoint, or in a run folder (its best), on ``device``, ready to evaluate and predict.
 
-    Raises CheckpointError where the file is missing, damaged, or of a model that the registry does not have: build
-    such a network yourself and call its ``load``.
+    A file does not depend on the device that it was written from. Raises CheckpointError where it is missing,
+    damaged, or of a model that the registry does not have: build such a network yourself and call its ``load``.
     """
-    return model_of(read_model_checkpoint(path), path)
+    return model_of(read_model_checkpoint(path), path).to(device)
 
 
 def model_of(checkpoint: Checkpoint, path: str | Path) -> Model:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy
 
+from gpucnn.device import on_device, to_device
 from gpucnn.errors import ArgumentError
 from gpucnn.layers import Conv2d, ConvTranspose2d, Layer, Linear
 from gpucnn.ops import Array
@@ -86,7 +87,8 @@ def summary(model: Layer, input_shape: Sequence[int] | None = None) -> ModelSumm
     try:
         for path, layer in leaves.items():
             vars(layer)["forward"] = _observed(layer, layer.forward, calls[path])
-        model.eval()(numpy.zeros((1, *shape), dtype))
+        with on_device(model.device):
+            model.eval()(to_device(numpy.zeros((1, *shape), dtype), model.device))
     finally:
         for layer in leaves.values():
             vars(layer).pop("forward", None)

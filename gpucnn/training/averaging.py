@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from gpucnn.device import copy_into
 from gpucnn.layers import Layer
 from gpucnn.ops import Array
 
@@ -55,9 +56,9 @@ class WeightAverage:
         self._set(self.average)
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Continue from an earlier :attr:`average`."""
+        """Continue from an earlier :attr:`average`, whose arrays may be on any device."""
         for name, array in self.average.items():
-            array[...] = state[name]
+            copy_into(array, state[name])
 
     def _set(self, values: Mapping[str, Array]) -> None:
         for name, array in self._live.items():

@@ -19,6 +19,7 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
+from gpucnn.device import to_cpu
 from gpucnn.errors import CheckpointError
 from gpucnn.training.history import EpochRecord, records_from
 from gpucnn.training.storage import atomic_file
@@ -179,7 +180,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
-    """Write arrays to a safetensors file, whole or not at all.
+    """Write arrays, from whatever device, to a safetensors file, whole or not at all.
 
     The format: the header's length (little-endian uint64), the header (JSON: dtype, shape and byte range of each
     tensor), then the bytes of all tensors end to end, in C order.
@@ -189,7 +190,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str,
     arrays: list[NDArray[Any]] = []
     start = 0
     # The widest first, as the library writes them: every tensor is then aligned to its own item size.
-    for name, value in sorted(tensors.items(), key=lambda item: -numpy.asarray(item[1]).dtype.itemsize):
+    on_cpu = {name: to_cpu(value) for name, value in tensors.items()}
+    for name, value in sorted(on_cpu.items(), key=lambda item: -item[1].dtype.itemsize):
         array = numpy.asarray(value, order="C")
         if array.dtype.name not in _DTYPE_NAMES:
             raise CheckpointError(f"tensor '{name}' has dtype {array.dtype}, which a checkpoint cannot hold")

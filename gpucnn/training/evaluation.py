@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from gpucnn.data.dataset import Dataset
 from gpucnn.data.loader import Loader
 from gpucnn.data.transforms import Preprocessing
+from gpucnn.device import on_device, to_cpu
 from gpucnn.errors import ArgumentError, DataError, ShapeError
 from gpucnn.layers import Layer
 from gpucnn.metrics import confusion_matrix, f1, per_class_accuracy, precision
@@ -75,7 +76,7 @@ def evaluate(
     """Run ``model`` in evaluation mode over all of ``dataset``; the model's modes are as before afterwards.
 
     Args:
-        model: gives logits (N, classes).
+        model: gives logits (N, classes); the images are brought to its device, and the result is NumPy's.
         dataset: its labels are class numbers.
         preprocessing: how its images become the model's input; needed unless the data set is preprocessed.
         batch_size: images at a time; it changes the speed and, in the last digits, the sums.
@@ -89,11 +90,18 @@ def evaluate(
         raise ArgumentError(
             f"the images of '{dataset.name}' need preprocessing; pass the one that the model was trained with"
         )
-    loader = Loader(dataset, batch_size, preprocessing=preprocessing, workers=workers, dtype=input_dtype(model))
+    loader = Loader(
+        dataset,
+        batch_size,
+        preprocessing=preprocessing,
+        workers=workers,
+        dtype=input_dtype(model),
+        device=model.device,
+    )
     loss_sum, done = 0.0, 0
     predictions: list[NDArray[numpy.int64]] = []
     probabilities: list[NDArray[numpy.float32]] = []
-    with evaluation_mode(model), contextlib.closing(loader.epoch(0)) as batches:
+    with on_device(model.device), evaluation_mode(model), contextlib.closing(loader.epoch(0)) as batches:
         for batch in batches:
             logits = model(batch.images)
             if done == 0:
@@ -102,8 +110,8 @@ def evaluate(
                 logits, batch.labels, reduction="sum"
             )
             loss_sum += float(batch_loss)
-            predictions.append(logits.argmax(axis=1))
-            probabilities.append(shares)
+            predictions.append(to_cpu(logits.argmax(axis=1)))
+            probabilities.append(to_cpu(shares))
             done += len(batch.labels)
             if after_batch is not None:
                 after_batch(done)

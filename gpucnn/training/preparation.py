@@ -9,9 +9,19 @@ import numpy
 from gpucnn.data.dataset import Dataset
 from gpucnn.data.loader import Loader
 from gpucnn.data.transforms import Preprocessing
+from gpucnn.device import Device, choose_device, on_device
 from gpucnn.errors import ArgumentError, DataError, ShapeError
 from gpucnn.layers import BatchNorm1d, BatchNorm2d, Layer
 from gpucnn.training.evaluation import check_class_labels, check_logits, evaluation_mode, input_dtype
+
+
+def place_model(model: Layer, device: str | Device | None) -> None:
+    """Move ``model`` to ``device`` ("auto" chooses); None leaves it where it is.
+
+    Raises DeviceError, with the reason, where the device cannot be used.
+    """
+    if device is not None:
+        model.to(choose_device(device) if isinstance(device, str) else device)
 
 
 def default_preprocessing(model: Layer, dataset: Dataset) -> Preprocessing | None:
@@ -73,8 +83,10 @@ def check_model(model: Layer, dataset: Dataset, preprocessing: Preprocessing | N
     Raises ShapeError where the image has the wrong number of channels or size, or the output is not
     (1, number of classes).
     """
-    loader = Loader(dataset, 1, preprocessing=preprocessing, workers=0, dtype=input_dtype(model))
-    with loader.epoch(0) as batches:
+    loader = Loader(
+        dataset, 1, preprocessing=preprocessing, workers=0, dtype=input_dtype(model), device=model.device
+    )
+    with on_device(model.device), loader.epoch(0) as batches:
         images = next(batches).images
     expected = getattr(model, "input_shape", None)
     if expected is not None and images.shape[1] != expected[0]:
@@ -82,7 +94,7 @@ def check_model(model: Layer, dataset: Dataset, preprocessing: Preprocessing | N
             f"the model takes images of {expected[0]} channels, but those of '{dataset.name}' have "
             f"{images.shape[1]}; make the model with in_channels={images.shape[1]}"
         )
-    with evaluation_mode(model):
+    with on_device(model.device), evaluation_mode(model):
         check_logits(model(images), dataset)
 
 

@@ -13,6 +13,7 @@ import numpy
 from gpucnn.data.dataset import Dataset
 from gpucnn.data.loader import Batch, Loader
 from gpucnn.data.transforms import Augmentation, Preprocessing
+from gpucnn.device import Device, on_device, to_cpu
 from gpucnn.errors import ArgumentError, NonFiniteError
 from gpucnn.layers import Layer
 from gpucnn.losses import CrossEntropyLoss
@@ -34,6 +35,7 @@ from gpucnn.training.preparation import (
     class_weights,
     default_preprocessing,
     leaves_single_image,
+    place_model,
 )
 from gpucnn.training.progress import Progress
 from gpucnn.training.random_state import RandomState
@@ -61,6 +63,7 @@ class Trainer:
         run: where to save; nothing is saved without it.
         callbacks: hooks, see :class:`~gpucnn.training.Callback`.
         progress: what to show while training; nothing unless given. See ``make_progress``.
+        device: where to move the model: "auto", "cpu", "cuda" or "cuda:1"; by default it trains where it is.
 
     Attributes:
         history: the epochs so far.
@@ -71,8 +74,11 @@ class Trainer:
     it after pooling to one value a channel and learns nothing but noise from it before; every epoch has another
     order, so no image is always left out.
 
+    The images, their order, augmentation and dropout do not depend on the device; what is computed of them does,
+    in the last digits. A run may be resumed on another device.
+
     Raises DataError for labels that are no classes, ShapeError where the model's output does not fit the classes,
-    all before the first step.
+    DeviceError where the device cannot be used, all before the first step.
     """
 
     def __init__(
@@ -87,12 +93,14 @@ class Trainer:
         run: RunFolder | None = None,
         callbacks: Sequence[Callback] = (),
         progress: Progress | None = None,
+        device: str | Device | None = None,
     ) -> None:
         self.model, self.train, self.validation = model, train, validation
         self.options = options or TrainingOptions()
         self.augmentation = augmentation or None
         self.run, self.callbacks, self.progress = run, tuple(callbacks), progress or Progress()
         check_data(train, validation)
+        place_model(model, device)
         self.preprocessing = preprocessing or default_preprocessing(model, train)
         self._leaves_out_last = leaves_single_image(model, len(train), self.options.batch_size)
         self.loader = Loader(
@@ -144,8 +152,11 @@ class Trainer:
             StorageError: a file could not be written; the previous checkpoint is as it was.
         """
         try:
-            self._begin(resume)
+            self.loader.device = self.model.device
+            with on_device(self.model.device):
+                self._begin(resume)
             with (
+                on_device(self.model.device),
                 InterruptWatch(self.progress.message) as watch,
                 numpy.errstate(over="ignore", invalid="ignore", divide="ignore"),  # every step looks for itself
             ):
@@ -246,7 +257,7 @@ class Trainer:
         optimizer.step()
         if self._average is not None:
             self._average.update(self._position.step + 1)
-        return loss, int(numpy.count_nonzero(logits.argmax(axis=1) == labels))
+        return loss, int((logits.argmax(axis=1) == labels).sum())
 
     def _end_epoch(self, watch: InterruptWatch) -> None:
         position, options = self._position, self.options
@@ -342,7 +353,7 @@ class Trainer:
         checkpoint = self._checkpoint()
         checkpoint.optimizer = self.optimizer.state_dict()
         if self._average is not None:
-            checkpoint.ema = self._average.average
+            checkpoint.ema = {name: to_cpu(array) for name, array in self._average.average.items()}
         write_checkpoint(self.run.last_path, checkpoint)
         self._saved_at, self._saved_step = time.monotonic(), self._position.step
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy
 from numpy.typing import NDArray
 
+from gpucnn.device import to_cpu
 from gpucnn.errors import ArgumentError
 from gpucnn.layers import Conv2d, Layer
 from gpucnn.visualize.figure import new_figure, save_figure
@@ -35,7 +36,7 @@ def draw_filters(model: Layer, path: str | Path, layer_path: str | None = None) 
     name = next(iter(convolutions)) if layer_path is None else layer_path
     if name not in convolutions:
         raise ArgumentError(f"'{name}' is no convolution of the model; it has {', '.join(convolutions)}")
-    weight = numpy.asarray(convolutions[name].weight.data, numpy.float64)
+    weight = to_cpu(convolutions[name].weight.data).astype(numpy.float64)
     tiles, columns, in_colour = filter_tiles(weight)
     rows = -(-len(tiles) // columns)
     height, width = tiles.shape[1:3]

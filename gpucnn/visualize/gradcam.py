@@ -15,9 +15,10 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
+from gpucnn.device import on_device, to_cpu, to_device
 from gpucnn.errors import ArgumentError, ShapeError
 from gpucnn.layers import BatchNorm1d, BatchNorm2d, Dropout, Layer
-from gpucnn.ops import Array
+from gpucnn.ops import Array, array_module
 from gpucnn.visualize.figure import new_figure, save_figure
 
 
@@ -28,7 +29,7 @@ class _ReachedError(Exception):
 def grad_cam(
     model: Layer, image: Any, class_index: int | None = None, layer_path: str | None = None
 ) -> NDArray[numpy.float32]:
-    """The heat map of a class over an image, (H, W), 0 .. 1.
+    """The heat map of a class over an image, (H, W), 0 .. 1, a NumPy array wherever the model computes.
 
     Args:
         model: gives logits (N, classes). It computes as in evaluation and is left as it was, gradients included.
@@ -40,7 +41,7 @@ def grad_cam(
     Raises ArgumentError for a class or path that does not exist, ShapeError where the image is none or the
     layer's output is no image.
     """
-    inputs = numpy.asarray(image)
+    inputs = to_cpu(image)
     if inputs.ndim == 3:
         inputs = inputs[None]
     if inputs.ndim != 4 or len(inputs) != 1:
@@ -49,8 +50,8 @@ def grad_cam(
     if layer_path is not None and layer_path not in layers:
         raise ArgumentError(f"the model has no layer '{layer_path}'; it has {', '.join(filter(None, layers))}")
     outputs: dict[str, Array] = {}
-    with _evaluation_with_backward(model), _outputs_recorded(layers, outputs):
-        logits = model(inputs)
+    with on_device(model.device), _evaluation_with_backward(model), _outputs_recorded(layers, outputs):
+        logits = model(to_device(inputs, model.device))
         target = layer_path if layer_path is not None else _last_with_extent(layers, outputs)
         if outputs[target].ndim != 4:
             raise ShapeError(
@@ -61,11 +62,11 @@ def grad_cam(
             class_index = int(logits.argmax())
         if not 0 <= class_index < logits.shape[1]:
             raise ArgumentError(f"class {class_index} does not exist: classes go from 0 to {logits.shape[1] - 1}")
-        score_gradient = numpy.zeros_like(logits)
+        score_gradient = array_module(logits).zeros_like(logits)
         score_gradient[0, class_index] = 1
-        gradient = _gradient_at(model, layers[target], score_gradient)
+        gradient = to_cpu(_gradient_at(model, layers[target], score_gradient))
     weights = gradient.mean(axis=(2, 3))[0]
-    heat = numpy.maximum(numpy.tensordot(weights, outputs[target][0], axes=1), 0)
+    heat = numpy.maximum(numpy.tensordot(weights, to_cpu(outputs[target])[0], axes=1), 0)
     enlarged = enlarge(heat, inputs.shape[2:])
     peak = float(numpy.max(enlarged))
     return (enlarged / peak if peak > 0 else enlarged).astype(numpy.float32)
@@ -215,7 +216,7 @@ def _evaluation_with_backward(model: Layer) -> Iterator[None]:
 
 
 def _inference_backward(layer: BatchNorm1d | BatchNorm2d) -> Any:
-    factor = 1 / numpy.sqrt(layer.running_var + layer.eps)
+    factor = 1 / array_module(layer.running_var).sqrt(layer.running_var + layer.eps)
     if layer.weight is not None:
         factor = factor * layer.weight.data
     return lambda dy: dy * factor.reshape(1, -1, *(1,) * (dy.ndim - 2)).astype(dy.dtype)

@@ -1,0 +1,197 @@
+"""Batches on their way to a GPU, copied while the step before them is computed.
+
+A thread of the loader copies a batch into page-locked memory, from where the GPU fetches it by itself, on a stream
+of its own. Three rules keep that right, and each has an event that is waited for:
+
+1. The copy writes memory that the compute stream may have used until a moment ago (the pool hands out what was
+   freed, in the compute stream's order): the copy stream first waits for all that the compute stream was given.
+2. The step reads the batch: the compute stream waits for the batch's copy.
+3. The page-locked buffer is filled again: the thread that does it waits for the copy out of it.
+
+:class:`Memory` is all that it needs of a GPU; the tests put a recorder in its place.
+"""
+
+from __future__ import annotations
+
+import collections
+import threading
+from typing import Any, NamedTuple, Protocol
+
+import numpy
+from numpy.typing import NDArray
+
+from gpucnn.device import Device, is_host_runtime, split_name, to_device
+
+_ALIGNMENT = 256  # of each array in a buffer, as device memory has it
+
+
+class Memory(Protocol):
+    """What a transfer needs of a device."""
+
+    def pinned(self, size: int) -> NDArray[numpy.uint8]:
+        """``size`` bytes of page-locked memory."""
+
+    def start(self, sources: list[NDArray[Any]]) -> tuple[list[Any], Any]:
+        """New arrays on the device, the copies into them under way, and the event of their end."""
+
+    def order_after(self, event: Any) -> None:
+        """Have the current stream wait for the event."""
+
+    def wait(self, event: Any) -> None:
+        """Have this thread wait for the event."""
+
+
+class InFlight(NamedTuple):
+    """A batch whose copy is under way: its arrays on the device, and the event of the copy's end."""
+
+    number: int
+    arrays: list[Any]
+    event: Any
+
+
+class Transfer:
+    """Copies arrays to a device through a few page-locked buffers that are used in turn.
+
+    Args:
+        memory: the device.
+        buffers: how many buffers there are: as many threads can fill one at a time.
+    """
+
+    def __init__(self, memory: Memory, buffers: int) -> None:
+        self._memory = memory
+        self._free: collections.deque[_Buffer] = collections.deque(_Buffer() for _ in range(buffers))
+        self._available = threading.Semaphore(buffers)
+        self._pending: dict[int, InFlight] = {}
+        self._started = 0
+        self._lock = threading.Lock()
+
+    def start(self, arrays: list[NDArray[Any]]) -> InFlight:
+        """Begin to copy; what comes back is handed to :meth:`arrive`. Any thread may call this."""
+        self._available.acquire()
+        buffer = self._free.popleft()
+        try:
+            if buffer.event is not None:
+                self._memory.wait(buffer.event)  # rule 3
+                buffer.event = None
+            copied, buffer.event = self._memory.start(self._fill(buffer, arrays))
+        finally:
+            self._free.append(buffer)
+            self._available.release()
+        with self._lock:
+            # Kept until it arrives: memory that is freed may be handed out again while the copy still writes it.
+            self._started += 1
+            in_flight = self._pending[self._started] = InFlight(self._started, copied, buffer.event)
+        return in_flight
+
+    def _fill(self, buffer: _Buffer, arrays: list[NDArray[Any]]) -> list[NDArray[Any]]:
+        places, size = [], 0
+        for array in arrays:
+            places.append(size)
+            size += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+        if buffer.octets is None or len(buffer.octets) < size:
+            buffer.octets = self._memory.pinned(max(size, 1))
+        filled = []
+        for place, array in zip(places, arrays, strict=True):
+            target = buffer.octets[place : place + array.nbytes].view(array.dtype).reshape(array.shape)
+            target[...] = array
+            filled.append(target)
+        return filled
+
+    def arrive(self, in_flight: InFlight) -> list[Any]:
+        """The arrays on the device; what the current stream is given from now on finds them filled."""
+        self._memory.order_after(in_flight.event)  # rule 2
+        with self._lock:
+            self._pending.pop(in_flight.number, None)
+        return in_flight.arrays
+
+    def close(self) -> None:
+        """Wait for every copy under way, so that all memory may go. May be called more than once."""
+        with self._lock:
+            pending, self._pending = list(self._pending.values()), {}
+        for in_flight in pending:
+            self._memory.wait(in_flight.event)
+        for buffer in self._free:
+            if buffer.event is not None:
+                self._memory.wait(buffer.event)
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class _Buffer:
+    def __init__(self) -> None:
+        self.octets: NDArray[numpy.uint8] | None = None
+        self.event: Any = None
+
+
+class CudaMemory:
+    """A GPU through CuPy, with a copy stream beside the stream that is current where this is made."""
+
+    def __init__(self, cupy: Any, index: int) -> None:
+        self._cupy, self._device = cupy, cupy.cuda.Device(index)
+        with self._device:
+            self._compute = cupy.cuda.get_current_stream()
+            self._stream = cupy.cuda.Stream(non_blocking=True)
+
+    def pinned(self, size: int) -> NDArray[numpy.uint8]:
+        """``size`` bytes of page-locked memory."""
+        with self._device:
+            return numpy.frombuffer(self._cupy.cuda.alloc_pinned_memory(size), numpy.uint8, size)
+
+    def start(self, sources: list[NDArray[Any]]) -> tuple[list[Any], Any]:
+        """New arrays, the copies into them under way on the copy stream, and the event of their end."""
+        cupy = self._cupy
+        with self._device:
+            with self._compute:  # the memory is the compute stream's: in its order it is freed and handed out
+                arrays = [cupy.empty(source.shape, source.dtype) for source in sources]
+                self._stream.wait_event(self._compute.record(self._event()))  # rule 1
+            for source, array in zip(sources, arrays, strict=True):
+                if source.nbytes:
+                    array.set(source, stream=self._stream)
+            return arrays, self._stream.record(self._event())
+
+    def _event(self) -> Any:
+        return self._cupy.cuda.Event(block=True, disable_timing=True)
+
+    def order_after(self, event: Any) -> None:
+        """Have the current stream wait for the event."""
+        with self._device:
+            self._cupy.cuda.get_current_stream().wait_event(event)
+
+    def wait(self, event: Any) -> None:
+        """Have this thread wait for the event."""
+        event.synchronize()
+
+
+class HostMemory:
+    """The host runtime: a plain copy, finished when it returns."""
+
+    def pinned(self, size: int) -> NDArray[numpy.uint8]:
+        """``size`` bytes."""
+        return numpy.empty(size, numpy.uint8)
+
+    def start(self, sources: list[NDArray[Any]]) -> tuple[list[Any], Any]:
+        """Copies in what stands for device memory; there is nothing to wait for."""
+        return [to_device(source, "cuda") for source in sources], None
+
+    def order_after(self, event: Any) -> None:
+        """Nothing: the copy is finished."""
+
+    def wait(self, event: Any) -> None:
+        """Nothing: the copy is finished."""
+
+
+def make_transfer(device: str | Device, buffers: int) -> Transfer | None:
+    """The way to ``device``; None for the CPU, where the batches are already.
+
+    Raises DeviceError, with the reason, where the device cannot be used.
+    """
+    name, index = split_name(device)
+    if name != "cuda":
+        return None
+    to_device(numpy.zeros(1, numpy.uint8), device)  # says what is wrong before any thread begins
+    if is_host_runtime():
+        return Transfer(HostMemory(), buffers)
+    import cupy
+
+    return Transfer(CudaMemory(cupy, index), buffers)
