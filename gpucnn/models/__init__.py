@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from gpucnn.device import Device
 from gpucnn.models.animalnet import AnimalNet
 from gpucnn.models.lenet5 import LeNet5
 from gpucnn.models.mobilenet import MobileNetV2
@@ -14,11 +15,11 @@ from gpucnn.models.summary import LayerSummary, ModelSummary, summary
 from gpucnn.models.vgg import VGGSmall
 
 
-def load(path: str | Path) -> Model:
-    """The model in a checkpoint file or run folder; see :func:`gpucnn.models.saved.load`."""
+def load(path: str | Path, device: str | Device = "cpu") -> Model:
+    """The model in a checkpoint file or run folder, on ``device``; see :func:`gpucnn.models.saved.load`."""
     from gpucnn.models.saved import load as load_saved  # loads training, which making a model does not need
 
-    return load_saved(path)
+    return load_saved(path, device)
 
 
 __all__ = [

@@ -1,0 +1,288 @@
+"""Copies to a GPU beside its computing, on a simulated GPU whose streams run as late and as unevenly as they may.
+
+The simulation is CuPy's interface as far as the transfer uses it. What is given to a stream happens some time
+later, in that stream's order; memory goes back to the pool when the Python object goes, whatever the streams have
+still to do with it; and a copy reads page-locked memory when it happens, not when it is asked for. Leaving out any
+of the three rules of :mod:`gpucnn.data.transfer` then gives wrong numbers, which is tested too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import random
+import threading
+
+import numpy
+import pytest
+
+from gpucnn.data import ArrayDataset, Loader, Preprocessing
+from gpucnn.data import loader as loader_module
+from gpucnn.data.transfer import CudaMemory, HostMemory, Transfer
+from gpucnn.errors import DataError
+
+
+class Simulation:
+    """Streams, each a queue of things to do; :meth:`advance` does one of them, of a stream chosen by chance."""
+
+    def __init__(self, seed: int) -> None:
+        self.random, self.lock = random.Random(seed), threading.RLock()
+        self.streams: list[Stream] = []
+        self.copy_is_preferred = seed % 2 == 0
+
+    def advance(self) -> bool:
+        with self.lock:
+            able = [stream for stream in self.streams if stream.queue and not stream.blocked()]
+            if not able:
+                return False
+            preferred = [stream for stream in able if stream.copies == self.copy_is_preferred]
+            chosen = preferred if preferred and self.random.random() < 0.8 else able
+            action = self.random.choice(chosen).queue.pop(0)
+            action()
+            return True
+
+    def drain(self) -> None:
+        while self.advance():
+            pass
+        assert all(not stream.queue for stream in self.streams), "streams wait for each other"
+
+
+class Event:
+    def __init__(self, simulation: Simulation) -> None:
+        self.simulation, self.done = simulation, False
+
+    def synchronize(self) -> None:
+        while not self.done:
+            assert self.simulation.advance(), "an event that never comes"
+
+
+class Stream:
+    def __init__(self, gpu: Gpu, copies: bool) -> None:
+        self.gpu, self.copies = gpu, copies
+        self.queue: list = []
+        gpu.simulation.streams.append(self)
+
+    def blocked(self) -> bool:
+        waits_for = getattr(self.queue[0], "event", None)
+        return waits_for is not None and not waits_for.done
+
+    def give(self, action) -> None:
+        with self.gpu.simulation.lock:
+            self.queue.append(action)
+
+    def wait_event(self, event: Event) -> None:
+        def wait() -> None:
+            assert event.done
+
+        wait.event = event
+        self.give(wait)
+
+    def record(self, event: Event) -> Event:
+        self.give(lambda: setattr(event, "done", True))
+        return event
+
+    def __enter__(self) -> None:
+        self.gpu.current().append(self)
+
+    def __exit__(self, *_) -> None:
+        self.gpu.current().pop()
+
+
+class DeviceArray:
+    """An array on the simulated GPU; what runs later knows its block of memory, not this object."""
+
+    def __init__(self, gpu: Gpu, shape, dtype) -> None:
+        self.gpu, self.shape, self.dtype = gpu, tuple(shape), numpy.dtype(dtype)
+        self.nbytes = math.prod(self.shape) * self.dtype.itemsize
+        self.pool = gpu.pool(gpu.current()[-1], self.nbytes)
+        with gpu.simulation.lock:
+            self.block = self.pool.pop() if self.pool else numpy.full(self.nbytes, 0xFF, numpy.uint8)
+
+    def set(self, source, stream) -> None:
+        assert source.shape == self.shape
+        assert source.dtype == self.dtype
+        assert source.base is not None, "not page-locked: the copy would not run by itself"
+        block, octets = self.block, source.reshape(-1).view(numpy.uint8)
+        stream.give(lambda: numpy.copyto(block, octets))
+
+    def values(self):
+        return self.block.view(self.dtype).reshape(self.shape)
+
+    def __del__(self) -> None:
+        with self.gpu.simulation.lock:
+            self.pool.append(self.block)
+
+
+class Gpu:
+    """What stands for the module ``cupy``, with itself as ``cupy.cuda``."""
+
+    def __init__(self, seed: int) -> None:
+        self.simulation = Simulation(seed)
+        self.cuda = self
+        self.compute = Stream(self, copies=False)
+        self.pools: dict = {}
+        self.threads = threading.local()
+        self.pinned_bytes: list[int] = []
+
+    def current(self) -> list[Stream]:
+        if not hasattr(self.threads, "streams"):
+            self.threads.streams = [self.compute]
+        return self.threads.streams
+
+    def pool(self, stream: Stream, size: int) -> list:
+        return self.pools.setdefault((id(stream), size), [])
+
+    def Device(self, index: int):
+        return contextlib.nullcontext()
+
+    def Stream(self, non_blocking: bool) -> Stream:
+        assert non_blocking, "a blocking stream waits for all that the default stream does"
+        return Stream(self, copies=True)
+
+    def Event(self, block: bool, disable_timing: bool) -> Event:
+        return Event(self.simulation)
+
+    def get_current_stream(self) -> Stream:
+        return self.current()[-1]
+
+    def alloc_pinned_memory(self, size: int) -> bytearray:
+        self.pinned_bytes.append(size)
+        return bytearray(size)
+
+    def empty(self, shape, dtype) -> DeviceArray:
+        return DeviceArray(self, shape, dtype)
+
+
+IMAGES = numpy.random.default_rng(7).integers(0, 256, (90, 3, 3)).astype(numpy.uint8)
+DATA = ArrayDataset(IMAGES, numpy.arange(90) % 5)
+PREPROCESSING = Preprocessing((3, 3), (0.5,), (0.25,))
+
+
+def train_on(gpu: Gpu, monkeypatch, workers: int) -> bool:
+    """Whether each of 18 steps saw its batch, though everything on the GPU happened later."""
+    monkeypatch.setattr(
+        loader_module, "make_transfer", lambda device, buffers: Transfer(CudaMemory(gpu, 0), buffers)
+    )
+    loader = Loader(DATA, 5, preprocessing=PREPROCESSING, shuffle=True, workers=workers, prefetch=3, device="cuda")
+    seen: list = []
+
+    def step(batch) -> None:
+        blocks = batch.images.values(), batch.labels.values()
+        temporary = gpu.empty(batch.images.shape, batch.images.dtype)  # an activation, as large as the images
+        place = temporary.values()
+        gpu.compute.give(lambda: seen.append([block.copy() for block in blocks]))
+        gpu.compute.give(lambda: place.fill(numpy.nan))
+
+    with loader.epoch(0) as batches:
+        for batch in batches:
+            step(batch)
+            del batch
+            for _ in range(gpu.simulation.random.randrange(4)):
+                gpu.simulation.advance()
+    gpu.simulation.drain()
+    monkeypatch.undo()
+    plain = Loader(DATA, 5, preprocessing=PREPROCESSING, shuffle=True, workers=0)
+    return len(seen) == len(plain) and all(
+        numpy.array_equal(images, batch.images) and numpy.array_equal(labels, batch.labels)
+        for (images, labels), batch in zip(seen, plain, strict=True)
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_every_step_sees_its_batch_however_late_the_gpu_is(monkeypatch, workers):
+    for seed in range(30):
+        gpu = Gpu(seed)
+        assert train_on(gpu, monkeypatch, workers)
+        assert len(gpu.pinned_bytes) <= max(workers, 1), "a bounded number of buffers, used again"
+
+
+def without_waiting_for_the_compute_stream(monkeypatch):
+    plain = Stream.wait_event
+    monkeypatch.setattr(Stream, "wait_event", lambda self, event: None if self.copies else plain(self, event))
+
+
+def without_waiting_for_the_copy(monkeypatch):
+    monkeypatch.setattr(CudaMemory, "order_after", lambda self, event: None)
+
+
+def without_waiting_for_the_buffer(monkeypatch):
+    monkeypatch.setattr(CudaMemory, "wait", lambda self, event: None)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [without_waiting_for_the_compute_stream, without_waiting_for_the_copy, without_waiting_for_the_buffer],
+)
+def test_each_rule_is_needed(fault):
+    outcomes = []
+    for seed in range(30):
+        with pytest.MonkeyPatch.context() as outer, pytest.MonkeyPatch.context() as inner:
+            fault(outer)
+            outcomes.append(train_on(Gpu(seed), inner, 1))
+    assert False in outcomes
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_no_copy_is_under_way_once_an_epoch_is_left(monkeypatch, closed):
+    gpu = Gpu(1)
+    monkeypatch.setattr(
+        loader_module, "make_transfer", lambda device, buffers: Transfer(CudaMemory(gpu, 0), buffers)
+    )
+    loader = Loader(DATA, 5, preprocessing=PREPROCESSING, workers=2, prefetch=4, device="cuda")
+    batches = loader.epoch(0)
+    next(batches)
+    threads = batches._threads
+    if closed:
+        batches.close()
+        with pytest.raises(StopIteration):
+            next(batches)
+    del batches
+    for thread in threads:
+        thread.join(10)
+    gc.collect()
+    copies = next(stream for stream in gpu.simulation.streams if stream.copies)
+    assert not copies.queue
+
+
+def test_what_fails_in_a_worker_arrives(monkeypatch):
+    class Damaged(ArrayDataset):
+        def images(self, indices):
+            if 12 in indices:
+                raise DataError("image 12 is damaged")
+            return super().images(indices)
+
+    gpu = Gpu(0)
+    monkeypatch.setattr(
+        loader_module, "make_transfer", lambda device, buffers: Transfer(CudaMemory(gpu, 0), buffers)
+    )
+    data = Damaged(IMAGES, numpy.zeros(90, int))
+    with (
+        pytest.raises(DataError, match="image 12"),
+        Loader(data, 5, preprocessing=PREPROCESSING, device="cuda").epoch(0) as batches,
+    ):
+        list(batches)
+
+
+def test_a_batch_may_be_empty_or_grow_and_dtypes_keep_their_alignment():
+    gpu = Gpu(0)
+    transfer = Transfer(CudaMemory(gpu, 0), 1)
+    for sizes in ((3, 1), (0, 0), (700, 9), (2, 5)):
+        sources = [numpy.arange(sizes[0], dtype=numpy.uint8), numpy.arange(sizes[1], dtype=numpy.float64)]
+        arrays = transfer.arrive(transfer.start(sources))
+        gpu.simulation.drain()
+        assert all(numpy.array_equal(a.values(), s) for a, s in zip(arrays, sources, strict=True))
+    assert len(gpu.pinned_bytes) == 2, "allocated once, and again when it had to grow"
+    transfer.close()
+    transfer.close()
+
+
+def test_the_host_runtimes_memory_is_a_plain_copy(monkeypatch):
+    monkeypatch.setenv("GPUCNN_KERNELS_RUNTIME", "host")
+    transfer = Transfer(HostMemory(), 2)
+    source = numpy.arange(5.0)
+    (copied,) = transfer.arrive(transfer.start([source]))
+    source[0] = 9
+    transfer.start([source])
+    assert copied.get().tolist() == [0, 1, 2, 3, 4]
+    transfer.close()
