@@ -1,0 +1,274 @@
+"""The gradients of a convolution's weight and bias: sums over the batch and all output positions.
+
+Three ways, all deterministic, to the weight's:
+
+- "implicit_gemm": a matrix product over the N * P * Q positions that reads the windows of x where they lie. The
+  positions are split into parts, so that a small weight keeps a GPU busy too.
+- "im2col": the windows copied to columns, some images at a time, and a dense matrix product an image, added up in
+  order.
+- "depthwise": for one input channel a group, where a product of matrices would have nothing to share.
+
+Half precision is added up in float32 and rounded once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gpucnn_kernels.arrays import DeviceArray, image_layout
+from gpucnn_kernels.channel_sums import launch_channel_sums
+from gpucnn_kernels.errors import ArgumentError
+from gpucnn_kernels.im2col import columns_shape, images, launch_im2col
+from gpucnn_kernels.launch import Call
+from gpucnn_kernels.matmul import matmul
+from gpucnn_kernels.overlap import require_apart
+from gpucnn_kernels.problem import Conv2dProblem, IntOrPair, Padding, ProblemError, pair
+from gpucnn_kernels.runtime import itemsize
+from gpucnn_kernels.source import SCALARS
+
+SOURCE = "conv2d_filter_gradient"
+SOURCES: dict[str, tuple[dict[str, str], ...]] = {SOURCE: ({},)}
+
+_THREADS = 256
+_BLOCKS = 512  # that the positions are split for: a few for each multiprocessor of any GPU
+_LEAST = 256  # positions of a part: below, adding up the parts costs more than the parts save
+_STEP = 16  # positions that a tile takes at a time
+_PLACES = 9  # kernel positions that a block of the depthwise kernel takes
+_PARTIAL_BYTES = 64 << 20  # of the workspace for the parts' sums
+_COLUMN_BYTES = 128 << 20  # of the workspace for the columns
+
+
+def filter_algorithms() -> tuple[str, ...]:
+    """Names that ``algorithm`` of :func:`conv2d_backward_filter` takes, without "auto"."""
+    return "implicit_gemm", "im2col", "depthwise"
+
+
+def filter_choose(problem: Conv2dProblem, dtype: Any) -> str:
+    """The name that "auto" stands for: "depthwise" for depthwise problems, otherwise "implicit_gemm"."""
+    del dtype
+    return "depthwise" if problem.groups > 1 and problem.groups == problem.C else "implicit_gemm"
+
+
+def conv2d_backward_filter(
+    dy: Any,
+    x: Any,
+    *,
+    kernel_size: IntOrPair,
+    stride: IntOrPair = 1,
+    padding: Padding = 0,
+    dilation: IntOrPair = 1,
+    groups: int = 1,
+    algorithm: str = "auto",
+    out: Any = None,
+    stream: Any = None,
+) -> Any:
+    """The gradient for the weight, (K, C / groups, R, S), from dy (N, K, P, Q) and x (N, C, H, W).
+
+    dw[k, c, r, s] is the sum over n, p, q of dy[n, k, p, q] times the input that weight[k, c, r, s] met there; an
+    empty batch gives zeros. dy and x may each be contiguous or channels-last; the result is channels-last where x
+    is that and not contiguous, or has the layout of ``out``. Raises ProblemError where shapes do not fit together,
+    ArgumentError for an ``algorithm`` that there is not or that cannot run for them.
+    """
+    with Call(stream, dy=dy, x=x, out=out) as call:
+        dtype = call.floating("dy", "x", "out")
+        problem = _problem(call["dy"], call["x"], kernel_size, stride, padding, dilation, groups)
+        name = _resolved(algorithm, problem, dtype)
+        image_layout(call["dy"])
+        image_layout(call["x"])
+        dw = call.output(problem.weight_shape, dtype, like=call["x"])
+        channels_fastest = image_layout(dw) == "channels_last"
+        require_apart(dw, call["dy"], call["x"])
+        if problem.N == 0:
+            partial, parts = call.scratch(0, SCALARS[dtype][1]), 0
+        elif name == "im2col":
+            partial, parts, channels_fastest = _by_columns(call, problem), 1, False
+        else:
+            partial, parts = _by_parts(call, problem, channels_fastest, name)
+        _finish(call, partial, parts, dw, problem, channels_fastest)
+        return call.give(dw)
+
+
+def conv2d_backward_bias(dy: Any, *, out: Any = None, stream: Any = None) -> Any:
+    """The gradient for the bias, (K,): the sum of dy (N, K, P, Q), in either layout, over N, P and Q.
+
+    The order of the additions depends on the shape and the layout alone; an empty batch gives zeros.
+    """
+    with Call(stream, dy=dy, out=out) as call:
+        dtype = call.floating("dy", "out")
+        gradient = call["dy"]
+        if len(gradient.shape) != 4:
+            raise ProblemError(f"dy must have 4 dimensions (N, K, P, Q), got shape {gradient.shape}")
+        count, outputs, p, q = gradient.shape
+        last = image_layout(gradient) == "channels_last"
+        sums = call.output((outputs,), dtype)
+        require_apart(sums, gradient)
+        launch_channel_sums(
+            call,
+            gradient,
+            sums,
+            images=(count, outputs * p * q),
+            pixels=(p * q, outputs if last else 1),
+            channels=(outputs, 1 if last else p * q),
+        )
+        return call.give(sums)
+
+
+def _problem(
+    dy: DeviceArray,
+    x: DeviceArray,
+    kernel_size: IntOrPair,
+    stride: IntOrPair,
+    padding: Padding,
+    dilation: IntOrPair,
+    groups: int,
+) -> Conv2dProblem:
+    if len(dy.shape) != 4:
+        raise ProblemError(f"dy must have 4 dimensions (N, K, P, Q), got shape {dy.shape}")
+    r, s = pair(kernel_size, "kernel_size")
+    channels = x.shape[1] if len(x.shape) == 4 else 0
+    if groups < 1 or channels % groups:
+        raise ProblemError(f"groups={groups} must be at least 1 and divide the {channels} channels of x {x.shape}")
+    problem = Conv2dProblem.from_shapes(
+        x.shape,
+        (dy.shape[1], channels // groups, r, s),
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+    )
+    if problem.output_shape != dy.shape:
+        raise ProblemError(
+            f"dy has shape {dy.shape}, but convolving an input of shape {problem.input_shape} with weights of "
+            f"shape {problem.weight_shape} gives {problem.output_shape}"
+        )
+    return problem
+
+
+def _resolved(algorithm: str, problem: Conv2dProblem, dtype: str) -> str:
+    if algorithm == "auto":
+        return filter_choose(problem, dtype)
+    if algorithm not in filter_algorithms():
+        raise ArgumentError(
+            f"algorithm of a filter gradient must be auto, {', '.join(filter_algorithms())}, got {algorithm!r}"
+        )
+    if algorithm == "depthwise" and problem.groups != problem.C:
+        raise ArgumentError(
+            f"algorithm 'depthwise' takes one input channel a group, got {problem.C // problem.groups}; use "
+            "'implicit_gemm'"
+        )
+    return algorithm
+
+
+# ---------------------------------------------------------------- the ways
+
+
+def _by_parts(call: Call, problem: Conv2dProblem, channels_fastest: bool, name: str) -> tuple[DeviceArray, int]:
+    """(a row of sums for every part of the positions, their number), by kernels that read x where it lies."""
+    dy, x = call["dy"], call["x"]
+    outputs, columns = problem.K // problem.groups, _columns(problem)
+    across = image_layout(dy) == "channels_last"
+    if name == "depthwise":
+        width = min(32, 1 << (problem.K - 1).bit_length()) if across else 1
+        blocks = -(-columns // _PLACES) * -(-problem.K // width)
+        kernel, threads = "filter_gradient_depthwise", (width, _THREADS // width)
+    else:
+        # A tile of 64 does four times the products of one of 32 on twice the loads, but wastes more at the edges.
+        wide, narrow = (-(-outputs // tile) * -(-columns // tile) for tile in (64, 32))
+        width, tiles = (64, wide) if 2 * wide <= narrow else (32, narrow)
+        blocks = problem.groups * tiles
+        kernel, threads = f"filter_gradient_{'wide' if width == 64 else 'narrow'}", (_THREADS, 1)
+    positions = problem.N * problem.P * problem.Q
+    elements = problem.K * columns
+    accumulated = SCALARS[x.dtype][1]
+    most = max(1, _PARTIAL_BYTES // (elements * itemsize(accumulated)))
+    parts = max(1, min(-(-_BLOCKS // blocks), -(-positions // _LEAST), most))
+    part = -(-positions // parts)
+    part += -part % _STEP
+    parts = -(-positions // part)
+    partial = call.scratch(parts * elements, accumulated)
+    call.launch(
+        SOURCE,
+        kernel,
+        (blocks, parts) if name == "depthwise" else blocks * parts,
+        threads,
+        scalar=x.dtype,
+        x=x,
+        dy=dy,
+        partial=partial,
+        gradient={
+            "positions": positions,
+            "part": part,
+            **dict(zip(("x_n", "x_c", "x_h", "x_w"), x.strides, strict=True)),
+            **dict(zip(("dy_n", "dy_k", "dy_p", "dy_q"), dy.strides, strict=True)),
+            "groups": problem.groups,
+            "K": outputs,
+            "C": problem.C // problem.groups,
+            "columns": columns,
+            **{letter: getattr(problem, letter) for letter in "HWRSPQ"},
+            "stride_h": problem.stride[0],
+            "stride_w": problem.stride[1],
+            "top": problem.padding[0],
+            "left": problem.padding[2],
+            "dilation_h": problem.dilation[0],
+            "dilation_w": problem.dilation[1],
+            "channels_fastest": channels_fastest,
+            "x_across": image_layout(x) == "channels_last",
+            "dy_across": across,
+        },
+    )
+    return partial, parts
+
+
+def _by_columns(call: Call, problem: Conv2dProblem) -> DeviceArray:
+    """The sums, columns ordered c, r, s, by im2col and dense products."""
+    dy, x = call["dy"], call["x"]
+    groups, outputs, columns = problem.groups, problem.K // problem.groups, _columns(problem)
+    _, rows, positions = columns_shape(problem)
+    total = call.scratch(problem.K * columns, SCALARS[x.dtype][1])
+    target = total.array.reshape(groups, outputs, columns)
+    chunk = min(problem.N, max(1, _COLUMN_BYTES // (rows * positions * itemsize(x.dtype))))
+    space = call.scratch(chunk * rows * positions, x.dtype)
+    windows = space.array.reshape(chunk, groups, columns, positions)
+    if image_layout(dy) == "contiguous":
+        slopes = dy.array.reshape(problem.N, groups, outputs, positions)
+    else:
+        by_pixel = dy.array.transpose(0, 2, 3, 1).reshape(problem.N, positions, groups, outputs)
+        slopes = by_pixel.transpose(0, 2, 3, 1)
+    for first in range(0, problem.N, chunk):
+        last = min(first + chunk, problem.N)
+        launch_im2col(call, images(x, first, last), space, problem)
+        for n in range(first, last):
+            matmul(slopes[n], windows[n - first].transpose(0, 2, 1), out=target, accumulate=n > 0)
+    return total
+
+
+def _finish(
+    call: Call, partial: DeviceArray, parts: int, dw: DeviceArray, problem: Conv2dProblem, channels_fastest: bool
+) -> None:
+    """Add the parts up into dw. No parts give zeros."""
+    lines = min(16, 1 << (parts - 1).bit_length()) if parts > 1 else 1
+    width = _THREADS // lines
+    call.launch(
+        SOURCE,
+        "filter_gradient_finish",
+        -(-dw.size // width),
+        (width, lines),
+        scalar=dw.dtype,
+        partial=partial,
+        dw=dw,
+        finish={
+            "elements": dw.size,
+            **dict(zip("kcrs", dw.strides, strict=True)),
+            "parts": parts,
+            "columns": _columns(problem),
+            "C": problem.C // problem.groups,
+            "R": problem.R,
+            "S": problem.S,
+            "channels_fastest": channels_fastest,
+        },
+    )
+
+
+def _columns(problem: Conv2dProblem) -> int:
+    """What a group's output channel sums: C / groups * R * S numbers."""
+    return problem.C // problem.groups * problem.R * problem.S
