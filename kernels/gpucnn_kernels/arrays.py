@@ -16,7 +16,7 @@ from gpucnn_kernels.runtime import ITEM_SIZES, Pointer, Runtime
 
 @dataclass(frozen=True, slots=True)
 class DeviceArray:
-    """An argument: the runtime's ``array``, the object that the caller ``given``, and the facts that a launch needs."""
+    """An argument: the runtime's ``array``, the object ``given`` by the caller, and what a launch must know."""
 
     name: str
     array: Any
@@ -63,7 +63,9 @@ class DeviceArray:
         if writable and not getattr(flags, "writeable", True):
             raise DtypeError(f"{self.name} is read-only; pass a writable array")
         if any(stride < 0 for stride in self.strides):
-            raise LayoutError(f"{self.name} has a negative stride {self.strides}; copy it first (ascontiguousarray)")
+            raise LayoutError(
+                f"{self.name} has a negative stride {self.strides}; copy it first (ascontiguousarray)"
+            )
         last = sum((length - 1) * stride for length, stride in zip(self.shape, self.strides, strict=True))
         return Pointer(self.address, (last + 1) * ITEM_SIZES[self.dtype] if self.size else 0, writable)
 
@@ -81,18 +83,36 @@ def _follows(shape: Sequence[int], strides: Sequence[int], order: Sequence[int])
 
 
 def device_array(runtime: Runtime, given: Any, name: str) -> DeviceArray:
-    """``given`` as a DeviceArray. Raises DtypeError or DeviceError, naming it, where it is none or not of this runtime."""
+    """``given`` as a DeviceArray. Raises DtypeError or DeviceError, naming it, where it cannot be one."""
     array = runtime.as_array(given, name)
     dtype = str(array.dtype)
     if dtype not in ITEM_SIZES:
         raise DtypeError(f"{name} has dtype {dtype}; kernels take {', '.join(ITEM_SIZES)}")
     itemsize = ITEM_SIZES[dtype]
     if any(stride % itemsize for stride in array.strides):
-        raise LayoutError(f"{name} has strides of {array.strides} bytes, no multiples of its {itemsize}-byte elements")
+        raise LayoutError(
+            f"{name} has strides of {array.strides} bytes, no multiples of its {itemsize}-byte elements"
+        )
     strides = tuple(stride // itemsize for stride in array.strides)
-    return DeviceArray(
-        name, array, given, runtime.address(array), tuple(array.shape), strides, dtype, runtime.device(array)
-    )
+    address = runtime.address(array)
+    if address % itemsize:
+        raise LayoutError(
+            f"{name} is not aligned to its {itemsize}-byte elements (address {address}); copy it first"
+        )
+    return DeviceArray(name, array, given, address, tuple(array.shape), strides, dtype, runtime.device(array))
+
+
+def numpy_dtype(name: str) -> Any:
+    """The numpy.dtype of this name; "bfloat16" is ml_dtypes'. Raises DtypeError where that is not installed."""
+    import numpy
+
+    if name != "bfloat16":
+        return numpy.dtype(name)
+    try:
+        import ml_dtypes
+    except ImportError:
+        raise DtypeError("bfloat16 arrays need the package ml_dtypes: pip install ml_dtypes") from None
+    return numpy.dtype(ml_dtypes.bfloat16)
 
 
 def shape_of(given: Any, name: str) -> tuple[int, ...]:
@@ -104,7 +124,7 @@ def shape_of(given: Any, name: str) -> tuple[int, ...]:
 
 
 def image_layout(array: DeviceArray) -> str:
-    """ "contiguous" or "channels_last"; where both fit (one channel, one pixel), "contiguous".
+    """Which of "contiguous" and "channels_last"; where both fit (one channel, one pixel), "contiguous".
 
     Raises LayoutError for any other strides, ArgumentError where there are not four axes.
     """

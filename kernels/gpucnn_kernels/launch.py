@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
+import operator
 import sys
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -23,6 +25,8 @@ THREADS = 256
 """The block size of kernels that give each thread an element."""
 
 _MAX_GRID = (2**31 - 1, 65535, 65535)
+_MAX_BLOCK_DEPTH = 64
+_MAX_SHARED_BYTES = 227 << 10  # of any GPU so far; what the one at hand has is checked where it is known
 _MAX_BLOCKS = 1 << 16
 
 
@@ -56,7 +60,8 @@ class Call:
         for array in present[1:]:
             if array.device != self._first.device:
                 raise DeviceError(
-                    f"{self._first.name} is on device {self._first.device}, but {array.name} is on device {array.device}"
+                    f"{self._first.name} is on device {self._first.device}, but {array.name} is on device "
+                    f"{array.device}"
                 )
         self._stream = _torch_stream(self._first.given) if stream is None else stream
         self._context = contextlib.ExitStack()
@@ -119,8 +124,8 @@ class Call:
             array = self._arrays[name]
             if array is not None and not array.contiguous:
                 raise LayoutError(
-                    f"{name} of shape {array.shape} has strides {array.strides} (in elements), not contiguous; copy "
-                    "it first with ascontiguousarray"
+                    f"{name} of shape {array.shape} has strides {array.strides} (in elements), not contiguous; "
+                    "copy it first with ascontiguousarray"
                 )
 
     def elementwise(self, *names: str) -> None:
@@ -144,13 +149,15 @@ class Call:
                 raise ArgumentError(f"{name} has shape {array.shape}, but {first.name} has shape {first.shape}")
             elif not array.same_layout(first):
                 raise LayoutError(
-                    f"{name} has strides {array.strides}, but {first.name} has {first.strides} (in elements); bring "
-                    "both to the same memory format"
+                    f"{name} has strides {array.strides}, but {first.name} has {first.strides} (in elements); "
+                    "bring both to the same memory format"
                 )
 
     # ------------------------------------------------------------ outputs
 
-    def empty(self, shape: Sequence[int], dtype: str, *, like: DeviceArray | None = None, name: str = "") -> DeviceArray:
+    def empty(
+        self, shape: Sequence[int], dtype: str, *, like: DeviceArray | None = None, name: str = ""
+    ) -> DeviceArray:
         """A new array, its values undefined; where shapes agree, laid out as ``like``, and channels-last as it is.
 
         An image of another shape than ``like``'s is channels-last where ``like`` is that and not contiguous.
@@ -184,7 +191,7 @@ class Call:
         return self.empty((size,), dtype, name="workspace")
 
     def give(self, *arrays: DeviceArray) -> Any:
-        """The results in the kind of the first argument: one, or a tuple. An ``out`` comes back as it was given."""
+        """The results in the kind of the first argument: one, or a tuple. An ``out`` comes back as it was."""
         results = tuple(
             array.given if any(array is known for known in self._arrays.values()) else self._in_kind(array)
             for array in arrays
@@ -210,21 +217,27 @@ class Call:
     ) -> None:
         """Start ``kernel`` of ``source`` for elements of dtype ``scalar``; a grid without blocks starts nothing.
 
-        ``arguments`` are by the kernel's own parameter names: DeviceArrays or None for pointers, numbers for values,
-        mappings for structs. Raises ArgumentError or DtypeError, naming argument, expected and got.
+        ``arguments`` are by the kernel's own parameter names: DeviceArrays or None for pointers, numbers for
+        values, mappings for structs. Raises ArgumentError or DtypeError, naming argument, expected and got.
         """
         if isinstance(source, str):
-            given = [] if scalar is None else [("SCALAR", scalar)]
-            given += [(macro, str(value)) for macro, value in (definitions or {}).items()]
-            source = sources.load(source, tuple(given))
+            source = sources.variant(source, scalar, definitions)
         if kernel not in source.kernels:
             raise ArgumentError(f"{source.title} has no kernel '{kernel}'; it has {', '.join(source.kernels)}")
         declared = source.kernels[kernel]
-        grid, block = _three(blocks), _three(threads)
+        grid, block = _three(blocks, f"{kernel}: blocks"), _three(threads, f"{kernel}: threads")
         if block[0] * block[1] * block[2] > declared.max_threads or min(block) < 1:
             raise ArgumentError(f"{kernel}: a block of {block} threads; it takes 1 to {declared.max_threads}")
-        if any(count > most for count, most in zip(grid, _MAX_GRID, strict=True)):
-            raise ArgumentError(f"{kernel}: a grid of {grid} blocks; a GPU takes {_MAX_GRID} at most")
+        if block[2] > _MAX_BLOCK_DEPTH:
+            raise ArgumentError(
+                f"{kernel}: a block of {block} threads; a GPU takes {_MAX_BLOCK_DEPTH} along z at most"
+            )
+        if any(not 0 <= count <= most for count, most in zip(grid, _MAX_GRID, strict=True)):
+            raise ArgumentError(f"{kernel}: a grid of {grid} blocks; a GPU takes 0 (nothing) to {_MAX_GRID}")
+        if not 0 <= shared_bytes <= _MAX_SHARED_BYTES:
+            raise ArgumentError(
+                f"{kernel}: {shared_bytes} bytes of shared memory a block; a GPU takes 0 to {_MAX_SHARED_BYTES}"
+            )
         names = [parameter.name for parameter in declared.parameters]
         if set(names) != set(arguments):
             raise ArgumentError(f"{kernel} takes ({', '.join(names)}), got ({', '.join(arguments)})")
@@ -250,40 +263,61 @@ class Call:
 
 
 def pack(kind: type[Any], value: Any, where: str) -> Any:
-    """``value`` as ``kind``, a ctypes number or structure, exactly.
+    """``value`` as ``kind``, a ctypes number or structure: integers exactly, real numbers rounded to the width.
 
-    Raises DtypeError where it is no such number, ArgumentError where it does not fit the width or a struct's fields
-    are not the ones given.
+    Raises DtypeError where it is no such number, ArgumentError where it does not fit the width or a struct's
+    fields are not the ones given.
     """
     if issubclass(kind, ctypes.Structure):
-        fields = dict(kind._fields_)  # type: ignore[misc]
+        fields: dict[str, type[Any]] = {field[0]: field[1] for field in kind._fields_}
         if not isinstance(value, Mapping) or set(value) != set(fields):
-            given = ", ".join(value) if isinstance(value, Mapping) else type(value).__qualname__
+            given = ", ".join(map(str, value)) if isinstance(value, Mapping) else type(value).__qualname__
             raise ArgumentError(f"{where} is a struct of ({', '.join(fields)}), got ({given})")
-        return kind(**{name: pack(field, value[name], f"{where}.{name}").value for name, field in fields.items()})
+        packed = {name: pack(field, value[name], f"{where}.{name}") for name, field in fields.items()}
+        return kind(**{name: getattr(number, "value", number) for name, number in packed.items()})
     if kind in (ctypes.c_float, ctypes.c_double):
-        if isinstance(value, (str, bytes)) or not hasattr(value, "__float__"):
-            raise DtypeError(f"{where} must be a number, got {value!r}")
-        return kind(float(value))
-    if not hasattr(value, "__index__"):
+        return _real(kind, value, where)
+    if type(value).__name__ in ("bool", "bool_"):  # NumPy's has no __index__
+        value = bool(value)
+    if not hasattr(value, "__index__") or getattr(value, "shape", ()) != ():
         raise DtypeError(f"{where} must be an integer, got {value!r}")
     number = int(value)
-    packed = kind(number)
-    if int(packed.value) != number:
+    integer = kind(number)
+    if int(integer.value) != number:
         raise ArgumentError(
             f"{where} = {number} does not fit {kind.__name__.removeprefix('c_')} ({8 * ctypes.sizeof(kind)} bits)"
         )
+    return integer
+
+
+def _real(kind: type[Any], value: Any, where: str) -> Any:
+    dtype = getattr(value, "dtype", None)  # of NumPy's numbers: an array is none, and a complex one loses a part
+    if not hasattr(value, "__float__") or getattr(value, "shape", ()) != () or getattr(dtype, "kind", "") == "c":
+        raise DtypeError(f"{where} must be a number, got {value!r}")
+    too_large = f"{where} = {value} does not fit a {kind.__name__.removeprefix('c_')}"
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ArgumentError(too_large) from None
+    packed = kind(number)
+    if math.isfinite(number) and not math.isfinite(packed.value):
+        raise ArgumentError(too_large)
     return packed
 
 
-def _three(sizes: int | tuple[int, ...]) -> tuple[int, int, int]:
-    numbers = (sizes,) if isinstance(sizes, int) else tuple(sizes)
-    x, y, z = (*numbers, 1, 1, 1)[:3]
+def _three(sizes: int | tuple[int, ...], where: str) -> tuple[int, int, int]:
+    try:
+        numbers = [operator.index(size) for size in ((sizes,) if hasattr(sizes, "__index__") else tuple(sizes))]
+    except TypeError:
+        numbers = []
+    if not 1 <= len(numbers) <= 3:
+        raise ArgumentError(f"{where} must be an integer or up to three, got {sizes!r}")
+    x, y, z = (*numbers, 1, 1)[:3]
     return x, y, z
 
 
 def _torch_stream(given: Any) -> Any:
-    """PyTorch's current stream for one of its tensors, so that the kernel runs in the caller's order; else None."""
+    """PyTorch's current stream for one of its tensors, so that kernels keep the caller's order; else None."""
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(given, torch.Tensor) or not given.is_cuda:
         return None

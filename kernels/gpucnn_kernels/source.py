@@ -15,7 +15,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,7 @@ class Source:
         return _kernels(self.text, dict(self.definitions), self.title)
 
 
-@lru_cache(maxsize=None)
+@cache
 def load(name: str, definitions: tuple[tuple[str, str], ...] = ()) -> Source:
     """The source ``cuda/<name>.cu`` with ``definitions`` as (macro, value) pairs.
 
@@ -120,6 +120,17 @@ def load(name: str, definitions: tuple[tuple[str, str], ...] = ()) -> Source:
     if not path.is_file():
         raise ArgumentError(f"there is no CUDA source '{name}'; there are {', '.join(names())}")
     return Source(name, definitions, _defined(definitions) + _inlined(path, set()))
+
+
+def variant(name: str, scalar: str | None, definitions: Mapping[str, str | int] | None = None) -> Source:
+    """The source ``name`` for arrays of dtype ``scalar`` (None: it has no element type) and further definitions.
+
+    The order of the definitions does not matter: one set of them is one text.
+    """
+    given = [] if scalar is None else [("SCALAR", scalar)]
+    for macro, value in sorted((definitions or {}).items()):
+        given.append((macro, str(int(value)) if isinstance(value, bool) else str(value)))
+    return load(name, tuple(given))
 
 
 def names() -> list[str]:
@@ -190,8 +201,8 @@ def _kernels(text: str, definitions: Mapping[str, str], title: str) -> dict[str,
         raise ArgumentError(f"{title} has no kernel of the form: {form}")
     if plain.count("__global__") != len(kernels):
         raise ArgumentError(
-            f"{title} says __global__ {plain.count('__global__')} times, but only {', '.join(kernels)} could be read; "
-            f"write every kernel once, as {form}"
+            f"{title} says __global__ {plain.count('__global__')} times, but only {', '.join(kernels)} could be "
+            f"read; write every kernel once, as {form}"
         )
     return kernels
 

@@ -40,7 +40,7 @@ class Module(Protocol):
         shared_bytes: int,
         stream: Any,
     ) -> None:
-        """Start ``kernel``; each argument is a Pointer or None (a null one), or a ctypes value of its parameter's type."""
+        """Start ``kernel``; an argument is a Pointer, None (a null one), or a ctypes value of its parameter's type."""
 
 
 class Runtime(Protocol):
@@ -49,7 +49,7 @@ class Runtime(Protocol):
     name: str
 
     def as_array(self, value: Any, name: str) -> Any:
-        """``value`` as an array of this runtime, sharing its memory; DtypeError or DeviceError in words if it is none."""
+        """``value`` as an array of this runtime, sharing its memory; DtypeError or DeviceError if it is none."""
 
     def address(self, array: Any) -> int:
         """Where the first element is."""
@@ -72,7 +72,7 @@ _runtimes: dict[str, Runtime] = {}
 
 
 def current_name() -> str:
-    """ "cuda" or "host". Raises ArgumentError where the environment names another."""
+    """Either "cuda" or "host". Raises ArgumentError where the environment names another."""
     if _chosen:
         return _chosen[-1]
     name = os.environ.get(VARIABLE) or "cuda"

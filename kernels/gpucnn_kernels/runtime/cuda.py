@@ -14,7 +14,10 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from gpucnn_kernels.errors import CompileError, DeviceError, DtypeError
+import numpy
+
+from gpucnn_kernels.arrays import numpy_dtype
+from gpucnn_kernels.errors import ArgumentError, CompileError, DeviceError, DtypeError
 from gpucnn_kernels.runtime import Module, Pointer
 from gpucnn_kernels.source import Source
 
@@ -61,12 +64,26 @@ def status() -> tuple[bool, str]:
 def _explained(error: Exception) -> str:
     text = _first_line(error)
     if "InsufficientDriver" in text:
-        return f"{text}; there is no driver, or it is older than CuPy's CUDA: update it, or install 'gpucnn[cuda12]'"
+        return (
+            f"{text}; there is no driver, or it is older than CuPy's CUDA: update it, or install 'gpucnn[cuda12]'"
+        )
     return text
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+_CPU = 1  # DLPack's number for it
+
+
+def _in_host_memory(value: Any) -> bool:
+    if isinstance(value, numpy.ndarray):
+        return True
+    if hasattr(value, "is_cuda"):  # PyTorch's
+        return not value.is_cuda
+    device = getattr(value, "__dlpack_device__", None)
+    return device is not None and int(device()[0]) == _CPU
 
 
 class CudaRuntime:
@@ -93,30 +110,27 @@ class CudaRuntime:
         if isinstance(value, cupy.ndarray):
             return value
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
-        try:
-            if kind.startswith("torch.") and str(value.dtype) == "torch.bfloat16":
-                import torch
-
-                from gpucnn_kernels.runtime.host_launch import numpy_dtype
-
-                if value.is_cuda:
-                    return cupy.asarray(value.detach().view(torch.int16)).view(numpy_dtype("bfloat16"))
-            elif kind.startswith("torch."):
-                if value.is_cuda:
-                    return cupy.asarray(value.detach())
-            elif hasattr(value, "__cuda_array_interface__"):
-                return cupy.asarray(value)
-            elif hasattr(value, "__dlpack__") and not kind.startswith("numpy."):
-                return cupy.from_dlpack(value)
-        except (TypeError, ValueError, RuntimeError, BufferError, AttributeError) as error:
-            raise DtypeError(f"{name}, a {kind}, cannot share its memory with CuPy: {error}") from error
-        if kind.startswith(("numpy.", "torch.")):
+        if _in_host_memory(value):
             raise DeviceError(
                 f"{name} is in the host's memory ({kind}); move it to the GPU first (cupy.asarray(...), or "
                 "tensor.cuda())"
             )
+        try:
+            if kind.startswith("torch.") and str(value.dtype) == "torch.bfloat16":
+                import torch
+
+                return cupy.asarray(value.detach().view(torch.int16)).view(numpy_dtype("bfloat16"))
+            if kind.startswith("torch."):
+                return cupy.asarray(value.detach())
+            if hasattr(value, "__cuda_array_interface__"):
+                return cupy.asarray(value)
+            if hasattr(value, "__dlpack__"):
+                return cupy.from_dlpack(value)
+        except (TypeError, ValueError, RuntimeError, BufferError, AttributeError) as error:
+            raise DtypeError(f"{name}, a {kind}, cannot share its memory with CuPy: {error}") from error
         raise DtypeError(
-            f"{name} must be a cupy.ndarray or another array on the GPU (__cuda_array_interface__ or DLPack), got {kind}"
+            f"{name} must be a cupy.ndarray or another array on the GPU (__cuda_array_interface__ or DLPack), got "
+            f"{kind}"
         )
 
     def address(self, array: Any) -> int:
@@ -130,8 +144,6 @@ class CudaRuntime:
     def empty(self, shape: Sequence[int], dtype: str, like: Any) -> Any:
         """A new cupy.ndarray on the current device."""
         del like
-        from gpucnn_kernels.runtime.host_launch import numpy_dtype
-
         return self._cupy.empty(tuple(shape), numpy_dtype(dtype))
 
     def module(self, source: Source, device: int) -> Module:
@@ -160,8 +172,10 @@ class CudaRuntime:
         if isinstance(stream, (cupy.cuda.Stream, cupy.cuda.ExternalStream)):
             return stream
         pointer = getattr(stream, "cuda_stream", None)  # PyTorch
-        if pointer is None:
-            pointer = getattr(getattr(stream, "handle", None), "value", None)  # Numba
+        if pointer is None and hasattr(
+            getattr(stream, "handle", None), "value"
+        ):  # Numba; None is its default stream
+            pointer = stream.handle.value or 0
         if pointer is None and isinstance(stream, int) and not isinstance(stream, bool):
             pointer = stream
         if pointer is None:
@@ -189,7 +203,7 @@ class _CudaModule:
         finally:
             timer.cancel()
         self.seconds = time.perf_counter() - began
-        self._shared = dict.fromkeys(source.kernels, DEFAULT_SHARED_BYTES)
+        self._shared: dict[str, int] = {}  # dynamic bytes that a kernel may be started with
 
     def launch(
         self,
@@ -200,11 +214,10 @@ class _CudaModule:
         shared_bytes: int,
         stream: Any,
     ) -> None:
-        """Queue ``kernel`` on the current stream."""
+        """Queue ``kernel`` on the current stream. Raises ArgumentError where the GPU lacks the shared memory."""
         del stream  # made current by ``on``
-        if shared_bytes > self._shared[kernel]:
-            self._kernels[kernel].max_dynamic_shared_size_bytes = shared_bytes
-            self._shared[kernel] = shared_bytes
+        if shared_bytes:
+            self._allow(kernel, shared_bytes)
         values = [
             ctypes.c_void_p(0 if argument is None else argument.address)
             if argument is None or isinstance(argument, Pointer)
@@ -216,6 +229,23 @@ class _CudaModule:
         self._cupy.cuda.driver.launchKernel(
             self._functions[kernel].ptr, *grid, *block, shared_bytes, current.ptr, ctypes.addressof(addresses), 0
         )
+
+    def _allow(self, kernel: str, shared_bytes: int) -> None:
+        """Ask for more than the 48 KB, static and dynamic together, that a block gets unasked."""
+        handle = self._kernels[kernel]
+        if kernel not in self._shared:
+            self._shared[kernel] = DEFAULT_SHARED_BYTES - handle.shared_size_bytes
+        if shared_bytes <= self._shared[kernel]:
+            return
+        try:
+            handle.max_dynamic_shared_size_bytes = shared_bytes
+        except self._cupy.cuda.driver.CUDADriverError as error:
+            most = self._cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
+            raise ArgumentError(
+                f"{self._source.title}: {kernel}: {shared_bytes} bytes of shared memory a block beside its own "
+                f"{handle.shared_size_bytes}; this GPU has {most} ({_first_line(error)})"
+            ) from error
+        self._shared[kernel] = shared_bytes
 
 
 def _say_compiling(title: str) -> None:

@@ -8,21 +8,11 @@ from typing import Any
 
 import numpy
 
+from gpucnn_kernels.arrays import numpy_dtype
 from gpucnn_kernels.errors import DeviceError, DtypeError
 from gpucnn_kernels.runtime import Module, Pointer
 from gpucnn_kernels.runtime.host import HostModule, Memory
 from gpucnn_kernels.source import Source
-
-
-def numpy_dtype(name: str) -> numpy.dtype[Any]:
-    """The NumPy dtype of this name; "bfloat16" is ml_dtypes'."""
-    if name != "bfloat16":
-        return numpy.dtype(name)
-    try:
-        import ml_dtypes
-    except ImportError:
-        raise DtypeError("bfloat16 arrays need the package ml_dtypes: pip install ml_dtypes") from None
-    return numpy.dtype(ml_dtypes.bfloat16)
 
 
 class HostRuntime:
@@ -40,16 +30,16 @@ class HostRuntime:
         kind = type(value).__module__.split(".")[0]
         if kind == "cupy" or (kind != "torch" and hasattr(value, "__cuda_array_interface__")):
             raise DeviceError(
-                f"{name} is a GPU array ({type(value).__module__}.{type(value).__qualname__}), but kernels run on the "
-                "host runtime (GPUCNN_KERNELS_RUNTIME=host); pass NumPy arrays, or unset the variable"
+                f"{name} is a GPU array ({type(value).__module__}.{type(value).__qualname__}), but kernels run "
+                "on the host runtime (GPUCNN_KERNELS_RUNTIME=host); pass NumPy arrays, or unset the variable"
             )
         try:
             if kind == "torch" and str(value.dtype) == "torch.bfloat16":
                 import torch
 
-                return numpy.from_dlpack(value.detach().view(torch.int16)).view(numpy_dtype("bfloat16"))
+                return value.detach().view(torch.int16).numpy().view(numpy_dtype("bfloat16"))
             if kind == "torch":
-                return numpy.from_dlpack(value.detach())
+                return value.detach().numpy()  # by DLPack it may come read-only
             if hasattr(value, "__dlpack__"):
                 return numpy.from_dlpack(value)
             if hasattr(value, "__array_interface__"):
@@ -73,7 +63,7 @@ class HostRuntime:
         return 0
 
     def empty(self, shape: Sequence[int], dtype: str, like: Any) -> Any:
-        """A new array, of the subclass of ``like`` where it is one, filled with 0xFF so that a gap shows as NaN."""
+        """A new array, of the subclass of ``like`` if it is one, filled with 0xFF so that a gap shows as NaN."""
         array = numpy.empty(tuple(shape), numpy_dtype(dtype))
         array.view(numpy.uint8).fill(0xFF) if array.ndim else array.reshape(1).view(numpy.uint8).fill(0xFF)
         return array if like is None else array.view(type(like))

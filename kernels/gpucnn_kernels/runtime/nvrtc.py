@@ -68,7 +68,7 @@ def available() -> tuple[bool, str]:
 
 
 def compile_source(source: Source, architecture: str, options: Sequence[str] = ()) -> tuple[bytes, str]:
-    """(cubin, log) of ``source`` for an ``architecture`` such as "sm_90". Raises CompileError with NVRTC's lines."""
+    """(cubin, log) of ``source`` for an ``architecture`` such as "sm_90". Raises CompileError with its lines."""
     library, headers = _library()
     program = ctypes.c_void_p()
     _check(
