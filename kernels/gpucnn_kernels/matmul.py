@@ -1,9 +1,9 @@
 """Dense matrix products: cuBLAS through CuPy, or NumPy's where kernels run on the host.
 
 cuBLAS is called itself and not through cupy.matmul, which an environment variable can tell to round float32 to
-TF32, which copies batches that are not C-contiguous, and which cannot sum 16-bit products into float32 arrays. One
-rule holds in both places: float32, float16 and bfloat16 are multiplied and added up in float32, float64 in float64,
-and the result is rounded once, when it is stored.
+TF32, which copies batches that are not C-contiguous, and which cannot sum 16-bit products into float32 arrays.
+One rule holds in both places: float32, float16 and bfloat16 are multiplied and added up in float32, float64 in
+float64, and the result is rounded once, when it is stored.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def matmul(a: Any, b: Any, *, out: Any = None, accumulate: bool = False) -> Any:
     """A (M, I) @ b (I, N), or a batch of them (B, M, I) @ (B, I, N), where a batch of one goes with any other.
 
     Takes and answers with arrays of the runtime in use, inside a :class:`~gpucnn_kernels.launch.Call`, whose
-    device and stream it uses. a and b have one floating dtype; ``out`` has it too, or the dtype that it is computed
-    in (float32 for 16-bit factors). ``accumulate`` adds the product to ``out``. Each matrix, or its transposed, may
-    be part of a larger one: one of its axes has stride 1, the other any stride without overlap.
+    device and stream it uses. a and b have one floating dtype; ``out`` has it too, or the dtype that is computed
+    in (float32 for 16-bit factors). ``accumulate`` adds the product to ``out``. Each matrix, or its transposed,
+    may be part of a larger one: one of its axes has stride 1, the other any stride without overlap.
 
     Raises ArgumentError where shapes do not fit or ``out`` shares memory with a factor, DtypeError and LayoutError
     for other dtypes and strides, DeviceError for bfloat16 on a GPU before compute capability 8.0.
@@ -60,7 +60,7 @@ def matmul(a: Any, b: Any, *, out: Any = None, accumulate: bool = False) -> Any:
         capability = device.get_compute_capability()  # "75" is 7.5
         if left.dtype == "bfloat16" and int(capability) < 80:
             raise DeviceError(
-                "matrix products of bfloat16 need a GPU of compute capability 8.0 (Ampere) or newer, this one's is "
+                "matrix products of bfloat16 need a GPU of compute capability 8.0 or newer, this one's is "
                 f"{capability[:-1]}.{capability[-1]}; use float16 or float32"
             )
         multiply_by_cublas(cublas, device.get_cublas_handle(), left, right, target, accumulate)
