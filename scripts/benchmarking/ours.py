@@ -144,7 +144,8 @@ class Ours:
         del direction
         from gpucnn import losses, models, optimizers
 
-        model = models.create(s["model"], num_classes=s["classes"], in_channels=s["c"], image_size=s["size"])
+        size, options = s["size"], s.get("options", {})
+        model = models.create(s["model"], num_classes=s["classes"], in_channels=s["c"], image_size=size, **options)
         if self._device == "cuda":
             model.to("cuda")
         model.train()

@@ -111,16 +111,17 @@ def other_rows(device: str) -> Iterable[Row]:
         yield Row(f"{optimizer} {count:,}", optimizer, "step", {"count": count}, 0, 4.0 * count * arrays)
 
 
+_RESNET = {"c": 3, "classes": 1000, "options": {"stem": "imagenet"}}
 _STEPS: dict[str, dict[str, Any]] = {
     "lenet5 28 N128": {"model": "lenet5", "n": 128, "c": 1, "size": 28, "classes": 10},
     "animalnet 224 N4": {"model": "animalnet", "n": 4, "c": 3, "size": 224, "classes": 3},
     "animalnet 224 N32": {"model": "animalnet", "n": 32, "c": 3, "size": 224, "classes": 3},
     "vgg-small 28 N128": {"model": "vgg-small", "n": 128, "c": 1, "size": 28, "classes": 10},
-    "resnet18 64 N16": {"model": "resnet18", "n": 16, "c": 3, "size": 64, "classes": 1000},
+    "resnet18 64 N16": {**_RESNET, "model": "resnet18", "n": 16, "size": 64},
 }
 _LARGE_STEPS: dict[str, dict[str, Any]] = {
-    "resnet18 224 N256": {"model": "resnet18", "n": 256, "c": 3, "size": 224, "classes": 1000},
-    "resnet50 224 N128": {"model": "resnet50", "n": 128, "c": 3, "size": 224, "classes": 1000},
+    "resnet18 224 N256": {**_RESNET, "model": "resnet18", "n": 256, "size": 224},
+    "resnet50 224 N128": {**_RESNET, "model": "resnet50", "n": 128, "size": 224},
 }
 
 
