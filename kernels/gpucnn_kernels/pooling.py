@@ -1,0 +1,334 @@
+"""Max and average pooling of images (N, C, H, W), forward and backward, contiguous or channels-last.
+
+float32, float16, bfloat16 or float64; 16-bit sums are taken in float32 and rounded once. Backward passes gather:
+each pixel adds up the windows around it in a fixed order, so no result depends on the order in which threads run.
+A new result has the layout of the first argument; ``out`` may have either layout, and shares no memory with an
+input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from gpucnn_kernels.arrays import DeviceArray, image_layout
+from gpucnn_kernels.errors import ArgumentError
+from gpucnn_kernels.launch import THREADS, Call, blocks_for
+from gpucnn_kernels.overlap import require_apart
+from gpucnn_kernels.problem import IntOrPair, Pool2dProblem, ProblemError, pair
+
+SOURCES: dict[str, tuple[dict[str, str], ...]] = {"max_pooling": ({},), "average_pooling": ({},)}
+
+_MOST_BYTE_PLACES = 256  # places of a window that an argmax of one byte can tell apart
+_WARP_PLACES = 32  # from here on a window of a contiguous image keeps a warp busy
+_MOST_BLOCKS_Y = 65535
+
+
+def max_pool2d_forward(
+    x: Any,
+    *,
+    kernel_size: IntOrPair,
+    stride: IntOrPair | None = None,
+    padding: IntOrPair = 0,
+    dilation: IntOrPair = 1,
+    ceil_mode: bool = False,
+    out: Any = None,
+    stream: Any = None,
+) -> Any:
+    """(y, argmax), both (N, C, P, Q): the largest value of each window and its place r * S + s in it.
+
+    Padding never wins. On ties the first place in row order wins; the first NaN of a window wins. argmax is uint8
+    where the window has at most 256 places, otherwise int32. A dilated window without a place in the image gives
+    minus infinity and place 0. Raises ProblemError where the window does not fit the image.
+    """
+    with Call(stream, x=x, out=out) as call:
+        dtype = call.floating("x", "out")
+        image_layout(call["x"])
+        problem = Pool2dProblem.from_shapes(
+            call["x"].shape, kernel_size, stride=stride, padding=padding, dilation=dilation, ceil_mode=ceil_mode
+        )
+        y = call.output(problem.output_shape, dtype, like=call["x"])
+        argmax = call.empty(problem.output_shape, _argmax_dtype(problem), like=call["x"], name="argmax")
+        require_apart(y, call["x"])
+        _launch(
+            call,
+            "max_pooling",
+            f"max_pool_forward{_suffix(problem)}",
+            problem,
+            order=call["x"],
+            size=(problem.P, problem.Q),
+            x=call["x"],
+            y=y,
+            argmax=argmax,
+            x_strides=_strides(call["x"]),
+            y_strides=_strides(y),
+            argmax_strides=_strides(argmax),
+        )
+        return call.give(y, argmax)
+
+
+def max_pool2d_backward(
+    dy: Any,
+    argmax: Any,
+    *,
+    input_size: Sequence[int],
+    kernel_size: IntOrPair,
+    stride: IntOrPair | None = None,
+    padding: IntOrPair = 0,
+    dilation: IntOrPair = 1,
+    ceil_mode: bool = False,
+    out: Any = None,
+    stream: Any = None,
+) -> Any:
+    """The gradient for x, (N, C, H, W): each dy (N, C, P, Q) added at its window's argmax.
+
+    ``argmax`` is what :func:`max_pool2d_forward` gave, and ``input_size`` is (H, W). Raises ProblemError where
+    they do not fit together, ArgumentError or DtypeError where dy or argmax is not of the output's shape and
+    dtype.
+    """
+    with Call(stream, dy=dy, argmax=argmax, out=out) as call:
+        dtype = call.floating("dy", "out")
+        image_layout(call["dy"])
+        problem = Pool2dProblem.from_shapes(
+            (*call["dy"].shape[:2], *input_size),
+            kernel_size,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            ceil_mode=ceil_mode,
+        )
+        call.require("dy", shape=problem.output_shape)
+        call.require("argmax", _argmax_dtype(problem), problem.output_shape)
+        dx = call.output(problem.input_shape, dtype, like=call["dy"])
+        require_apart(dx, call["dy"], call["argmax"])
+        _launch(
+            call,
+            "max_pooling",
+            f"max_pool_backward{_suffix(problem)}",
+            problem,
+            order=dx,
+            size=(problem.H, problem.W),
+            dy=call["dy"],
+            argmax=call["argmax"],
+            dx=dx,
+            dy_strides=_strides(call["dy"]),
+            argmax_strides=_strides(call["argmax"]),
+            dx_strides=_strides(dx),
+        )
+        return call.give(dx)
+
+
+def avg_pool2d_forward(
+    x: Any,
+    *,
+    kernel_size: IntOrPair,
+    stride: IntOrPair | None = None,
+    padding: IntOrPair = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    out: Any = None,
+    stream: Any = None,
+) -> Any:
+    """The mean of each window, (N, C, P, Q).
+
+    The divisor counts the window's places inside the padded input (``count_include_pad``) or inside the input
+    only, as in PyTorch. Raises ProblemError where the window does not fit the image.
+    """
+    with Call(stream, x=x, out=out) as call:
+        image_layout(call["x"])
+        problem = Pool2dProblem.from_shapes(
+            call["x"].shape, kernel_size, stride=stride, padding=padding, ceil_mode=ceil_mode
+        )
+        return _average_forward(call, problem, problem.output_shape, _average(count_include_pad=count_include_pad))
+
+
+def avg_pool2d_backward(
+    dy: Any,
+    *,
+    input_size: Sequence[int],
+    kernel_size: IntOrPair,
+    stride: IntOrPair | None = None,
+    padding: IntOrPair = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    out: Any = None,
+    stream: Any = None,
+) -> Any:
+    """The gradient for x, (N, C, H, W): dy over the divisor, added to each place of its window.
+
+    ``input_size`` is (H, W). Raises ProblemError where the window does not fit, ArgumentError where dy is not of
+    the output's shape.
+    """
+    with Call(stream, dy=dy, out=out) as call:
+        image_layout(call["dy"])
+        problem = Pool2dProblem.from_shapes(
+            (*call["dy"].shape[:2], *input_size), kernel_size, stride=stride, padding=padding, ceil_mode=ceil_mode
+        )
+        call.require("dy", shape=problem.output_shape)
+        return _average_backward(
+            call, problem, problem.output_shape, _average(count_include_pad=count_include_pad)
+        )
+
+
+def adaptive_avg_pool2d_forward(x: Any, *, output_size: IntOrPair, out: Any = None, stream: Any = None) -> Any:
+    """Means over windows floor(i * H / P) .. ceil((i + 1) * H / P): (N, C, P, Q) for any input size.
+
+    ``output_size`` is an integer or (P, Q). Raises ProblemError where the image has no pixel.
+    """
+    with Call(stream, x=x, out=out) as call:
+        image_layout(call["x"])
+        shape = (*call["x"].shape[:2], *pair(output_size, "output_size"))
+        return _average_forward(call, _whole_image(call["x"].shape), shape, _average(adaptive=True))
+
+
+def adaptive_avg_pool2d_backward(
+    dy: Any, *, input_size: Sequence[int], out: Any = None, stream: Any = None
+) -> Any:
+    """The gradient for x, (N, C, H, W), of dy (N, C, P, Q); ``input_size`` is (H, W).
+
+    Raises ProblemError where the image or dy has no pixel.
+    """
+    with Call(stream, dy=dy, out=out) as call:
+        image_layout(call["dy"])
+        problem = _whole_image((*call["dy"].shape[:2], *input_size))
+        if min(call["dy"].shape[2:]) < 1:
+            raise ProblemError(f"adaptive pooling gives at least one pixel, got dy of shape {call['dy'].shape}")
+        return _average_backward(call, problem, call["dy"].shape, _average(adaptive=True))
+
+
+# ---------------------------------------------------------------- launches
+
+
+def _argmax_dtype(problem: Pool2dProblem) -> str:
+    return "uint8" if problem.R * problem.S <= _MOST_BYTE_PLACES else "int32"
+
+
+def _suffix(problem: Pool2dProblem) -> str:
+    return "" if _argmax_dtype(problem) == "uint8" else "_large_window"
+
+
+def _average(adaptive: bool = False, count_include_pad: bool = False) -> dict[str, int]:
+    return {"adaptive": int(adaptive), "count_include_pad": int(count_include_pad)}
+
+
+def _whole_image(shape: Sequence[int]) -> Pool2dProblem:
+    """Adaptive pooling has an image but no window of its own; the kernels find it for each output."""
+    if len(shape) == 4 and min(shape[2:]) < 1:
+        raise ProblemError(f"adaptive pooling needs an image of at least one pixel, got shape {tuple(shape)}")
+    return Pool2dProblem.from_shapes(shape, 1)
+
+
+def _average_forward(call: Call, problem: Pool2dProblem, shape: tuple[int, ...], average: dict[str, int]) -> Any:
+    dtype = call.floating("x", "out")
+    x = call["x"]
+    y = call.output(shape, dtype, like=x)
+    require_apart(y, x)
+    rows, columns = _largest_window(problem, shape, average)
+    if rows * columns >= _WARP_PLACES and x.contiguous:
+        call.launch(
+            "average_pooling",
+            "average_pool_forward_large_window",
+            blocks_for(y.size, THREADS // 32),
+            scalar=dtype,
+            x=x,
+            y=y,
+            pooling=_pooling(problem, shape, False, 0),
+            average=average,
+            planes=problem.N * problem.C,
+            y_strides=_strides(y),
+        )
+    else:
+        _launch(
+            call,
+            "average_pooling",
+            "average_pool_forward",
+            problem,
+            order=x,
+            size=shape[2:],
+            output_shape=shape,
+            x=x,
+            y=y,
+            average=average,
+            x_strides=_strides(x),
+            y_strides=_strides(y),
+        )
+    return call.give(y)
+
+
+def _average_backward(call: Call, problem: Pool2dProblem, shape: tuple[int, ...], average: dict[str, int]) -> Any:
+    dtype = call.floating("dy", "out")
+    dx = call.output(problem.input_shape, dtype, like=call["dy"])
+    require_apart(dx, call["dy"])
+    _launch(
+        call,
+        "average_pooling",
+        "average_pool_backward",
+        problem,
+        order=dx,
+        size=(problem.H, problem.W),
+        output_shape=shape,
+        dy=call["dy"],
+        dx=dx,
+        average=average,
+        dy_strides=_strides(call["dy"]),
+        dx_strides=_strides(dx),
+    )
+    return call.give(dx)
+
+
+def _largest_window(problem: Pool2dProblem, shape: Sequence[int], average: dict[str, int]) -> tuple[int, int]:
+    if average["adaptive"]:
+        return -(-problem.H // shape[2]), -(-problem.W // shape[3])
+    return min(problem.R, problem.H), min(problem.S, problem.W)
+
+
+def _launch(
+    call: Call,
+    source: str,
+    kernel: str,
+    problem: Pool2dProblem,
+    *,
+    order: DeviceArray,
+    size: Sequence[int],
+    output_shape: Sequence[int] | None = None,
+    **arguments: Any,
+) -> None:
+    """A thread for every pixel of images of ``size`` (height, width), in the order of ``order`` in memory."""
+    channels_last = image_layout(order) == "channels_last"
+    height, width = size
+    positions, rows = (
+        (width * problem.C, problem.N * height) if channels_last else (height * width, problem.N * problem.C)
+    )
+    if max(positions, problem.H * problem.W) >= 2**31:
+        raise ArgumentError(
+            "pooling takes planes of fewer than 2^31 pixels and, channels-last, lines of fewer than 2^31 "
+            f"elements; got {problem.input_shape}"
+        )
+    across = min(THREADS, 1 << max(positions - 1, 0).bit_length())
+    down = THREADS // across
+    call.launch(
+        source,
+        kernel,
+        (-(-positions // across), min(-(-rows // down), _MOST_BLOCKS_Y)),
+        (across, down),
+        scalar=order.dtype,
+        pooling=_pooling(problem, output_shape or problem.output_shape, channels_last, rows),
+        **arguments,
+    )
+
+
+def _pooling(
+    problem: Pool2dProblem, output_shape: Sequence[int], channels_last: bool, rows: int
+) -> dict[str, int]:
+    """The kernels' struct Pooling."""
+    fields = {letter: getattr(problem, letter) for letter in "CHWRS"}
+    fields["P"], fields["Q"] = output_shape[2:]
+    for name in ("stride", "padding", "dilation"):
+        fields[f"{name}_h"], fields[f"{name}_w"] = getattr(problem, name)
+    return fields | {"rows": rows, "channels_last": int(channels_last)}
+
+
+def _strides(image: DeviceArray) -> dict[str, int]:
+    """The kernels' struct Strides. Raises LayoutError where the image is neither contiguous nor channels-last."""
+    image_layout(image)
+    return dict(zip("nchw", image.strides, strict=True))
