@@ -1,0 +1,70 @@
+// Dropout: Srivastava et al., JMLR 15 (2014), scaled while training. Limit: memory; forward reads x and writes y
+// and a byte of mask an element, backward reads dy and the mask and writes dx. Philox adds some 70 instructions
+// for every four elements.
+//
+// The mask is a function of the seed, the offset and the element's index in C order of the logical array (n, c, h,
+// w), in whatever layout the array lies. One form serves all layouts: planes (n, c) of ``size`` places, where a
+// contiguous array is one plane, and a channels-last one has its C planes interleaved. Threads next to each other
+// take the same four places of neighbouring planes, or neighbouring places of the one plane.
+#include "philox.cuh"
+#include "scalar.cuh"
+
+extern "C" __global__ void __launch_bounds__(256) dropout_forward(
+    const scalar_t *x, scalar_t *y, bool *mask, long long images, int channels, long long size,
+    unsigned long long seed, unsigned long long offset, unsigned long long threshold, accumulate_t scale
+) {
+    // A plane's words begin anywhere within a block of four, so it reaches into up to so many blocks.
+    const long long blocks = (size + 6) / 4;
+    const long long step = (long long)gridDim.x * blockDim.x, count = images * blocks * channels;
+    for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += step) {
+        const long long line = channels == 1 ? i : i / channels, n = line / blocks;
+        const int c = (int)(i - line * channels);
+        const unsigned long long first_word = offset + (n * channels + c) * size;
+        const unsigned long long block = first_word / 4 + (line - n * blocks);
+        const PhiloxBlock words = philox(seed, block);
+        const long long first_place = (long long)(block * 4 - first_word);  // of word 0; below 0 before the plane
+        for (int number = 0; number < 4; ++number) {
+            const long long place = first_place + number;
+            if (place < 0 || place >= size) continue;
+            const long long at = (n * size + place) * channels + c;
+            const bool keep = word_of(words, number) >= threshold;
+            mask[at] = keep;
+            y[at] = store(keep ? load(x[at]) * scale : NUMBER(0));  // a choice: a dropped infinity is 0
+        }
+    }
+}
+
+// ``count`` elements of a mask by themselves: for masks of whole channels.
+extern "C" __global__ void __launch_bounds__(256) dropout_mask(
+    bool *mask, long long count, unsigned long long seed, unsigned long long offset, unsigned long long threshold
+) {
+    const long long step = (long long)gridDim.x * blockDim.x;
+    for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += step) {
+        const unsigned long long word = offset + i;
+        mask[i] = word_of(philox(seed, word / 4), (int)(word % 4)) >= threshold;
+    }
+}
+
+// Elements from one to the next image (n), channel (c) and place within a plane (s).
+struct PlaneStrides {
+    long long n, c, s;
+};
+
+// Arrays and masks in any mixture of layouts; a mask of whole channels has s = 0. In the order in which dx lies.
+extern "C" __global__ void __launch_bounds__(256) dropout_apply(
+    const scalar_t *dy, const bool *mask, scalar_t *dx, long long count, int channels, long long size,
+    accumulate_t scale, PlaneStrides dy_strides, PlaneStrides mask_strides, PlaneStrides dx_strides
+) {
+    const bool channels_last = dx_strides.c < dx_strides.s;
+    const long long inner = channels_last ? channels : size, outer = channels_last ? size : channels;
+    const long long step = (long long)gridDim.x * blockDim.x;
+    for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += step) {
+        const long long line = i / inner, n = line / outer;
+        const long long fast = i - line * inner, slow = line - n * outer;
+        const long long c = channels_last ? fast : slow, s = channels_last ? slow : fast;
+        const bool keep = mask[n * mask_strides.n + c * mask_strides.c + s * mask_strides.s];
+        const accumulate_t gradient = load(dy[n * dy_strides.n + c * dy_strides.c + s * dy_strides.s]);
+        dx[n * dx_strides.n + c * dx_strides.c + s * dx_strides.s] =
+            store(keep ? gradient * scale : NUMBER(0));
+    }
+}
