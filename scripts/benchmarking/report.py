@@ -100,8 +100,8 @@ def page(results: dict[str, Any]) -> str:
         "",
         "Written by `scripts/benchmark.py`, every number measured in this run. Each library runs in a process of "
         f"its own; they take turns, {results['rounds']} rounds, and the medians are shown. Ratio is our time over "
-        "the best peer's: below 1 we are faster. Limit is the share of what the machine was measured to be able to "
-        f"do: {limits['flops'] / 1e9:.0f} GFLOP/s in a matrix product, {limits['bytes'] / 1e9:.1f} GB/s in a copy. "
+        "the best peer's: below 1 we are faster. Limit is the share of what the machine was measured to do: "
+        f"{limits['flops'] / 1e9:.0f} GFLOP/s in a matrix product, {limits['bytes'] / 1e9:.1f} GB/s in a copy. "
         "Spread is half the distance between the quartiles, the largest of the row.",
         "",
     ]
