@@ -18,6 +18,7 @@ USAGE = {
     "evaluate": "gpucnn evaluate RUN [options]",
     "predict": "gpucnn predict RUN IMAGE... [options]",
     "info": "gpucnn info [options]",
+    "warm-up": "gpucnn warm-up [options]",
 }
 INTRODUCTION = """# Command line
 

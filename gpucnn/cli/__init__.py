@@ -1,4 +1,4 @@
-"""The command line: ``gpucnn train | evaluate | predict | info``."""
+"""The command line: ``gpucnn train | evaluate | predict | info | warm-up``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from gpucnn.cli.parser import parse
 from gpucnn.cli.settings import Settings, resolve
 from gpucnn.cli.streams import silence, write_error
 from gpucnn.errors import GpucnnError
+from gpucnn_kernels.errors import KernelError
 from gpucnn_kernels.problem import ProblemError
 
 FAILED, INTERRUPTED, PIPE_CLOSED = 2, 130, 1
@@ -24,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         return _run(sys.argv[1:] if argv is None else list(argv))
-    except (GpucnnError, ProblemError) as error:
+    except (GpucnnError, KernelError, ProblemError) as error:
         return _fail(str(error))
     except BrokenPipeError:
         silence(sys.stdout)
@@ -41,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: list[str]) -> int:
     command, options, flags, arguments = parse(argv)
     settings = resolve(options, flags)
-    run: Callable[[Settings, dict[str, Any]], int] = import_module(f"gpucnn.cli.{command}").run
+    module = import_module(f"gpucnn.cli.{command.replace('-', '_')}")
+    run: Callable[[Settings, dict[str, Any]], int] = module.run
     status = run(settings, arguments)
     if sys.stdout is not None:  # it is where the shell closed it: >&-
         sys.stdout.flush()

@@ -18,14 +18,14 @@ _OF_THE_DATA = ("data", "data-dir", "convert-grey", "validation-fraction", "test
 def run(settings: Settings, arguments: dict[str, Any]) -> int:
     """Evaluate on the run's own data set, or on the one given; the exit status."""
     device = requested_device(settings)
-    trained = load_trained(arguments["run"])
+    trained = load_trained(arguments["run"], device)
     settings = _with_data_of(settings, trained.settings, arguments["run"])
     quiet = settings["quiet"] or settings["json"]
     splits = load_data(settings, read_size(trained))
     check_fits(trained, splits)
     note(f"data: {describe_data(splits)}", quiet=quiet)
     note(f"model: {describe_model(trained.model)}, from {trained.source}", quiet=quiet)
-    note(f"device: {device.name} ({device.reason})", quiet=quiet)
+    note(f"device: {device} ({device.reason})", quiet=quiet)
     parts = splits.parts()
     split = settings["split"] or next(name for name in SPLITS if name in parts)
     if split not in parts:

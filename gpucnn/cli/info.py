@@ -12,13 +12,13 @@ from threadpoolctl import threadpool_info
 
 import gpucnn
 from gpucnn import models
-from gpucnn.cli.precision import ON_CPU
+from gpucnn.cli.precision import DTYPES
 from gpucnn.cli.recipes import FOLDER, RECIPES
 from gpucnn.cli.report import print_json, table
 from gpucnn.cli.settings import Settings
 from gpucnn.data import load
 from gpucnn.data.idx import SOURCES, find_idx_files
-from gpucnn.device import choose_device, cuda_status
+from gpucnn.device import choose_device, cuda_facts
 from gpucnn.errors import DeviceError, GpucnnError
 from gpucnn.ops.cpu.threads import thread_count
 
@@ -39,6 +39,8 @@ def run(settings: Settings, arguments: dict[str, Any]) -> int:
     print(f"threads   {found['threads']}")
     print(f"device    {device['name'] or 'none'} ({device['reason']})")
     print(f"CUDA      {'usable' if found['cuda']['usable'] else 'not usable'}: {found['cuda']['reason']}")
+    for line in describe_cuda(found["cuda"]):
+        print(line)
     print(f"precision {', '.join(found['precisions'])}\n")
     rows = [
         (entry["name"], "x".join(map(str, entry["input_shape"])), f"{entry['parameters']:,}")
@@ -52,9 +54,25 @@ def run(settings: Settings, arguments: dict[str, Any]) -> int:
     return 0
 
 
+def describe_cuda(facts: dict[str, Any]) -> list[str]:
+    """Lines on the runtime of the kernels, CuPy, the driver and each GPU."""
+    if facts["cupy"] is None:
+        return [f"runtime   {facts['runtime']}"]
+    driver = f"a driver for CUDA {facts['driver']}" if facts["driver"] else "no driver"
+    lines = [
+        f"runtime   {facts['runtime']}, CuPy {facts['cupy']} with CUDA {facts['cuda'] or 'unknown'}, {driver}"
+    ]
+    for index, gpu in enumerate(facts["gpus"]):
+        free, total = gpu["free_bytes"] / 2**30, gpu["memory_bytes"] / 2**30
+        lines.append(
+            f"cuda:{index:<5}{gpu['name']}, compute capability {gpu['compute_capability']}, "
+            f"{free:.1f} of {total:.1f} GiB free"
+        )
+    return lines
+
+
 def collect(settings: Settings) -> dict[str, Any]:
     """Everything that ``info`` tells, fit for JSON."""
-    usable, reason = cuda_status()
     return {
         "gpucnn": gpucnn.__version__,
         "path": str(Path(gpucnn.__file__).parent),
@@ -69,8 +87,8 @@ def collect(settings: Settings) -> dict[str, Any]:
         ],
         "threads": thread_count(),
         "device": _device(settings),
-        "cuda": {"usable": usable, "reason": reason},
-        "precisions": list(ON_CPU),
+        "cuda": cuda_facts(),
+        "precisions": list(DTYPES),
         "models": [_model(name) for name in models.available()],
         "data": {name: _data(name, settings["data-dir"]) for name in RECIPES if name != FOLDER},
     }
@@ -81,7 +99,7 @@ def _device(settings: Settings) -> dict[str, Any]:
         device = choose_device(settings["device"])
     except DeviceError as error:  # what it is asked to tell, not a failure of telling it
         return {"name": None, "reason": str(error)}
-    return {"name": device.name, "reason": device.reason}
+    return {"name": str(device), "reason": device.reason}
 
 
 def _model(name: str) -> dict[str, Any]:

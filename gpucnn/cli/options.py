@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpucnn.device import DEVICES
+from gpucnn.device import split_name
 from gpucnn.errors import ArgumentError
 from gpucnn.names import unknown
 from gpucnn.optimizers import OPTIMIZERS
@@ -151,6 +151,12 @@ def choice(kind: str, names: tuple[str, ...]) -> Converter:
     return convert
 
 
+def device_name(value: object) -> str:
+    """auto, cpu, cuda, or cuda:1 and so on."""
+    split_name(value)  # type: ignore[arg-type]  # it says what it does not take
+    return str(value)
+
+
 def or_none(convert: Converter) -> Converter:
     """Also takes "none", for switching something off that a file or the environment switched on."""
 
@@ -209,8 +215,11 @@ _DATA_OPTIONS = (
     Option("convert-grey", "turn grey images among colour ones into colour", switch, default=False),
 )  # fmt: skip
 
+_DEVICE = Option(
+    "device", "auto, cpu, cuda, or cuda:N for one of several GPUs", device_name, "NAME", default="auto"
+)
 _RUNNING_OPTIONS = (
-    Option("device", "auto, cpu or cuda", choice("device", DEVICES), "NAME", default="auto"),
+    _DEVICE,
     Option("workers", "threads that prepare images", whole_number(0, 256), "N", default=2),
     Option("config", "TOML file with any of these options, or a run's config.json; flags and variables beat it",
            path, "FILE"),
@@ -288,11 +297,23 @@ PREDICT_OPTIONS = (
 
 INFO_OPTIONS = (
     Option("data-dir", "folder to look for data sets in", path, "DIR", variable="GPUCNN_DATA"),
-    Option("device", "auto, cpu or cuda", choice("device", DEVICES), "NAME", default="auto"),
+    _DEVICE,
     Option("json", "print JSON", switch, default=False),
 )
 
-OPTIONS = {"train": TRAIN_OPTIONS, "evaluate": EVALUATE_OPTIONS, "predict": PREDICT_OPTIONS, "info": INFO_OPTIONS}
+WARM_UP_OPTIONS = (
+    Option("device", "cuda, or cuda:N for one of several GPUs", device_name, "NAME", default="cuda"),
+    Option("precision", "float32 or float64", choice("precision", PRECISIONS), "NAME", default="float32"),
+    Option("quiet", "print results and errors only", switch, default=False),
+)
+
+OPTIONS = {
+    "train": TRAIN_OPTIONS,
+    "evaluate": EVALUATE_OPTIONS,
+    "predict": PREDICT_OPTIONS,
+    "info": INFO_OPTIONS,
+    "warm-up": WARM_UP_OPTIONS,
+}
 """The options of each command."""
 
 

@@ -16,12 +16,14 @@ _DESCRIPTIONS = {
     "evaluate": "Measure a trained network on a data set.",
     "predict": "Say what is on images.",
     "info": "Say what this machine has, and which device would be chosen and why.",
+    "warm-up": "Compile the GPU's kernels now, so that no training waits for it; they are kept on disk.",
 }
 _POSITIONALS: dict[str, tuple[tuple[str, str, str | None], ...]] = {
     "train": (),
     "evaluate": (("run", "run folder, or a checkpoint file", None),),
     "predict": (("run", "run folder, or a checkpoint file", None), ("image", "image file", "+")),
     "info": (),
+    "warm-up": (),
 }
 _EPILOG = (
     "Each option is also read from the environment (--batch-size from GPUCNN_BATCH_SIZE, but --data from "
@@ -63,7 +65,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     """(the parser, the parser of each command)."""
     parser = _Parser(prog="gpucnn", description=gpucnn.__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"gpucnn {gpucnn.__version__}")
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="train | evaluate | predict | info")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar=" | ".join(OPTIONS))
     commands: dict[str, argparse.ArgumentParser] = {}
     for command, options in OPTIONS.items():
         description = _DESCRIPTIONS[command]

@@ -13,6 +13,7 @@ from gpucnn.cli.report import note, print_json
 from gpucnn.cli.runs import TrainedModel, load_trained, read_size, requested_device
 from gpucnn.cli.settings import Settings
 from gpucnn.data.image_files import read_header, read_image
+from gpucnn.device import on_device, to_cpu, to_device
 from gpucnn.errors import DataError
 from gpucnn.layers import Softmax
 
@@ -20,8 +21,8 @@ from gpucnn.layers import Softmax
 def run(settings: Settings, arguments: dict[str, Any]) -> int:
     """Print the most probable classes of each image; the exit status."""
     device = requested_device(settings)
-    trained = load_trained(arguments["run"])
-    note(f"device: {device.name} ({device.reason})", quiet=settings["quiet"] or settings["json"])
+    trained = load_trained(arguments["run"], device)
+    note(f"device: {device} ({device.reason})", quiet=settings["quiet"] or settings["json"])
     files = arguments["image"]
     probabilities = predict(trained, files, settings["batch-size"], convert_grey=settings["convert-grey"])
     best = [most_probable(row, trained.classes, settings["top"]) for row in probabilities]
@@ -61,7 +62,9 @@ def predict(
                     f"{file} is a grey image, and the network was trained on colour; --convert-grey takes it so"
                 )
         images = numpy.stack([read_image(file, (height, width, channels)) for file in batch])
-        parts.append(softmax(trained.model(trained.preprocessing.apply(images))))
+        inputs = to_device(trained.preprocessing.apply(images), trained.model.device)
+        with on_device(trained.model.device):
+            parts.append(to_cpu(softmax(trained.model(inputs))))
     return numpy.concatenate(parts)
 
 

@@ -128,7 +128,7 @@ def make_config(settings: Settings, model: Model, device: Device) -> dict[str, A
         "settings": {name: value for name, value in settings.values().items() if name not in _OF_THE_CALL},
         "sources": {name: source for name, source in settings.sources().items() if name not in _OF_THE_CALL},
         "model": model.architecture,
-        "device": {"name": device.name, "reason": device.reason},
+        "device": {"name": str(device), "reason": device.reason},
         "machine": {
             "python": platform.python_version(),
             "numpy": numpy.__version__,
@@ -159,8 +159,8 @@ class TrainedModel:
     settings: dict[str, Any]
 
 
-def load_trained(path: str) -> TrainedModel:
-    """The network of a run folder (its best epoch) or of a checkpoint file.
+def load_trained(path: str, device: Device) -> TrainedModel:
+    """The network of a run folder (its best epoch) or of a checkpoint file, on ``device``.
 
     Raises CheckpointError where there is none, where it is damaged, or where its weights do not fit its model.
     """
@@ -172,7 +172,7 @@ def load_trained(path: str) -> TrainedModel:
             f"the checkpoint in {source} does not say how to build its model or to prepare its images; load it in "
             "Python: model.load_state_dict(gpucnn.training.read_checkpoint(path).model)"
         )
-    model = model_of(checkpoint, source)
+    model = model_of(checkpoint, source).to(device)
     model.eval()
     assert model.preprocessing is not None, "the checkpoint has it"
     return TrainedModel(

@@ -16,7 +16,13 @@ from gpucnn.errors import ArgumentError
 from gpucnn.names import unknown
 
 DEFAULT = "default"
-OTHER_VARIABLES = ("GPUCNN_NUM_THREADS", "GPUCNN_KERNELS_RUNTIME")
+OTHER_VARIABLES = (
+    "GPUCNN_NUM_THREADS",
+    "GPUCNN_KERNELS_CACHE",
+    "GPUCNN_KERNELS_HOST_ORDER",
+    "GPUCNN_KERNELS_HOST_SANITIZE",
+    "GPUCNN_KERNELS_RUNTIME",
+)
 """Variables of this program that no option stands for."""
 
 OF_ONE_RUN = ("output", "resume", "overwrite", "config", "quiet")

@@ -76,9 +76,9 @@ def run(settings: Settings, arguments: dict[str, Any]) -> int:
     note(f"data: {describe_data(splits)}", quiet=quiet)
     verify_images(splits)
     gpucnn.manual_seed(settings["seed"])
-    model = _make_model(settings, splits).to(dtype=dtype)
+    model = _make_model(settings, splits).to(device, dtype=dtype)
     note(f"model: {describe_model(model)}", quiet=quiet)
-    note(f"device: {device.name} ({device.reason}), precision {settings['precision']}", quiet=quiet)
+    note(f"device: {device} ({device.reason}), precision {settings['precision']}", quiet=quiet)
     trainer = _make_trainer(settings, splits, model, folder)
     if not resumes:
         folder.create(make_config(settings, model, device), overwrite=settings["overwrite"])

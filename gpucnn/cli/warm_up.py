@@ -1,0 +1,37 @@
+"""``gpucnn warm-up``: compile the kernels before they are needed."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from gpucnn.cli.precision import choose_dtype
+from gpucnn.cli.report import note
+from gpucnn.cli.runs import requested_device
+from gpucnn.cli.settings import Settings
+from gpucnn.device import on_device
+from gpucnn.errors import ArgumentError
+
+
+def run(settings: Settings, arguments: dict[str, Any]) -> int:
+    """Compile every kernel for the device; the exit status."""
+    device = requested_device(settings)
+    if device.name != "cuda":
+        raise ArgumentError(
+            f"warm-up compiles kernels for a GPU, and the device is '{device}' ({device.reason}); the CPU needs "
+            "none"
+        )
+    choose_dtype(settings["precision"], device)
+    from gpucnn_kernels import warm_up
+
+    quiet = settings["quiet"]
+    note(f"device: {device} ({device.reason})", quiet=quiet)
+
+    def progress(name: str, number: int, total: int) -> None:
+        note(f"[{number}/{total}] {name}", quiet=quiet)
+
+    began = time.perf_counter()
+    with on_device(device):
+        count = warm_up(dtypes=(settings["precision"],), progress=progress)
+    print(f"{count} modules compiled in {time.perf_counter() - began:.1f} seconds")
+    return 0
