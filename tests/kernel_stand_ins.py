@@ -91,6 +91,9 @@ class RecordingRuntime:
     def device(self, array: RecordedArray) -> int:
         return array.device
 
+    def current_device(self) -> int:
+        return 0
+
     def empty(self, shape: Sequence[int], dtype: str, like: RecordedArray) -> RecordedArray:
         return RecordedArray(tuple(shape), dtype, like.device)
 
@@ -223,7 +226,9 @@ class StandInCupy(ModuleType):
         self.sizes = list(sizes)  # bytes of each argument of the next launches
         self.fails: str | None = None
         runtime_module = SimpleNamespace(
-            getDeviceCount=lambda: 2, getDeviceProperties=lambda number: {"name": b"NVIDIA Stand-in"}
+            getDeviceCount=lambda: 2,
+            getDevice=lambda: 1,
+            getDeviceProperties=lambda number: {"name": b"NVIDIA Stand-in"},
         )
         self.cuda = SimpleNamespace(
             runtime=runtime_module,

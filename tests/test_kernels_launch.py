@@ -178,7 +178,10 @@ def test_a_kernel_or_a_source_that_there_is_not() -> None:
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"count": 3}, "large, byte, flag, values, reals, integers, count)"), ({"real": ...}, "wide, small, large")],
+    [
+        ({"count": 3}, "large, byte, flag, values, count)"),
+        ({"real": ...}, "got (x, y, reals, integers, wide, small"),
+    ],
 )
 def test_wrong_names(change: dict[str, Any], words: str) -> None:
     given = {name: value for name, value in {**arguments(), **change}.items() if value is not ...}
@@ -385,6 +388,16 @@ def test_a_python_float_reaches_the_activation_as_float32(recording: RecordingRu
     slope = made.arguments["negative_slope"]
     assert isinstance(slope, ctypes.c_float)
     assert bytes(slope) == struct.pack("f", 0.1)
+
+
+def test_a_source_that_does_not_compile_for_the_host() -> None:
+    source = source_from_text('extern "C" __global__ void broken(float *x) { x[0] = nothing; }', "broken")
+    with (
+        runtime.using("host"),
+        Call(None, x=numpy.ones(3, numpy.float32)) as call,
+        pytest.raises(gpucnn_kernels.CompileError, match=r"(?s)broken.*nothing"),
+    ):
+        call.launch(source, "broken", 1, x=call["x"])
 
 
 # ------------------------------------------------------------ devices and sizes, on a runtime that records

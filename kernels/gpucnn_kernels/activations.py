@@ -11,6 +11,8 @@ from gpucnn_kernels.errors import ArgumentError
 from gpucnn_kernels.launch import Call, blocks_for
 
 SOURCE = "activations"
+SOURCES: dict[str, tuple[dict[str, str], ...]] = {SOURCE: ({},)}
+
 FUNCTIONS = {
     name: number
     for number, name in enumerate(

@@ -40,7 +40,7 @@ class Module(Protocol):
         shared_bytes: int,
         stream: Any,
     ) -> None:
-        """Start ``kernel``; an argument is a Pointer, None (a null one), or a ctypes value of its parameter's type."""
+        """Start ``kernel``; arguments are Pointers, None (a null one) or ctypes values of their types."""
 
 
 class Runtime(Protocol):
@@ -56,6 +56,9 @@ class Runtime(Protocol):
 
     def device(self, array: Any) -> int:
         """The number of the device that holds it."""
+
+    def current_device(self) -> int:
+        """The number of the device in use where no array says another."""
 
     def empty(self, shape: Sequence[int], dtype: str, like: Any) -> Any:
         """A new C-contiguous array of the kind of ``like``, on its device, its values undefined."""

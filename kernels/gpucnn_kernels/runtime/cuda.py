@@ -141,6 +141,10 @@ class CudaRuntime:
         """The device's number."""
         return int(array.device.id)
 
+    def current_device(self) -> int:
+        """The number of CuPy's current device."""
+        return int(self._cupy.cuda.runtime.getDevice())
+
     def empty(self, shape: Sequence[int], dtype: str, like: Any) -> Any:
         """A new cupy.ndarray on the current device."""
         del like

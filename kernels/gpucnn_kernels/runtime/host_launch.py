@@ -9,9 +9,9 @@ from typing import Any
 import numpy
 
 from gpucnn_kernels.arrays import numpy_dtype
-from gpucnn_kernels.errors import DeviceError, DtypeError
+from gpucnn_kernels.errors import CompileError, DeviceError, DtypeError
 from gpucnn_kernels.runtime import Module, Pointer
-from gpucnn_kernels.runtime.host import HostModule, Memory
+from gpucnn_kernels.runtime.host import HostCompileError, HostModule, Memory
 from gpucnn_kernels.source import Source
 
 
@@ -62,6 +62,10 @@ class HostRuntime:
         del array
         return 0
 
+    def current_device(self) -> int:
+        """0: there is one host."""
+        return 0
+
     def empty(self, shape: Sequence[int], dtype: str, like: Any) -> Any:
         """A new array, of the subclass of ``like`` if it is one, filled with 0xFF so that a gap shows as NaN."""
         array = numpy.empty(tuple(shape), numpy_dtype(dtype))
@@ -83,7 +87,10 @@ class HostRuntime:
 
 class _HostLaunchModule:
     def __init__(self, source: Source) -> None:
-        self._module = HostModule(source.text, list(source.kernels))
+        try:
+            self._module = HostModule(source.text, list(source.kernels))
+        except HostCompileError as error:
+            raise CompileError(f"{source.title}: {error}") from error
 
     def launch(
         self,

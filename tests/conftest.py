@@ -1,0 +1,36 @@
+"""What holds for every test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cache
+
+import pytest
+
+
+@cache
+def _catalogued() -> frozenset[str]:
+    from gpucnn_kernels import catalog
+
+    return frozenset(source.fingerprint for source in catalog.variants())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _every_launch_is_in_the_catalog() -> Iterator[None]:
+    """A kernel that runs in a form that the catalog lacks would be neither compiled in CI nor warmed up."""
+    from gpucnn_kernels import source
+
+    plain = source.variant
+
+    def checked(
+        name: str, scalar: str | None, definitions: Mapping[str, str | int] | None = None
+    ) -> source.Source:
+        made = plain(name, scalar, definitions)
+        assert made.fingerprint in _catalogued(), (
+            f"{made.title} is not in gpucnn_kernels.catalog: add it to SOURCES"
+        )
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(source, "variant", checked)
+        yield
