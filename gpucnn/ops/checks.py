@@ -23,7 +23,9 @@ REDUCTIONS = ("mean", "sum", "none")
 def require_array(array: Any, name: str) -> None:
     """Raise DtypeError unless ``array`` is a NumPy array, or one in device memory."""
     if not isinstance(array, numpy.ndarray) and not is_device_array(array):
-        raise DtypeError(f"{name} must be a numpy.ndarray, got {type(array).__qualname__}")
+        raise DtypeError(
+            f"{name} must be a numpy.ndarray (on a GPU, a cupy.ndarray), got {type(array).__qualname__}"
+        )
 
 
 def require_floating(array: Any, name: str) -> None:

@@ -1,0 +1,121 @@
+"""Batch normalization.
+
+The kernels keep everything that is one number a channel in float32 (float64 for float64 inputs). Layers do so too;
+arrays of other dtypes are converted here, running statistics back again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gpucnn_kernels as kernels
+from gpucnn.ops.checks import check_batch, check_batch_norm, require_floating, require_shape
+from gpucnn.ops.contract import Array
+from gpucnn.ops.cuda.arrays import (
+    accumulating_dtype,
+    call,
+    check_devices,
+    common_dtype,
+    contiguous,
+    finish,
+    is_contiguous,
+    is_image,
+    laid_out_as,
+    usable_in_place,
+    write_back,
+)
+
+
+def _values(array: Array, dtype: Any) -> Array:
+    """(N, C) contiguous, or (N, C, H, W) contiguous or channels-last, as it is; otherwise a contiguous copy."""
+    fits = array.dtype == dtype and (is_image(array) if array.ndim == 4 else is_contiguous(array))
+    return array if fits else contiguous(array, dtype)
+
+
+def _vectors(dtype: Any, **vectors: Array | None) -> dict[str, Array | None]:
+    wide = accumulating_dtype(dtype)
+    return {name: None if array is None else contiguous(array, wide) for name, array in vectors.items()}
+
+
+def batch_norm_forward(
+    x: Array,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    running_mean: Array | None = None,
+    running_var: Array | None = None,
+    *,
+    momentum: float = 0.1,
+    epsilon: float = 1e-5,
+    out: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    """(y, mean, inverse_std) with statistics over all axes but 1 of x (N, C) or (N, C, H, W)."""
+    given = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    check_devices(x=x, **given, out=out)
+    check_batch_norm(x, **given)
+    check_batch(x)
+    values, vectors = _values(x, x.dtype), _vectors(x.dtype, **given)
+    y, mean, inverse_std = call(
+        kernels.batch_norm_forward,
+        values,
+        **vectors,
+        momentum=momentum,
+        epsilon=epsilon,
+        out=usable_in_place(out, values, x.dtype),
+    )
+    for name in ("running_mean", "running_var"):
+        if given[name] is not None:
+            write_back(given[name], vectors[name])
+    return finish(y, out, x.dtype), mean, inverse_std
+
+
+def batch_norm_backward(
+    dy: Array,
+    x: Array,
+    weight: Array | None,
+    mean: Array,
+    inverse_std: Array,
+    *,
+    out: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    """(dx, dweight, dbias) of the training-time batch norm."""
+    given = {"weight": weight, "mean": mean, "inverse_std": inverse_std}
+    check_devices(dy=dy, x=x, **given, out=out)
+    check_batch_norm(x, **given)
+    require_floating(dy, "the output gradient")
+    require_shape(dy, x.shape, "the output gradient")
+    dtype = common_dtype(dy, x)
+    gradient = _values(dy, dtype)
+    values = laid_out_as(gradient, x, dtype)
+    dx, dweight, dbias = call(
+        kernels.batch_norm_backward,
+        gradient,
+        values,
+        **_vectors(dtype, **given),
+        out=usable_in_place(out, gradient, dy.dtype, values),
+    )
+    return finish(dx, out, dy.dtype), finish(dweight, None, x.dtype), finish(dbias, None, x.dtype)
+
+
+def batch_norm_inference(
+    x: Array,
+    weight: Array | None,
+    bias: Array | None,
+    running_mean: Array,
+    running_var: Array,
+    *,
+    epsilon: float = 1e-5,
+    out: Array | None = None,
+) -> Array:
+    """(x - running_mean) / sqrt(running_var + epsilon) * weight + bias."""
+    given = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    check_devices(x=x, **given, out=out)
+    check_batch_norm(x, **given)
+    values = _values(x, x.dtype)
+    y = call(
+        kernels.batch_norm_inference,
+        values,
+        **_vectors(x.dtype, **given),
+        epsilon=epsilon,
+        out=usable_in_place(out, values, x.dtype),
+    )
+    return finish(y, out, x.dtype)
