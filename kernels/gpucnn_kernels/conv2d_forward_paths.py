@@ -1,0 +1,313 @@
+"""The paths of a forward convolution, each a function that fills y; the module ``conv2d`` checks and chooses.
+
+:func:`implicit_gemm` also makes the input gradient, which is the same sum with other steps: see cuda/conv2d.cuh.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from gpucnn_kernels.activations import FUNCTIONS
+from gpucnn_kernels.arrays import DeviceArray, image_layout
+from gpucnn_kernels.errors import ArgumentError
+from gpucnn_kernels.im2col import columns_shape, images, launch_im2col
+from gpucnn_kernels.launch import THREADS, Call, blocks_for
+from gpucnn_kernels.matmul import matmul
+from gpucnn_kernels.problem import Conv2dProblem
+from gpucnn_kernels.runtime import itemsize
+from gpucnn_kernels.source import SCALARS
+
+SOURCES: dict[str, tuple[dict[str, str], ...]] = {
+    "conv2d_implicit_gemm": ({},),
+    "conv2d_direct": ({},),
+    "conv2d_depthwise": ({},),
+    "conv2d_epilogue": ({},),
+}
+
+DIRECT_CHANNELS = 4
+"""The most input channels a group that the direct kernel is made for."""
+
+WORKSPACE_BYTES = 1 << 28
+"""Columns are made for so many images at a time that they take no more than this, but at least for one."""
+
+_DIRECT_OUTPUTS = 16  # output channels of a block of conv2d_direct
+_MOST_UNITS = 65535  # blocks along z
+_ENOUGH_BLOCKS = 128  # to keep a GPU of some hundred multiprocessors busy
+
+
+@dataclass(frozen=True, slots=True)
+class Epilogue:
+    """What happens to a sum before it is stored: bias (K,) or None, then an activation by name."""
+
+    bias: DeviceArray | None = None
+    activation: str = "identity"
+    negative_slope: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.activation not in FUNCTIONS:
+            raise ArgumentError(f"activation must be one of {', '.join(FUNCTIONS)}, got {self.activation!r}")
+
+    @property
+    def nothing(self) -> bool:
+        """Whether the sum stays as it is."""
+        return self.bias is None and self.activation == "identity"
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """As the kernels' struct."""
+        return {"function": FUNCTIONS[self.activation], "negative_slope": self.negative_slope}
+
+
+# ---------------------------------------------------------------- the kernels' structs
+
+
+def strides(array: DeviceArray) -> dict[str, int]:
+    """The strides of an image, or of a filter as N C H W."""
+    return dict(zip("nchw", array.strides, strict=True))
+
+
+def _channels(problem: Conv2dProblem, transposed: bool) -> dict[str, int]:
+    outputs, depth = problem.K // problem.groups, problem.C // problem.groups
+    if transposed:
+        outputs, depth = depth, outputs
+    return {"images": problem.N, "groups": problem.groups, "output": outputs, "source": depth}
+
+
+def _filter_strides(weight: DeviceArray, problem: Conv2dProblem, transposed: bool) -> dict[str, int]:
+    k, c, r, s = weight.strides
+    output, source = (c, k) if transposed else (k, c)
+    return {"output": output, "source": source, "r": r, "s": s, "group": problem.K // problem.groups * k}
+
+
+def _axes(problem: Conv2dProblem, transposed: bool) -> tuple[dict[str, int], dict[str, int]]:
+    axes = []
+    for axis in (0, 1):
+        lengths = (problem.P, problem.Q)[axis], (problem.H, problem.W)[axis]
+        output, source = reversed(lengths) if transposed else lengths
+        stride, dilation = problem.stride[axis], problem.dilation[axis]
+        common = math.gcd(stride, dilation)
+        axes.append(
+            {
+                "output": output,
+                "source": source,
+                "kernel": (problem.R, problem.S)[axis],
+                "stride": stride,
+                "dilation": dilation,
+                "pad": problem.padding[2 * axis],
+                "common": common,
+                "inverse": pow(dilation // common, -1, stride // common),
+            }
+        )
+    return axes[0], axes[1]
+
+
+# ---------------------------------------------------------------- the paths
+
+
+def implicit_gemm(
+    call: Call,
+    problem: Conv2dProblem,
+    source: DeviceArray,
+    weight: DeviceArray,
+    output: DeviceArray,
+    epilogue: Epilogue,
+    *,
+    transposed: bool = False,
+) -> None:
+    """Fill ``output``, y from x or (``transposed``) dx from dy: tiles through shared memory, one launch."""
+    channels = _channels(problem, transposed)
+    vertical, horizontal = _axes(problem, transposed)
+    height, width, phases = vertical["output"], horizontal["output"], 1
+    if transposed:
+        # The largest phase, and how many of them hold any row and column.
+        phases = min(problem.stride[0], height) * min(problem.stride[1], width)
+        height, width = -(-height // problem.stride[0]), -(-width // problem.stride[1])
+    units = phases * problem.groups
+    kernel, rows, columns = _tile(source.dtype, channels["output"], problem.N * height * width, units)
+    call.launch(
+        "conv2d_implicit_gemm",
+        kernel,
+        (
+            -(-problem.N * height * width // columns),
+            -(-channels["output"] // rows),
+            min(units, _MOST_UNITS),
+        ),
+        rows * 4,
+        scalar=source.dtype,
+        input=source,
+        input_strides=strides(source),
+        filter=weight,
+        filter_strides=_filter_strides(weight, problem, transposed),
+        bias=epilogue.bias,
+        output=output,
+        output_strides=strides(output),
+        channels=channels,
+        vertical=vertical,
+        horizontal=horizontal,
+        transposed=int(transposed),
+        epilogue=epilogue.fields,
+        units=units,
+    )
+
+
+def _tile(dtype: str, channels: int, positions: int, units: int) -> tuple[str, int, int]:
+    """(kernel, channels, positions of a tile): the large one where it is filled and there are blocks enough."""
+    wide = 64 if dtype == "float64" else 128
+    if channels > 32 and -(-channels // 64) * -(-positions // wide) * units >= _ENOUGH_BLOCKS:
+        return "conv2d_implicit_gemm_large", 64, wide
+    return "conv2d_implicit_gemm_small", 32, 64
+
+
+def direct(
+    call: Call,
+    problem: Conv2dProblem,
+    x: DeviceArray,
+    weight: DeviceArray,
+    y: DeviceArray,
+    epilogue: Epilogue,
+) -> None:
+    """Fill y, for few input channels a group: filters in shared memory, a thread a pixel of 16 channels."""
+    channels = _channels(problem, transposed=False)
+    vertical, horizontal = _axes(problem, transposed=False)
+    call.launch(
+        "conv2d_direct",
+        "conv2d_direct",
+        (
+            -(-problem.N * problem.P * problem.Q // THREADS),
+            -(-channels["output"] // _DIRECT_OUTPUTS),
+            problem.groups,
+        ),
+        scalar=x.dtype,
+        x=x,
+        x_strides=strides(x),
+        filter=weight,
+        filter_strides=_filter_strides(weight, problem, transposed=False),
+        bias=epilogue.bias,
+        y=y,
+        y_strides=strides(y),
+        channels=channels,
+        vertical=vertical,
+        horizontal=horizontal,
+        epilogue=epilogue.fields,
+    )
+
+
+def depthwise(
+    call: Call,
+    problem: Conv2dProblem,
+    source: DeviceArray,
+    weight: DeviceArray,
+    output: DeviceArray,
+    epilogue: Epilogue,
+    *,
+    transposed: bool = False,
+) -> None:
+    """Fill ``output``, y from x or (``transposed``) dx from dy, where each input channel is a group of its own."""
+    vertical, horizontal = _axes(problem, transposed)
+    call.launch(
+        "conv2d_depthwise",
+        "conv2d_depthwise",
+        blocks_for(output.size),
+        scalar=source.dtype,
+        input=source,
+        input_strides=strides(source),
+        filter=weight,
+        filter_strides=_filter_strides(weight, problem, transposed),
+        bias=epilogue.bias,
+        output=output,
+        output_strides=strides(output),
+        channels=_channels(problem, transposed),
+        vertical=vertical,
+        horizontal=horizontal,
+        transposed=int(transposed),
+        epilogue=epilogue.fields,
+        count=output.size,
+    )
+
+
+def im2col(
+    call: Call,
+    problem: Conv2dProblem,
+    x: DeviceArray,
+    weight: DeviceArray,
+    y: DeviceArray,
+    epilogue: Epilogue,
+) -> None:
+    """Fill y by a matrix product of cuBLAS (on the host NumPy's), with the windows of x as columns.
+
+    A 1x1 kernel at stride 1 without padding needs no columns: x itself is the matrix. 16-bit sums stay in a
+    float32 workspace until bias and activation are done, so that they are rounded once.
+    """
+    wide = SCALARS[y.dtype][1]
+    pointwise, matrix = is_pointwise(problem), filter_matrix(call, weight)
+    depth = matrix.shape[1]
+    outputs = problem.K // problem.groups
+    for first, last in batches(problem, x.dtype, pointwise):
+        part_x, part_y = images(x, first, last), images(y, first, last)
+        if pointwise:
+            columns = as_matrices(part_x)
+        else:
+            workspace = call.empty((last - first, *columns_shape(problem)[1:]), x.dtype)
+            launch_im2col(call, part_x, workspace, problem)
+            columns = workspace.array
+        apart = wide != y.dtype and not epilogue.nothing
+        sums = call.empty(part_y.shape, wide, like=part_y) if apart else part_y
+        products = as_matrices(sums)
+        for group in range(problem.groups):
+            k, c = slice(group * outputs, (group + 1) * outputs), slice(group * depth, (group + 1) * depth)
+            matmul(matrix[k][None], columns[:, c], out=products[:, k])
+        finish(call, part_y, epilogue, sums if apart else None)
+
+
+def finish(call: Call, y: DeviceArray, epilogue: Epilogue, wide: DeviceArray | None = None) -> None:
+    """Bias and activation of y in place, or from ``wide``, laid out as y in its computing dtype, into y."""
+    if epilogue.nothing and wide is None:
+        return
+    run = y.shape[2] * y.shape[3] if image_layout(y) == "contiguous" else 1
+    call.launch(
+        "conv2d_epilogue",
+        "conv2d_finish",
+        blocks_for(y.size),
+        scalar=y.dtype,
+        wide=wide,
+        y=y,
+        bias=epilogue.bias,
+        channels=y.shape[1],
+        run=run,
+        count=y.size,
+        epilogue=epilogue.fields,
+    )
+
+
+# ---------------------------------------------------------------- matrices
+
+
+def is_pointwise(problem: Conv2dProblem) -> bool:
+    """Whether every output pixel sees the one input pixel at its own place."""
+    return (problem.R, problem.S, problem.stride, problem.padding) == (1, 1, (1, 1), (0, 0, 0, 0))
+
+
+def batches(problem: Conv2dProblem, dtype: str, pointwise: bool) -> list[tuple[int, int]]:
+    """(first, last) images to be done together: all of them, or as many as the columns' workspace may hold."""
+    _, rows, positions = columns_shape(problem)
+    most = problem.N if pointwise else max(1, WORKSPACE_BYTES // (rows * positions * itemsize(dtype)))
+    return [(first, min(first + most, problem.N)) for first in range(0, problem.N, most)] if problem.N else []
+
+
+def filter_matrix(call: Call, weight: DeviceArray) -> Any:
+    """The filter as a matrix (K, C / groups * R * S), its columns in im2col's order: a view, or else a copy."""
+    if not weight.contiguous:
+        packed = call.empty(weight.shape, weight.dtype)
+        packed.array[...] = weight.array
+        weight = packed
+    return weight.array.reshape(weight.shape[0], -1)
+
+
+def as_matrices(image: DeviceArray) -> Any:
+    """(N, C, H, W) in either layout as N matrices (C, H * W): a view."""
+    n, c, h, w = image.shape
+    if image.contiguous:
+        return image.array.reshape(n, c, h * w)
+    return image.array.transpose(0, 2, 3, 1).reshape(n, h * w, c).transpose(0, 2, 1)
