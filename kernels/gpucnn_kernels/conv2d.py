@@ -1,0 +1,235 @@
+"""Two-dimensional convolution on a GPU: forward, gradients for input, weight and bias, and which path "auto" is.
+
+The arithmetic is in the modules beside this one and in cuda/conv2d_*.cu; every path of a direction gives the same
+result up to rounding. 16-bit arrays are summed in float32 and rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from gpucnn_kernels import conv2d_data_paths as data_paths
+from gpucnn_kernels import conv2d_filter
+from gpucnn_kernels import conv2d_forward_paths as forward_paths
+from gpucnn_kernels.arrays import DeviceArray, image_layout
+from gpucnn_kernels.conv2d_filter import conv2d_backward_bias, conv2d_backward_filter
+from gpucnn_kernels.conv2d_forward_paths import DIRECT_CHANNELS, Epilogue, is_pointwise
+from gpucnn_kernels.errors import ArgumentError
+from gpucnn_kernels.launch import Call
+from gpucnn_kernels.overlap import require_apart
+from gpucnn_kernels.problem import Conv2dProblem, IntOrPair, Padding, ProblemError, pair
+
+__all__ = [
+    "conv2d_algorithms",
+    "conv2d_backward_bias",
+    "conv2d_backward_data",
+    "conv2d_backward_filter",
+    "conv2d_choose",
+    "conv2d_forward",
+    "input_gradient",
+]
+
+Path = Callable[[Call, Conv2dProblem, DeviceArray, DeviceArray, DeviceArray, Epilogue], None]
+"""(call, problem, x or dy, weight, the array to fill, bias and activation)."""
+
+_FORWARD: dict[str, Path] = {
+    "implicit_gemm": forward_paths.implicit_gemm,
+    "direct": forward_paths.direct,
+    "depthwise": forward_paths.depthwise,
+    "im2col": forward_paths.im2col,
+}
+_BACKWARD_DATA: dict[str, Path] = {
+    "phases": data_paths.phases,
+    "dilated": data_paths.dilated,
+    "col2im": data_paths.col2im,
+    "scatter": data_paths.scatter,
+    "depthwise": data_paths.depthwise,
+}
+
+
+# ---------------------------------------------------------------- which path
+
+
+def conv2d_algorithms(direction: str) -> tuple[str, ...]:
+    """Names that ``algorithm`` takes for "forward", "backward_data" or "backward_filter", without "auto".
+
+    Raises ArgumentError for another direction.
+    """
+    if direction == "forward":
+        return tuple(_FORWARD)
+    if direction == "backward_data":
+        return tuple(_BACKWARD_DATA)
+    if direction == "backward_filter":
+        return conv2d_filter.filter_algorithms()
+    raise ArgumentError(f"direction must be one of forward, backward_data, backward_filter, got {direction!r}")
+
+
+def conv2d_choose(direction: str, problem: Conv2dProblem, dtype: Any) -> str:
+    """The name that "auto" stands for, for this Conv2dProblem and dtype.
+
+    The first line that fits:
+
+    =============  ============================================================  =============
+    direction      problem                                                       algorithm
+    =============  ============================================================  =============
+    forward, data  one channel a group, more than one group                      depthwise
+    forward        at most 4 channels a group                                    direct
+    forward        1x1, stride 1, no padding, one group: a dense matrix product  im2col
+    data           the same                                                      col2im
+    forward        any other                                                     implicit_gemm
+    data           any other                                                     phases
+    =============  ============================================================  =============
+
+    bfloat16 has no dense product on GPUs before compute capability 8.0 and passes over those two lines.
+    "backward_filter" is :func:`gpucnn_kernels.conv2d_filter.filter_choose`'s.
+    """
+    conv2d_algorithms(direction)
+    if direction == "backward_filter":
+        return conv2d_filter.filter_choose(problem, dtype)
+    forward = direction == "forward"
+    if problem.groups == problem.C > 1:
+        return "depthwise"
+    if forward and problem.C // problem.groups <= DIRECT_CHANNELS:
+        return "direct"
+    if is_pointwise(problem) and problem.groups == 1 and str(dtype) != "bfloat16":
+        return "im2col" if forward else "col2im"
+    return "implicit_gemm" if forward else "phases"
+
+
+def _resolved(direction: str, algorithm: str, problem: Conv2dProblem, dtype: str) -> str:
+    names = conv2d_algorithms(direction)
+    if algorithm == "auto":
+        return conv2d_choose(direction, problem, dtype)
+    if algorithm not in names:
+        raise ArgumentError(
+            f"unknown algorithm {algorithm!r} for conv2d {direction}; choose auto or one of {', '.join(names)}"
+        )
+    depth = problem.C // problem.groups
+    others = ", ".join(name for name in names if name not in ("direct", "depthwise"))
+    if algorithm == "direct" and depth > DIRECT_CHANNELS:
+        raise ArgumentError(
+            f"algorithm 'direct' is for at most {DIRECT_CHANNELS} input channels a group, got {depth} "
+            f"({problem.C} channels, groups={problem.groups}); choose auto or one of {others}"
+        )
+    if algorithm == "depthwise" and depth > 1:
+        raise ArgumentError(
+            f"algorithm 'depthwise' needs as many groups as input channels, got groups={problem.groups} for "
+            f"{problem.C} channels; choose auto or one of {others}"
+        )
+    return algorithm
+
+
+# ---------------------------------------------------------------- the operations
+
+
+def conv2d_forward(
+    x: Any,
+    weight: Any,
+    bias: Any = None,
+    *,
+    stride: IntOrPair = 1,
+    padding: Padding = 0,
+    dilation: IntOrPair = 1,
+    groups: int = 1,
+    algorithm: str = "auto",
+    activation: str = "identity",
+    negative_slope: float = 0.01,
+    out: Any = None,
+    stream: Any = None,
+) -> Any:
+    """Cross-correlation of x (N, C, H, W) with weight (K, C / groups, R, S), plus bias (K,): (N, K, P, Q).
+
+    y[n, k, p, q] = activation(bias[k] + sum over c, r, s of x[n, c,
+    p * stride_h - pad_top + r * dilation_h, q * stride_w - pad_left + s * dilation_w] * weight[k, c, r, s])
+
+    with x zero outside the image, c over the channels of k's group, and
+    P = floor((H + pad_top + pad_bottom - dilation_h * (R - 1) - 1) / stride_h) + 1.
+
+    ``activation`` is one of identity, relu, leaky_relu (of ``negative_slope``), sigmoid, tanh, gelu, gelu_tanh and
+    silu, made before the sum is stored. x, weight and ``out`` may each be contiguous or channels-last; the result
+    is laid out as x. "im2col" takes a workspace for the columns.
+
+    Raises ProblemError where shapes do not fit, DtypeError, DeviceError and LayoutError for arrays that do not,
+    ArgumentError for an algorithm or activation that is unknown or an algorithm that cannot do this problem.
+    """
+    with Call(stream, x=x, weight=weight, bias=bias, out=out) as call:
+        dtype = call.floating("x", "weight", "bias", "out")
+        images, weights = call["x"], call["weight"]
+        problem = Conv2dProblem.from_shapes(
+            images.shape, weights.shape, stride=stride, padding=padding, dilation=dilation, groups=groups
+        )
+        name = _resolved("forward", algorithm, problem, dtype)
+        epilogue = Epilogue(_bias(call, problem.K), activation, negative_slope)
+        y = _result(call, problem.output_shape, dtype, images)
+        _FORWARD[name](call, problem, images, weights, y, epilogue)
+        return call.give(y)
+
+
+def conv2d_backward_data(
+    dy: Any,
+    weight: Any,
+    *,
+    input_size: Sequence[int],
+    stride: IntOrPair = 1,
+    padding: Padding = 0,
+    dilation: IntOrPair = 1,
+    groups: int = 1,
+    algorithm: str = "auto",
+    out: Any = None,
+    stream: Any = None,
+) -> Any:
+    """The gradient for x, (N, C, H, W), from dy (N, K, P, Q); ``input_size`` is (H, W).
+
+    dx[n, c, h, w] is the sum of dy[n, k, p, q] * weight[k, c, r, s] over all k, p, q, r, s in which x[n, c, h, w]
+    was multiplied by weight[k, c, r, s] for y[n, k, p, q]. The result is laid out as dy. All paths but "scatter"
+    give the same bits every time; "dilated", "col2im" and "scatter" take workspaces. Raises what
+    :func:`conv2d_forward` does.
+    """
+    with Call(stream, dy=dy, weight=weight, bias=None, out=out) as call:
+        call.floating("dy", "weight", "out")
+        if len(call["weight"].shape) != 4:
+            raise ProblemError(
+                f"weight must have 4 dimensions (K, C / groups, R, S), got shape {call['weight'].shape}"
+            )
+        problem = Conv2dProblem.from_output(
+            call["dy"].shape,
+            call["weight"].shape,
+            pair(input_size, "input_size"),
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+        )
+        return call.give(input_gradient(call, problem, call["dy"], algorithm))
+
+
+def input_gradient(call: Call, problem: Conv2dProblem, dy: DeviceArray, algorithm: str) -> DeviceArray:
+    """The gradient for the input of ``problem`` in a call that has arguments weight, bias (C,) or None, and out.
+
+    The bias is the transposed convolution's, which this is too.
+    """
+    name = _resolved("backward_data", algorithm, problem, dy.dtype)
+    epilogue = Epilogue(_bias(call, problem.C))
+    dx = _result(call, problem.input_shape, dy.dtype, dy)
+    _BACKWARD_DATA[name](call, problem, dy, call["weight"], dx, epilogue)
+    return dx
+
+
+def _bias(call: Call, channels: int) -> DeviceArray | None:
+    """The argument bias, where there is one, checked."""
+    bias = call.get("bias")
+    if bias is not None:
+        call.require("bias", shape=(channels,))
+        call.contiguous("bias")
+    return bias
+
+
+def _result(call: Call, shape: tuple[int, ...], dtype: str, source: DeviceArray) -> DeviceArray:
+    """``out`` or a new array, checked against the arrays that are read, whose layouts are checked too."""
+    for array in (source, call["weight"]):
+        image_layout(array)
+    output = call.output(shape, dtype, like=source)
+    image_layout(output)
+    require_apart(output, source, call["weight"], call.get("bias"))
+    return output
