@@ -221,3 +221,88 @@ def test_the_array_chooses_module_and_backend(monkeypatch):
     for function in (ops.backend_of, ops.array_module, device.device_of):
         with pytest.raises(DtypeError, match=r"got builtins\.list; use numpy\.asarray"):
             function([1.0])
+
+
+class Gpus:
+    """A stand-in for the module ``cupy`` on a machine of two GPUs: which array is where, and nothing else."""
+
+    __version__ = "14.2.0"
+
+    def __init__(self):
+        self.current, self.synchronized = [0], []
+        gpus = self
+
+        class Array:
+            """What CuPy's ndarray is: made on the current device, and copied there."""
+
+            def __init__(self, values):
+                self.values, self.device = numpy.array(values), types.SimpleNamespace(id=gpus.current[-1])
+
+            def get(self):
+                return self.values.copy()
+
+            def copy(self):
+                return Array(self.values)
+
+            def __setitem__(self, index, value):
+                assert type(value) is Array, "CuPy refuses NumPy's arrays"
+                assert value.device.id == self.device.id == gpus.current[-1]
+                self.values[index] = value.values
+
+        class Device:
+            def __init__(self, index):
+                self.index = index
+
+            def __enter__(self):
+                gpus.current.append(self.index)
+
+            def __exit__(self, *_):
+                gpus.current.pop()
+
+            def synchronize(self):
+                gpus.synchronized.append(self.index)
+
+        self.ndarray, self.cuda = Array, types.SimpleNamespace(Device=Device)
+
+    def asarray(self, values):
+        return values if isinstance(values, self.ndarray) else self.ndarray(values)
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    module = Gpus()
+    monkeypatch.setitem(sys.modules, "cupy", module)
+    monkeypatch.setattr(device, "cuda_status", lambda index=0: (index < 2, "there are two"))
+    return module
+
+
+def test_an_array_goes_to_the_gpu_that_is_named(gpus):
+    plain = numpy.arange(3.0)
+    first, second = device.to_device(plain, "cuda"), device.to_device(plain, "cuda:1")
+    assert (device.device_of(first), device.device_of(second)) == ("cuda:0", "cuda:1")
+    assert device.module_of(first) is gpus
+    assert device.to_device(first, "cuda:0") is first
+    moved = device.to_device(first, "cuda:1")
+    assert device.device_of(moved) == "cuda:1"
+    assert device.to_cpu(moved).tolist() == [0, 1, 2]
+    with pytest.raises(DeviceError, match="one is on cuda:0, the other on cuda:1"):
+        device.require_same_device(first, second, "one is on {array}, the other on {other}")
+    with pytest.raises(DeviceError, match="'cuda:2' cannot be used: there are two"):
+        device.to_device(plain, "cuda:2")
+    device.copy_into(second, first)
+    device.copy_into(second, numpy.zeros(3))
+    assert device.to_cpu(second).tolist() == [0, 0, 0]
+    device.copy_into(plain, moved)
+    device.synchronize("cuda:1")
+    assert gpus.synchronized == [1]
+    assert gpus.current == [0], "nothing stays switched over"
+    with device.on_device("cuda:1"):
+        assert gpus.current[-1] == 1
+    with device.on_device("cpu"):
+        assert gpus.current == [0]
+
+
+def test_a_host_array_of_another_runtime_is_brought_over(gpus):
+    found = device.to_device(host_arrays.ones(2), "cuda:1")
+    assert type(found) is gpus.ndarray
+    assert device.device_of(found) == "cuda:1"

@@ -10,6 +10,7 @@ from typing import Any
 import numpy
 from numpy.typing import ArrayLike, NDArray
 
+from gpucnn.device import to_cpu
 from gpucnn.errors import ArgumentError, DataError, DtypeError, ShapeError
 from gpucnn.random import permutation
 
@@ -249,9 +250,10 @@ def checked_labels(
 
 def _as_array(values: ArrayLike, what: str) -> NDArray[Any]:
     try:
-        return numpy.asarray(values)
+        array: NDArray[Any] = to_cpu(values)
     except ValueError as error:  # nested lists of unequal lengths
         raise ShapeError(f"{what} do not form one array: {error}; all must have the same shape") from None
+    return array
 
 
 def _checked_images(images: ArrayLike) -> NDArray[numpy.uint8]:

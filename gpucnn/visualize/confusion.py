@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+from numpy.typing import NDArray
 
+from gpucnn.device import to_cpu
 from gpucnn.errors import ArgumentError, ShapeError
 from gpucnn.visualize.figure import new_figure, save_figure
 
@@ -29,7 +31,7 @@ def draw_confusion(matrix: Any, classes: Sequence[str], path: str | Path, title:
     Raises ShapeError for a matrix that is not square, ArgumentError where the names are not as many, StorageError
     where the file cannot be written, MissingDependencyError without Matplotlib.
     """
-    counts = numpy.asarray(matrix)
+    counts: NDArray[Any] = to_cpu(matrix)
     if counts.ndim != 2 or counts.shape[0] != counts.shape[1] or not counts.size:
         raise ShapeError(f"a confusion matrix is (classes, classes), got shape {counts.shape}")
     number = len(counts)

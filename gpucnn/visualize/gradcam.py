@@ -84,7 +84,7 @@ def draw_grad_cam(
         title: a heading.
         strength: how much of the picture the heat map covers, 0 .. 1.
     """
-    picture = numpy.asarray(image)
+    picture: NDArray[Any] = to_cpu(image)
     if picture.ndim == 3 and picture.shape[2] == 1:
         picture = picture[..., 0]
     if picture.ndim not in (2, 3) or (picture.ndim == 3 and picture.shape[2] != 3):
@@ -107,7 +107,7 @@ def draw_grad_cam(
 def enlarge(values: NDArray[Any], size: tuple[int, ...]) -> NDArray[numpy.float64]:
     """Values (h, w) interpolated linearly to ``size`` (H, W), by pixel centres (align_corners=False)."""
     rows, columns = (_interpolation(source, target) for source, target in zip(values.shape, size, strict=True))
-    result: NDArray[numpy.float64] = rows @ numpy.asarray(values, numpy.float64) @ columns.T
+    result: NDArray[numpy.float64] = rows @ to_cpu(values).astype(numpy.float64) @ columns.T
     return result
 
 
