@@ -245,7 +245,7 @@ def _checked_arguments(name: str, kernel: _Kernel, arguments: Sequence[Any]) -> 
         if not given:
             raise TypeError(
                 f"{where} must be a Memory, None, a ctypes number or a ctypes.Structure, got "
-                f"{type(argument).__name__}; a Python number has no width: write ctypes.c_int(n), ctypes.c_float(x)"
+                f"{type(argument).__name__}; a Python number has no width: write ctypes.c_int(n), say"
             )
         size = int(kernel.sizes[position])
         # A 16-bit float is a struct to C++ and a c_uint16 of its bits to ctypes.

@@ -330,7 +330,7 @@ _fallback: list[Path] = []
 
 
 def cache_folder() -> Path:
-    """Where compiled libraries are kept; a temporary folder, and a line on stderr, where that cannot be written."""
+    """Where compiled libraries are kept; a temporary folder, and a line on stderr, where that is not writable."""
     if os.environ.get("GPUCNN_KERNELS_CACHE"):
         root = Path(os.environ["GPUCNN_KERNELS_CACHE"])
     elif os.environ.get("XDG_CACHE_HOME"):

@@ -45,7 +45,9 @@ template <class... Parameters, void (*kernel)(Parameters...)> struct Entry<kerne
 template <auto kernel> constexpr Kernel described(const char *name, int parameter_count) {
     return Kernel{name, &Entry<kernel>::call, parameter_count, Entry<kernel>::sizes, Entry<kernel>::kinds};
 }
-template <class... Parameters> constexpr int count_parameters(void (*)(Parameters...)) { return sizeof...(Parameters); }
+template <class... Parameters> constexpr int count_parameters(void (*)(Parameters...)) {
+    return sizeof...(Parameters);
+}
 
 }  // namespace gpucnn_host
 

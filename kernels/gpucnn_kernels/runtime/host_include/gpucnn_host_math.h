@@ -162,7 +162,8 @@ inline double __dsqrt_rn(double x) { return __builtin_sqrt(x); }
 inline double __fma_rn(double x, double y, double z) { return __builtin_fma(x, y, z); }
 
 // Conversions to integers saturate, and give 0 for NaN (for 64 bits: the lowest number), as cvt does.
-template <class Integer> Integer gpucnn_host_saturated(double rounded, Integer lowest, Integer highest, Integer nan) {
+template <class Integer>
+Integer gpucnn_host_saturated(double rounded, Integer lowest, Integer highest, Integer nan) {
     if (rounded != rounded) return nan;
     if (rounded <= double(lowest)) return lowest;
     if (rounded >= double(highest)) return highest;
@@ -256,7 +257,6 @@ inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
     return unsigned(((unsigned long long)high << 32 | low) >> (shift & 31));
 }
 inline unsigned __sad(int x, int y, unsigned sum) { return (x > y ? unsigned(x) - y : unsigned(y) - x) + sum; }
-inline unsigned __vadd4(unsigned x, unsigned y) { return ((x & 0x7f7f7f7fu) + (y & 0x7f7f7f7fu)) ^ ((x ^ y) & 0x80808080u); }
 inline int __dp4a(int x, int y, int sum) {
     for (int shift = 0; shift < 32; shift += 8) {
         sum += int((signed char)(unsigned(x) >> shift)) * int((signed char)(unsigned(y) >> shift));

@@ -12,11 +12,11 @@ inline void copy_async(void *shared, const void *global, int source_bytes = BYTE
     gpucnn_host::copy_async(shared, global, BYTES, source_bytes, line);
 }
 inline void copy_async_commit() { gpucnn_host::commit_copies(); }
-template <int GROUPS_LEFT> inline void copy_async_wait() {
+template <int GROUPS_LEFT> inline void copy_async_wait(int line = __builtin_LINE()) {
     static_assert(GROUPS_LEFT >= 0, "wait until at most this many groups are left");
-    gpucnn_host::wait_for_copies(GROUPS_LEFT);
+    gpucnn_host::wait_for_copies(GROUPS_LEFT, line);
 }
-inline void copy_async_wait_all() { gpucnn_host::wait_for_copies(-1); }
+inline void copy_async_wait_all(int line = __builtin_LINE()) { gpucnn_host::wait_for_copies(-1, line); }
 
 template <int COUNT>
 inline void load_matrix(unsigned (&fragment)[COUNT], const void *row, int line = __builtin_LINE()) {
@@ -29,7 +29,7 @@ inline void load_matrix_transposed(unsigned (&fragment)[COUNT], const void *row,
     gpucnn_host::load_matrices(fragment, row, COUNT, true, line);
 }
 
-// Rounds to the nearest of the numbers with 10 fraction bits, ties away from zero; a NaN becomes the canonical one.
+// Rounds to the nearest number with 10 fraction bits, ties away from zero; a NaN becomes the canonical one.
 inline unsigned round_to_tf32(float value) {
     const unsigned bits = __float_as_uint(value);
     if ((bits & 0x7f800000u) == 0x7f800000u) return bits & 0x007fffffu ? 0x7fffffffu : bits;
@@ -38,7 +38,8 @@ inline unsigned round_to_tf32(float value) {
 
 #define GPUCNN_HOST_MULTIPLY(NAME, A_WORDS, B_WORDS, FORMAT, DEPTH) \
     inline void NAME( \
-        float (&accumulator)[4], const unsigned (&a)[A_WORDS], const unsigned (&b)[B_WORDS], int line = __builtin_LINE() \
+        float (&accumulator)[4], const unsigned (&a)[A_WORDS], const unsigned (&b)[B_WORDS], \
+        int line = __builtin_LINE() \
     ) { \
         gpucnn_host::multiply_matrices(accumulator, a, b, gpucnn_host::FORMAT, DEPTH, line); \
     }

@@ -1,5 +1,5 @@
 // What a kernel's translation unit and the runtime know of each other. The runtime (runtime.cpp) is compiled once,
-// never instrumented, and linked into every module; a module is one shared library with its own copy of everything.
+// never instrumented, and linked into every module: each module is one shared library with a copy of everything.
 #pragma once
 
 #define GPUCNN_HOST_HIDDEN __attribute__((visibility("hidden")))
@@ -73,12 +73,13 @@ struct Launch {
 };
 
 // Ends the launch; never returns to the kernel. ``line`` may be 0: not known.
-[[noreturn]] GPUCNN_HOST_HIDDEN void fault(int line, const char *format, ...) __attribute__((format(printf, 2, 3)));
+[[noreturn]] GPUCNN_HOST_HIDDEN void fault(int line, const char *format, ...)
+    __attribute__((format(printf, 2, 3)));
 
 enum BarrierKind { BARRIER, BARRIER_COUNT, BARRIER_AND, BARRIER_OR };
 GPUCNN_HOST_HIDDEN int block_barrier(int line, BarrierKind kind, int predicate);
 
-// Waits until every lane of ``mask`` has come to the same operation, then has ``resolve`` compute all their results
+// Waits until every lane of ``mask`` has come to the same operation; ``resolve`` then computes all their results
 // from the ``data`` that each lane brought (null for lanes outside the mask).
 typedef void (*Resolve)(void *const *data, unsigned mask);
 GPUCNN_HOST_HIDDEN void warp_operation(const char *name, unsigned mask, int line, void *data, Resolve resolve);
@@ -96,7 +97,8 @@ struct SharedUse {
     template <class T>
     __attribute__((always_inline)) SharedUse(SharedSlot &slot, T &variable) {
         if (slot.block_serial != block_serial || block_serial == 0) {
-            first_use_of_shared(slot, const_cast<void *>(static_cast<const volatile void *>(&variable)), sizeof variable);
+            const volatile void *address = &variable;
+            first_use_of_shared(slot, const_cast<void *>(address), sizeof variable);
         }
     }
 };
@@ -106,7 +108,7 @@ enum MatrixFormat { TF32, HALF, BFLOAT16 };
 
 GPUCNN_HOST_HIDDEN void copy_async(void *shared, const void *global, int bytes, int source_bytes, int line);
 GPUCNN_HOST_HIDDEN void commit_copies();
-GPUCNN_HOST_HIDDEN void wait_for_copies(int groups_left);  // -1: all, committed or not
+GPUCNN_HOST_HIDDEN void wait_for_copies(int groups_left, int line);  // -1: all, committed or not
 GPUCNN_HOST_HIDDEN void load_matrices(unsigned *fragment, const void *row, int count, bool transposed, int line);
 GPUCNN_HOST_HIDDEN void multiply_matrices(
     float *accumulator, const unsigned *a, const unsigned *b, MatrixFormat format, int depth, int line

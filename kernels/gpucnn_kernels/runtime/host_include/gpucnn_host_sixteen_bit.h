@@ -107,8 +107,8 @@ namespace {
 GPUCNN_HOST_BINARY(__hadd, x + y)
 GPUCNN_HOST_BINARY(__hsub, x - y)
 GPUCNN_HOST_BINARY(__hmul, x *y)
-GPUCNN_HOST_BINARY(__hmax, x != x ? y : y != y ? x : float(x) > float(y) || (float(x) == float(y) && y.bits >> 15) ? x : y)
-GPUCNN_HOST_BINARY(__hmin, x != x ? y : y != y ? x : float(x) < float(y) || (float(x) == float(y) && x.bits >> 15) ? x : y)
+GPUCNN_HOST_BINARY(__hmax, x != x ? y : y != y ? x : x > y || (x == y && y.bits >> 15) ? x : y)  // +0 above -0
+GPUCNN_HOST_BINARY(__hmin, x != x ? y : y != y ? x : x < y || (x == y && x.bits >> 15) ? x : y)
 template <int E> GPUCNN_HOST_NUMBER __hdiv(GPUCNN_HOST_NUMBER x, GPUCNN_HOST_NUMBER y) { return x / y; }
 template <int E> GPUCNN_HOST_PAIR __h2div(GPUCNN_HOST_PAIR x, GPUCNN_HOST_PAIR y) { return x / y; }
 template <int E>

@@ -12,7 +12,8 @@ template <int EXPONENT_BITS> struct Format {
 
     static double widen(unsigned short bits) {
         const unsigned magnitude = bits & 0x7fffu;
-        const int exponent = int(magnitude >> MANTISSA_BITS), fraction = int(magnitude & ((1u << MANTISSA_BITS) - 1));
+        const int exponent = int(magnitude >> MANTISSA_BITS);
+        const int fraction = int(magnitude & ((1u << MANTISSA_BITS) - 1));
         double value;
         if (magnitude >= INFINITE) {
             value = fraction ? __builtin_nan("") : __builtin_inf();
@@ -48,7 +49,7 @@ template <int EXPONENT_BITS> struct Format {
         const unsigned long long rest = significand & ((1ull << shift) - 1), half = 1ull << (shift - 1);
         const int below = rest == 0 ? 0 : rest < half ? 1 : rest == half ? 2 : 3;
         if (stored > 2 * BIAS) return overflow(sign, direction);
-        return round(sign, unsigned((unsigned long long)(stored - 1) << MANTISSA_BITS) + unsigned(kept), below, direction);
+        return round(sign, (unsigned(stored - 1) << MANTISSA_BITS) + unsigned(kept), below, direction);
     }
 
 private:
@@ -70,8 +71,8 @@ private:
         return (unsigned short)(sign | (magnitude + away));
     }
     static unsigned short overflow(unsigned sign, Direction direction) {
-        const bool infinite = direction == NEAREST_EVEN || (direction == UP && !sign) || (direction == DOWN && sign);
-        return (unsigned short)(sign | (infinite ? INFINITE : INFINITE - 1));
+        const bool away = direction == NEAREST_EVEN || (direction == UP && !sign) || (direction == DOWN && sign);
+        return (unsigned short)(sign | (away ? INFINITE : INFINITE - 1));
     }
 };
 

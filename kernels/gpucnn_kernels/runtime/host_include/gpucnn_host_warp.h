@@ -1,6 +1,6 @@
-// Barriers, shuffles and votes. The line of each call goes along: threads that wait for each other must wait at the
-// same one. A shuffle's reading lane gets undefined values on hardware where its source is outside the mask; here
-// it gets bytes of 0xFF.
+// Barriers, shuffles and votes. The line of each call goes along: threads that wait for each other must wait at
+// the same one. A lane that reads from outside of a shuffle's mask gets undefined values on hardware; here it gets
+// bytes of 0xFF.
 #pragma once
 
 namespace gpucnn_host {
@@ -123,8 +123,8 @@ inline void __syncwarp(unsigned mask = gpucnn_host::ALL_LANES, GPUCNN_HOST_LINE)
 // would lie outside of its segment reads itself (for the indexed form, the source is taken modulo the width).
 template <class T> T __shfl_sync(unsigned mask, T value, int source, int width = 32, GPUCNN_HOST_LINE) {
     gpucnn_host::check_width("__shfl_sync", line, width);
-    const unsigned segment = gpucnn_host::lane() & ~unsigned(width - 1);
-    return gpucnn_host::exchange("__shfl_sync", mask, line, value, segment | (unsigned(source) & unsigned(width - 1)));
+    const unsigned within = unsigned(width - 1), segment = gpucnn_host::lane() & ~within;
+    return gpucnn_host::exchange("__shfl_sync", mask, line, value, segment | (unsigned(source) & within));
 }
 template <class T> T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, GPUCNN_HOST_LINE) {
     gpucnn_host::check_width("__shfl_up_sync", line, width);

@@ -6,6 +6,7 @@
 #include "runtime_fibers.h"
 #include "runtime_schedule.h"
 #include "runtime_memory.h"
+#include "runtime_races.h"
 #include "runtime_ptx.h"
 #include "runtime_sanitizer.h"
 #include "runtime_launch.h"

@@ -16,6 +16,13 @@ namespace gpucnn_host {
 constexpr size_t STACK_BYTES = 256 << 10;  // reserved; pages become real when touched
 constexpr size_t GUARD_BYTES = 64 << 10;   // a multiple of every page size
 
+// Memory that takes no room until it is written to. Null where there is none.
+inline void *reserve(size_t size) {
+    const int kind = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    void *memory = mmap(nullptr, size, PROT_READ | PROT_WRITE, kind, -1, 0);
+    return memory == MAP_FAILED ? nullptr : memory;
+}
+
 struct Context {
     void *stack_pointer = nullptr;
 #if !defined(__x86_64__) && !defined(__aarch64__)
@@ -135,10 +142,8 @@ public:
             return fiber;
         }
         if (count_ == MAXIMUM_THREADS + 1) return nullptr;
-        void *memory = mmap(
-            nullptr, GUARD_BYTES + STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0
-        );
-        if (memory == MAP_FAILED) return nullptr;
+        void *memory = reserve(GUARD_BYTES + STACK_BYTES);
+        if (!memory) return nullptr;
         mprotect(memory, GUARD_BYTES, PROT_NONE);
         Fiber &fiber = fibers_[count_++];
         fiber.stack = static_cast<char *>(memory) + GUARD_BYTES;

@@ -42,16 +42,19 @@ static void on_signal(int signal, siginfo_t *information, void *context) {
     schedule.launch->code_offset = code < image_bytes() ? code : 0;
     const uintptr_t address = reinterpret_cast<uintptr_t>(information->si_addr);
     const uintptr_t stack = reinterpret_cast<uintptr_t>(threads[schedule.current].fiber->stack);
+    const int line = runtime_line;
     if (signal == SIGFPE) fault(0, "an integer division by zero, or of the lowest integer by -1");
     if (signal == SIGILL) fault(0, "an instruction that this processor does not have");
     if (address < stack && address >= stack - GUARD_BYTES) {
         fault(0, "the thread's stack of %zu bytes overflows (local arrays, or recursion)", STACK_BYTES);
     }
     if (address == 0 || information->si_code > SEGV_ACCERR) {  // the processor names no address for these
-        fault(0, "an access to the null pointer, to no address at all, or misaligned for its type");
+        fault(line, "an access to the null pointer, to no address at all, or misaligned for its type");
     }
-    fault(0, "an access to the address 0x%llx, where nothing is (or nothing that can be written)",
-          (unsigned long long)address);
+    fault(
+        line, "an access to the address 0x%llx, where nothing is (or nothing that can be written)",
+        (unsigned long long)address
+    );
 }
 
 class SignalGuard {
@@ -69,7 +72,9 @@ public:
         }
     }
     ~SignalGuard() {
-        for (int index = 0; index < SIGNAL_COUNT; ++index) sigaction(SIGNALS[index], &previous_actions[index], nullptr);
+        for (int index = 0; index < SIGNAL_COUNT; ++index) {
+            sigaction(SIGNALS[index], &previous_actions[index], nullptr);
+        }
         if (stack_changed_) sigaltstack(&previous_stack_, nullptr);
     }
 
@@ -118,6 +123,7 @@ static void run_blocks(Launch *launch) {
     schedule.thread_count = launch->block[0] * launch->block[1] * launch->block[2];
     schedule.block_count = uint64_t(launch->grid[0]) * launch->grid[1] * launch->grid[2];
     schedule.block_number = 0;
+    memset(warp_phase, 0, sizeof warp_phase);
     for (unsigned thread = 0; thread < schedule.thread_count; ++thread) {
         threads[thread].index.x = thread % launch->block[0];
         threads[thread].index.y = thread / launch->block[0] % launch->block[1];
@@ -126,6 +132,7 @@ static void run_blocks(Launch *launch) {
     }
     set_order(launch->order);
     in_atomic_operation = false;
+    runtime_line = 0;
     Fiber *fiber = pool.take(fiber_main);
     if (!fiber) {
         launch->faulted = 1;
@@ -182,8 +189,9 @@ static void run_plain(Launch *launch) {
         if (must_stay(launch, index) && before[index] != fingerprint(launch->memory[index])) {
             launch->faulted = 1;
             snprintf(
-                launch->message, sizeof launch->message, "argument %d is read-only, and the kernel has written to it "
-                "(the sanitized runtime says where)", launch->memory[index].argument
+                launch->message, sizeof launch->message,
+                "argument %d is read-only, and the kernel has written to it (a sanitized module says where)",
+                launch->memory[index].argument
             );
         }
     }

@@ -7,7 +7,8 @@
 #include "runtime_schedule.h"
 
 extern "C" {
-extern GPUCNN_HOST_HIDDEN char __ehdr_start[];  // the linker's: where this shared library begins and ends in memory
+// The linker's: where this shared library begins and ends in memory.
+extern GPUCNN_HOST_HIDDEN char __ehdr_start[];
 extern GPUCNN_HOST_HIDDEN char _end[];
 }
 
@@ -34,7 +35,9 @@ static size_t block_static_bytes;
 
 static void enter_variable(unsigned char *address, size_t size) {
     memset(address, 0xff, size);
-    if (block_variable_count == MAXIMUM_VARIABLES) fault(0, "more than %u __shared__ variables", MAXIMUM_VARIABLES);
+    if (block_variable_count == MAXIMUM_VARIABLES) {
+        fault(0, "a block comes upon more than %u __shared__ variables", MAXIMUM_VARIABLES);
+    }
     block_variables[block_variable_count++] = {address, size};
     block_static_bytes += size;
 }
@@ -105,13 +108,6 @@ static size_t array_count;
 static uintptr_t image_begin() { return reinterpret_cast<uintptr_t>(__ehdr_start); }
 static size_t image_bytes() { return size_t(_end - __ehdr_start); }
 
-static void *reserve(size_t size) {
-    void *memory = mmap(
-        nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0
-    );
-    return memory == MAP_FAILED ? nullptr : memory;
-}
-
 static void mark_image(uintptr_t begin, uintptr_t end, unsigned char code) {
     if (!image_shadow) image_shadow = static_cast<unsigned char *>(reserve(image_bytes() / GRANULE + 2));
     if (!image_shadow || begin >= end) return;
@@ -134,7 +130,8 @@ static bool intersects(uintptr_t begin, uintptr_t size, uintptr_t other_begin, u
 
 static bool image_allows(uintptr_t address, size_t size) {
     if (image_shadow) {
-        const size_t first = (address - image_begin()) / GRANULE, last = (address - image_begin() + size - 1) / GRANULE;
+        const uintptr_t offset = address - image_begin();
+        const size_t first = offset / GRANULE, last = (offset + size - 1) / GRANULE;
         bool marked = false;
         for (size_t granule = first; granule <= last; ++granule) marked |= image_shadow[granule] != 0;
         if (!marked) return true;
@@ -181,7 +178,7 @@ static bool allows(uintptr_t address, size_t size, bool write) {
     return address >= stack && address + size <= stack + STACK_BYTES;
 }
 
-// Where an address that may not be touched lies: by the nearest thing that it may have been meant for.
+// Where an address lies; one that may not be touched: by the nearest thing that it may have been meant for.
 static void describe_address(char *text, size_t size, uintptr_t address, size_t bytes, bool write) {
     const uintptr_t dynamic = reinterpret_cast<uintptr_t>(dynamic_shared_memory);
     if (address < 4096) {
@@ -218,6 +215,10 @@ static void describe_address(char *text, size_t size, uintptr_t address, size_t 
         }
         return;
     }
+    if (address >= dynamic && address + bytes <= dynamic + schedule.launch->shared_bytes) {
+        snprintf(text, size, "byte %zu of the dynamic shared memory", size_t(address - dynamic));
+        return;
+    }
     if (address >= dynamic && address < dynamic + DYNAMIC_ARENA_BYTES) {
         snprintf(
             text, size, "byte %zu of the dynamic shared memory, which has %lu bytes", size_t(address - dynamic),
@@ -228,15 +229,18 @@ static void describe_address(char *text, size_t size, uintptr_t address, size_t 
     for (size_t index = 0; index < global_count; ++index) {
         const CompilerGlobal &global = globals[index];
         if (address + bytes > global.begin && address < global.begin + global.size_with_red_zone) {
-            snprintf(
-                text, size, "byte %zu of the variable '%s', which has %zu bytes", size_t(address - global.begin),
-                global.name, size_t(global.size)
-            );
+            const size_t offset = address - global.begin;
+            const int shown = snprintf(text, size, "byte %zu of the variable '%s'", offset, global.name);
+            if (offset + bytes > global.size && shown > 0 && size_t(shown) < size) {
+                snprintf(text + shown, size - size_t(shown), ", which has %zu bytes", size_t(global.size));
+            }
             return;
         }
     }
-    snprintf(text, size, "the address 0x%llx, which is neither an argument, shared memory nor a variable of this thread",
-             (unsigned long long)address);
+    snprintf(
+        text, size, "the address 0x%llx, which is no argument's, no shared memory and no variable of this thread",
+        (unsigned long long)address
+    );
 }
 
 [[noreturn]] static void report_access(uintptr_t address, size_t size, bool write, int line, const void *code) {
@@ -244,12 +248,6 @@ static void describe_address(char *text, size_t size, uintptr_t address, size_t 
     describe_address(where, sizeof where, address, size, write);
     schedule.launch->code_offset = code ? reinterpret_cast<uintptr_t>(code) - 1 - image_begin() : 0;
     fault(line, "%s of %zu byte%s at %s", write ? "write" : "read", size, size == 1 ? "" : "s", where);
-}
-
-// For the runtime's own accesses on behalf of a thread.
-static void check_access(const void *address, size_t size, bool write, int line) {
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(address);
-    if (schedule.launch->sanitize && !allows(begin, size, write)) report_access(begin, size, write, line, nullptr);
 }
 
 // ---- a sanitized launch's copies of its arguments ----
@@ -299,7 +297,8 @@ static bool copy_in(Launch *launch) {
         for (size_t index = first; index < last; ++index) {
             Array &array = arrays[index];
             array.begin = place + (array.original.address - begin);
-            if (array.original.size) mark_arena(array.begin, array.begin + array.original.size, array.original.writable);
+            const uintptr_t array_end = array.begin + array.original.size;
+            if (array.original.size) mark_arena(array.begin, array_end, array.original.writable);
         }
         memcpy(reinterpret_cast<void *>(place), reinterpret_cast<const void *>(begin), end - begin);
         place += end - begin + red_zone(end - begin);
@@ -315,9 +314,8 @@ static void copy_out(bool results) {
     for (size_t index = 0; results && index < array_count; ++index) {
         const Memory &original = arrays[index].original;
         if (!original.writable || !original.size) continue;
-        memcpy(
-            reinterpret_cast<void *>(original.address), reinterpret_cast<const void *>(arrays[index].begin), original.size
-        );
+        const void *result = reinterpret_cast<const void *>(arrays[index].begin);
+        memcpy(reinterpret_cast<void *>(original.address), result, original.size);
     }
     if (arena) munmap(arena, arena_bytes);
     if (arena_shadow) munmap(arena_shadow, arena_bytes / GRANULE + 2);

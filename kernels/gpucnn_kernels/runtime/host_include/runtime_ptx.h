@@ -2,7 +2,7 @@
 #pragma once
 
 #include "gpucnn_host_sixteen_bit_format.h"
-#include "runtime_memory.h"
+#include "runtime_races.h"
 
 namespace gpucnn_host {
 
@@ -12,15 +12,16 @@ namespace gpucnn_host {
 
 void copy_async(void *shared, const void *global, int bytes, int source_bytes, int line) {
     if (source_bytes < 0 || source_bytes > bytes) {
-        fault(line, "cp.async of %d bytes: the source can give from 0 to %d of them, got %d", bytes, bytes, source_bytes);
+        fault(line, "cp.async of %d bytes cannot take %d of them from its source", bytes, source_bytes);
     }
     if (!in_shared_memory(shared, size_t(bytes))) {
         fault(line, "cp.async: the destination's %d bytes are not all in the block's shared memory", bytes);
     }
-    if (reinterpret_cast<uintptr_t>(shared) % unsigned(bytes) || reinterpret_cast<uintptr_t>(global) % unsigned(bytes)) {
+    const uintptr_t to = reinterpret_cast<uintptr_t>(shared), from = reinterpret_cast<uintptr_t>(global);
+    if (to % unsigned(bytes) || from % unsigned(bytes)) {
         fault(
-            line, "cp.async of %d bytes: both addresses must be multiples of it, they end in 0x%02x (shared) and 0x%02x",
-            bytes, unsigned(reinterpret_cast<uintptr_t>(shared) & 0xff), unsigned(reinterpret_cast<uintptr_t>(global) & 0xff)
+            line, "cp.async of %d bytes: both addresses must be multiples of that, the shared one ends in 0x%02x "
+            "and the global one in 0x%02x", bytes, unsigned(to & 0xff), unsigned(from & 0xff)
         );
     }
     check_access(shared, size_t(bytes), true, line);
@@ -37,13 +38,15 @@ void copy_async(void *shared, const void *global, int bytes, int source_bytes, i
     copy.size = bytes;
     copy.group = thread.copy_group;
     memset(copy.data, 0, sizeof copy.data);
+    runtime_line = line;
     memcpy(copy.data, global, size_t(source_bytes));
+    runtime_line = 0;
     memset(shared, 0xff, size_t(bytes));
 }
 
 void commit_copies() { ++threads[schedule.current].copy_group; }
 
-void wait_for_copies(int groups_left) {
+void wait_for_copies(int groups_left, int line) {
     Thread &thread = threads[schedule.current];
     // Groups are numbered from 0; the uncommitted copies bear the number of the group to come.
     const int through = groups_left < 0 ? thread.copy_group : thread.copy_group - 1 - groups_left;
@@ -51,6 +54,7 @@ void wait_for_copies(int groups_left) {
     for (int index = 0; index < thread.copy_count; ++index) {
         const PendingCopy &copy = thread.copies[index];
         if (copy.group <= through) {
+            check_access(copy.destination, size_t(copy.size), true, line);
             memcpy(copy.destination, copy.data, size_t(copy.size));
         } else {
             thread.copies[kept++] = copy;
@@ -95,7 +99,7 @@ void load_matrices(unsigned *fragment, const void *row, int count, bool transpos
             );
         }
         if (!in_shared_memory(row, 16)) {
-            fault(line, "ldmatrix: the 16 bytes of lane %u's row are not all in the block's shared memory", lane());
+            fault(line, "ldmatrix: lane %u's row of 16 bytes is not all in the block's shared memory", lane());
         }
         check_access(row, 16, false, line);
     }
@@ -144,7 +148,8 @@ template <MatrixFormat format, int DEPTH> static void resolve_product(void *cons
             a[row][column] = number(format, lanes[lane]->a, element);
         }
         for (int element = 0; element < 8 * DEPTH / 32; ++element) {
-            const int row = format == TF32 ? in_group + 4 * element : in_group * 2 + element % 2 + 8 * (element / 2);
+            const int half_row = in_group * 2 + element % 2 + 8 * (element / 2);
+            const int row = format == TF32 ? in_group + 4 * element : half_row;
             b[row][group] = number(format, lanes[lane]->b, element);
         }
     }

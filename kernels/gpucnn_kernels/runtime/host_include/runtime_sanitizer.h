@@ -1,8 +1,8 @@
-// The functions that instrumented code calls: before every access (-fsanitize=kernel-address), and where it has found
+// The functions that instrumented code calls: before every access (-fsanitize=kernel-address), and where it meets
 // undefined behaviour (-fsanitize=undefined). Their names and arguments are the compilers' convention.
 #pragma once
 
-#include "runtime_memory.h"
+#include "runtime_races.h"
 
 namespace gpucnn_host {
 
@@ -18,7 +18,9 @@ struct SourceLocation {
 }
 
 static inline void instrumented_access(uintptr_t address, size_t size, bool write, const void *code) {
-    if (size && !allows(address, size, write)) report_access(address, size, write, 0, code);
+    if (!size) return;
+    if (!allows(address, size, write)) report_access(address, size, write, 0, code);
+    note_access(address, size, write, 0, code);
 }
 
 }  // namespace gpucnn_host
@@ -56,7 +58,7 @@ GPUCNN_HOST_UNDEFINED(sub_overflow, "a subtraction of signed integers overflows"
 GPUCNN_HOST_UNDEFINED(mul_overflow, "a multiplication of signed integers overflows")
 GPUCNN_HOST_UNDEFINED(negate_overflow, "the lowest integer is negated")
 GPUCNN_HOST_UNDEFINED(divrem_overflow, "a division by zero, or of the lowest integer by -1")
-GPUCNN_HOST_UNDEFINED(shift_out_of_bounds, "a shift by a negative number or by the width and more, or a signed overflow")
+GPUCNN_HOST_UNDEFINED(shift_out_of_bounds, "a shift by less than 0, by the width and more, or over the sign")
 GPUCNN_HOST_UNDEFINED(out_of_bounds, "an index is outside of its array")
 GPUCNN_HOST_UNDEFINED(builtin_unreachable, "an unreachable place is reached")
 GPUCNN_HOST_UNDEFINED(missing_return, "a function ends without returning its value")
@@ -86,7 +88,8 @@ struct TypeMismatch {
     if (pointer == 0) fault(int(what->location.line), "a null pointer is used");
     if (pointer & (alignment - 1)) {
         fault(
-            int(what->location.line), "misaligned access: the address ends in 0x%02x, its type needs a multiple of %u",
+            int(what->location.line),
+            "misaligned access: the address ends in 0x%02x, its type needs a multiple of %u",
             unsigned(pointer & 0xff), unsigned(alignment)
         );
     }

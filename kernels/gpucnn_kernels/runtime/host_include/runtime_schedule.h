@@ -1,9 +1,10 @@
-// The threads of a block: each runs until it ends or has to wait, and then the next one runs on the same processor.
+// The threads of a block: each runs until it ends or has to wait, then the next one runs on the same processor.
 //
 // A fiber takes a thread that has not begun, runs it to its end and takes the next; only a thread that waits keeps
 // its fiber, and another one goes on with the threads that have not begun. A phase is what happens between two
-// barriers: its threads run in the order that the launch asks for. When nothing can run, either the block has ended,
-// or all its threads wait at one barrier and the next phase begins, or somebody waits for what will never come.
+// barriers: its threads run in the order that the launch asks for. When nothing can run, either the block has
+// ended, or all its threads wait at one barrier and the next phase begins, or somebody waits for what will never
+// come.
 #pragma once
 
 #include <stdarg.h>
@@ -59,6 +60,7 @@ struct Schedule {
     Generator generator;
 
     unsigned current;           // the running thread
+    unsigned phase;             // counts through all blocks and launches
     unsigned next_in_phase;     // how far the phase's order has been handed out
     unsigned woken_begin, woken_end;  // counts; taken modulo the ring's length
     unsigned exited, at_barrier;
@@ -72,11 +74,13 @@ struct Schedule {
 };
 
 static Schedule schedule;
+static int runtime_line;  // of the call whose work the runtime does, for signals; else 0
 static Thread threads[MAXIMUM_THREADS];
 static State states[MAXIMUM_THREADS];
 static unsigned phase_order[MAXIMUM_THREADS];  // of a shuffled launch
 static unsigned woken[MAXIMUM_THREADS];         // lanes whose operation has been done, to run before the others
 static unsigned warp_waiting[WARP_LANES], warp_exited[WARP_LANES];  // bits of lanes, a word a warp
+static unsigned warp_phase[WARP_LANES];  // counts the operations that each warp has done together
 static FiberPool pool;
 
 static void fiber_main();
@@ -123,6 +127,7 @@ static void shuffle(unsigned *values, unsigned count) {
 }
 
 static void begin_phase() {
+    ++schedule.phase;
     schedule.next_in_phase = 0;
     schedule.woken_begin = schedule.woken_end = 0;
     schedule.at_barrier = 0;
@@ -193,7 +198,7 @@ template <class Selects> static unsigned list_threads(char *text, size_t size, S
                 waiting.operation, waiting.line, waiting.mask
             );
         }
-        for (unsigned other = 0; other < schedule.thread_count; ++other) listed[other] = listed[other] || same(other);
+        for (unsigned other = thread; other < schedule.thread_count; ++other) listed[other] |= same(other);
         if (!line) line = waiting.line;
     }
     if (schedule.exited) {
@@ -293,7 +298,9 @@ static void check_mask(const char *name, unsigned mask, int line) {
     const unsigned warp = schedule.current / WARP_LANES, self = lane();
     const unsigned present = schedule.thread_count - warp * WARP_LANES;
     const unsigned present_mask = present >= WARP_LANES ? ALL_LANES : (1u << present) - 1;
-    if (!(mask >> self & 1)) fault(line, "%s: the mask 0x%08x leaves out lane %u, which calls it", name, mask, self);
+    if (!(mask >> self & 1)) {
+        fault(line, "%s: the mask 0x%08x leaves out lane %u, which calls it", name, mask, self);
+    }
     if (mask & ~present_mask) {
         fault(
             line, "%s: the mask 0x%08x names lanes 0x%08x, but the block ends at lane %u of this warp", name, mask,
@@ -330,9 +337,9 @@ void warp_operation(const char *name, unsigned mask, int line, void *data, Resol
                 together = false;
                 if (other.mask >> (self - first) & 1) {
                     fault(
-                        line, "lane %u waits in %s (mask 0x%08x), but lane %u of the same warp waits in %s (mask 0x%08x) "
-                        "at line %d: neither can go on", self - first, name, mask, lane, other.operation, other.mask,
-                        other.line
+                        line, "lane %u waits in %s (mask 0x%08x), but lane %u of the same warp waits in %s (mask "
+                        "0x%08x) at line %d: neither can go on", self - first, name, mask, lane, other.operation,
+                        other.mask, other.line
                     );
                 }
                 continue;
@@ -349,6 +356,7 @@ void warp_operation(const char *name, unsigned mask, int line, void *data, Resol
                 woken[schedule.woken_end++ % MAXIMUM_THREADS] = wakes;
             }
             warp_waiting[warp] &= ~mask;
+            ++warp_phase[warp];
         }
     }
     run_next(thread.fiber, false);

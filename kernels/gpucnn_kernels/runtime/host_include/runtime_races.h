@@ -1,0 +1,84 @@
+// Races in shared memory, in a sanitized launch: two threads touch the same byte between two barriers, one of them
+// writes, and nothing orders them. Every access is noted, so a race is found whatever order the threads run in.
+//
+// Lanes of one warp are also ordered by any operation that the warp does together in between. Two writes are not
+// reported: threads that set a flag to the same value are right, and others show when the order is shuffled.
+// Atomic operations are held against plain accesses before them, and not against each other.
+#pragma once
+
+#include "runtime_memory.h"
+
+namespace gpucnn_host {
+
+constexpr unsigned short SEVERAL = 0xffff;
+
+struct Access {
+    unsigned phase, warp_phase;
+    unsigned short thread, warp;
+};
+
+struct Cell {  // of one byte
+    Access read, written;
+};
+
+static Cell *cells;  // a byte of this library's image each; made real by the first access
+
+static bool unordered(const Access &before, unsigned thread, unsigned warp) {
+    if (before.phase != schedule.phase || before.thread == thread) return false;
+    return before.warp != warp || before.warp_phase == warp_phase[warp];
+}
+
+static void note(Access &access, unsigned thread, unsigned warp) {
+    const bool together = unordered(access, thread, warp);
+    access.thread = together ? SEVERAL : (unsigned short)thread;
+    access.warp = together && access.warp != warp ? SEVERAL : (unsigned short)warp;
+    access.phase = schedule.phase;
+    access.warp_phase = warp_phase[warp];
+}
+
+[[noreturn]] static void report_race(
+    uintptr_t address, bool write, bool written_before, unsigned other, int line, const void *code
+) {
+    char where[300], who[60];
+    describe_address(where, sizeof where, address, 1, write);
+    if (other == SEVERAL) {
+        snprintf(who, sizeof who, "other threads have");
+    } else {
+        const uint3 index = threads[other].index;
+        snprintf(who, sizeof who, "thread (%u, %u, %u) has", index.x, index.y, index.z);
+    }
+    schedule.launch->code_offset = code ? reinterpret_cast<uintptr_t>(code) - 1 - image_begin() : 0;
+    fault(
+        line, "race in shared memory: the thread %s %s, which %s %s, with no barrier in between",
+        write ? "writes" : "reads", where, who, written_before ? "written" : "read"
+    );
+}
+
+// To be called before an allowed access.
+static void note_access(uintptr_t address, size_t size, bool write, int line, const void *code) {
+    if (address - image_begin() >= image_bytes()) return;
+    if (!in_shared_memory(reinterpret_cast<const void *>(address), size)) return;
+    if (!cells) cells = static_cast<Cell *>(reserve((image_bytes() + 16) * sizeof *cells));
+    if (!cells) return;
+    const unsigned thread = schedule.current, warp = thread / WARP_LANES;
+    for (uintptr_t byte = address; byte < address + size; ++byte) {
+        Cell &cell = cells[byte - image_begin()];
+        if (!write && unordered(cell.written, thread, warp)) {
+            report_race(byte, write, true, cell.written.thread, line, code);
+        }
+        if (write && unordered(cell.read, thread, warp)) {
+            report_race(byte, write, false, cell.read.thread, line, code);
+        }
+        if (!in_atomic_operation) note(write ? cell.written : cell.read, thread, warp);
+    }
+}
+
+// For the runtime's own accesses on behalf of a thread.
+static void check_access(const void *address, size_t size, bool write, int line) {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(address);
+    if (!schedule.launch->sanitize) return;
+    if (!allows(begin, size, write)) report_access(begin, size, write, line, nullptr);
+    note_access(begin, size, write, line, nullptr);
+}
+
+}  // namespace gpucnn_host
