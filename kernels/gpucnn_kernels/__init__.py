@@ -42,7 +42,7 @@ _MODULES = {
         "conv_transpose2d_backward_filter",
         "conv_transpose2d_forward",
     ],
-    "im2col": ["col2im", "im2col"],
+    "columns": ["col2im", "im2col"],
     "pooling": [
         f"{name}_{direction}"
         for name in ("adaptive_avg_pool2d", "avg_pool2d", "max_pool2d")

@@ -17,8 +17,8 @@ from typing import Any
 
 from gpucnn_kernels.arrays import DeviceArray, image_layout
 from gpucnn_kernels.channel_sums import launch_channel_sums
+from gpucnn_kernels.columns import columns_shape, images, launch_im2col
 from gpucnn_kernels.errors import ArgumentError
-from gpucnn_kernels.im2col import columns_shape, images, launch_im2col
 from gpucnn_kernels.launch import Call
 from gpucnn_kernels.matmul import matmul
 from gpucnn_kernels.overlap import require_apart
@@ -73,9 +73,10 @@ def conv2d_backward_filter(
         dtype = call.floating("dy", "x", "out")
         problem = _problem(call["dy"], call["x"], kernel_size, stride, padding, dilation, groups)
         name = _resolved(algorithm, problem, dtype)
-        image_layout(call["dy"])
-        image_layout(call["x"])
-        dw = call.output(problem.weight_shape, dtype, like=call["x"])
+        if problem.N:  # the strides of an empty array say nothing
+            image_layout(call["dy"])
+            image_layout(call["x"])
+        dw = call.output(problem.weight_shape, dtype, like=call["x"] if problem.N else None)
         channels_fastest = image_layout(dw) == "channels_last"
         require_apart(dw, call["dy"], call["x"])
         if problem.N == 0:
@@ -99,7 +100,7 @@ def conv2d_backward_bias(dy: Any, *, out: Any = None, stream: Any = None) -> Any
         if len(gradient.shape) != 4:
             raise ProblemError(f"dy must have 4 dimensions (N, K, P, Q), got shape {gradient.shape}")
         count, outputs, p, q = gradient.shape
-        last = image_layout(gradient) == "channels_last"
+        last = count > 0 and image_layout(gradient) == "channels_last"
         sums = call.output((outputs,), dtype)
         require_apart(sums, gradient)
         launch_channel_sums(
@@ -174,7 +175,7 @@ def _by_parts(call: Call, problem: Conv2dProblem, channels_fastest: bool, name: 
     else:
         # A tile of 64 does four times the products of one of 32 on twice the loads, but wastes more at the edges.
         wide, narrow = (-(-outputs // tile) * -(-columns // tile) for tile in (64, 32))
-        width, tiles = (64, wide) if 2 * wide <= narrow else (32, narrow)
+        width, tiles = (64, wide) if 2 * wide < narrow else (32, narrow)
         blocks = problem.groups * tiles
         kernel, threads = f"filter_gradient_{'wide' if width == 64 else 'narrow'}", (_THREADS, 1)
     positions = problem.N * problem.P * problem.Q
