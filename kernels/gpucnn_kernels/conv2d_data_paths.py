@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from gpucnn_kernels import conv2d_forward_paths as forward_paths
 from gpucnn_kernels.arrays import DeviceArray
+from gpucnn_kernels.columns import columns_shape, images, launch_col2im
 from gpucnn_kernels.conv2d_forward_paths import (
     Epilogue,
     as_matrices,
@@ -16,7 +17,6 @@ from gpucnn_kernels.conv2d_forward_paths import (
     is_pointwise,
     strides,
 )
-from gpucnn_kernels.im2col import columns_shape, images, launch_col2im
 from gpucnn_kernels.launch import Call, blocks_for
 from gpucnn_kernels.matmul import matmul
 from gpucnn_kernels.problem import Conv2dProblem

@@ -11,8 +11,8 @@ from typing import Any
 
 from gpucnn_kernels.activations import FUNCTIONS
 from gpucnn_kernels.arrays import DeviceArray, image_layout
+from gpucnn_kernels.columns import columns_shape, images, launch_im2col
 from gpucnn_kernels.errors import ArgumentError
-from gpucnn_kernels.im2col import columns_shape, images, launch_im2col
 from gpucnn_kernels.launch import THREADS, Call, blocks_for
 from gpucnn_kernels.matmul import matmul
 from gpucnn_kernels.problem import Conv2dProblem
