@@ -38,7 +38,9 @@ Each option can be given in four ways; the first of these that says something wi
 - Unknown flags and keys of a file are errors that offer the nearest one.
 - Unknown variables `GPUCNN_...` get a note, for they may be another program's.
 
-`GPUCNN_NUM_THREADS` is the number of threads that work on one operation; by default all cores.
+`GPUCNN_NUM_THREADS` is the number of threads that work on one operation; by default all cores. With
+`GPUCNN_WINOGRAD=0` the CPU sums every convolution plainly, and never takes Winograd's algorithm, whose rounding
+errors in float32 are some four times as large.
 
 Results are printed on standard output, everything else on standard error. Exit status:
 

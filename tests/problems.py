@@ -120,6 +120,16 @@ def options(problem: Conv2dProblem) -> dict[str, Any]:
     }
 
 
+def can_do(algorithm: str, direction: str, problem: Conv2dProblem) -> bool:
+    """Whether the CPU's algorithm of this name can do this direction of the problem."""
+    if algorithm == "depthwise":
+        return problem.groups == problem.C
+    if algorithm == "winograd":
+        settings = (problem.R, problem.S, *problem.stride, *problem.dilation, problem.groups)
+        return settings == (3, 3, 1, 1, 1, 1, 1) and (direction != "backward_data" or max(problem.padding) <= 2)
+    return True
+
+
 def arrays(
     problem: Conv2dProblem, dtype: DTypeLike = numpy.float64
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:

@@ -22,6 +22,7 @@ OTHER_VARIABLES = (
     "GPUCNN_KERNELS_HOST_ORDER",
     "GPUCNN_KERNELS_HOST_SANITIZE",
     "GPUCNN_KERNELS_RUNTIME",
+    "GPUCNN_WINOGRAD",
 )
 """Variables of this program that no option stands for."""
 

@@ -21,7 +21,14 @@ from gpucnn.ops.checks import (
     require_dimensions,
     require_floating,
 )
-from gpucnn.ops.cpu import conv2d_data, conv2d_depthwise, conv2d_im2col, conv2d_positions, conv2d_rows
+from gpucnn.ops.cpu import (
+    conv2d_data,
+    conv2d_depthwise,
+    conv2d_im2col,
+    conv2d_positions,
+    conv2d_rows,
+    conv2d_winograd,
+)
 from gpucnn.ops.cpu.memory import calculation_dtype, result_array
 from gpucnn_kernels.problem import Conv2dProblem, IntOrPair, Padding
 
@@ -37,18 +44,21 @@ _FORWARD: dict[str, Forward] = {
     "rows": conv2d_rows.forward,
     "tensordot": conv2d_positions.forward,
     "depthwise": conv2d_depthwise.forward,
+    "winograd": conv2d_winograd.forward,
 }
 _BACKWARD_DATA: dict[str, Backward] = {
     "col2im": conv2d_data.col2im,
     "dilated": conv2d_data.dilated,
     "phases": conv2d_data.phases,
     "scatter": conv2d_positions.backward_data,
+    "winograd": conv2d_winograd.backward_data,
 }
 _BACKWARD_FILTER: dict[str, Backward] = {
     "im2col": conv2d_im2col.backward_filter,
     "rows": conv2d_rows.backward_filter,
     "tensordot": conv2d_positions.backward_filter,
     "depthwise": conv2d_depthwise.backward_filter,
+    "winograd": conv2d_winograd.backward_filter,
 }
 _DIRECTIONS: dict[str, tuple[str, ...]] = {
     "forward": tuple(_FORWARD),
@@ -71,7 +81,7 @@ def conv2d_algorithms(direction: str) -> tuple[str, ...]:
 
 
 def conv2d_choose(direction: str, problem: Conv2dProblem, dtype: DTypeLike) -> str:
-    """The name that "auto" stands for, for this Conv2dProblem and dtype; all dtypes choose alike.
+    """The name that "auto" stands for, for this Conv2dProblem and dtype.
 
     The first line that fits, where depth is input channels a group times kernel columns:
 
@@ -80,10 +90,13 @@ def conv2d_choose(direction: str, problem: Conv2dProblem, dtype: DTypeLike) -> s
     =================  ===========================================  ==========
     backward_data      1x1 kernel                                   col2im
     backward_data      stride > 1, 1 group of < 16 channels         col2im
+    backward_data      as "winograd" below                          winograd
     backward_data      any other                                    phases
     forward, _filter   one channel a group, more than one group     depthwise
     forward, _filter   1x1 kernel                                   im2col
     forward, _filter   depth < 24, or < 96 and stride > 1           im2col
+    forward, _filter   3x3 of stride 1, wide enough (see            winograd
+                       conv2d_winograd.pays), no float64
     forward, _filter   any other                                    rows
     =================  ===========================================  ==========
     """
@@ -92,13 +105,14 @@ def conv2d_choose(direction: str, problem: Conv2dProblem, dtype: DTypeLike) -> s
     strided = problem.stride != (1, 1)
     channels = problem.C // problem.groups
     if direction == "backward_data":
-        few = strided and problem.groups == 1 and channels < 16
-        return "col2im" if pointwise or few else "phases"
+        if pointwise or (strided and problem.groups == 1 and channels < 16):
+            return "col2im"
+        return "winograd" if conv2d_winograd.pays(direction, problem, dtype) else "phases"
     if conv2d_depthwise.is_depthwise(problem) and problem.groups > 1:
         return "depthwise"
     if pointwise or channels * problem.S < (96 if strided else 24):
         return "im2col"
-    return "rows"
+    return "winograd" if conv2d_winograd.pays(direction, problem, dtype) else "rows"
 
 
 def _resolve(direction: str, algorithm: str, problem: Conv2dProblem, dtype: DTypeLike) -> str:
@@ -111,6 +125,12 @@ def _resolve(direction: str, algorithm: str, problem: Conv2dProblem, dtype: DTyp
         raise ArgumentError(
             f"algorithm 'depthwise' needs as many groups as input channels, got groups={problem.groups} for "
             f"{problem.C} channels; choose auto or one of {others}"
+        )
+    if algorithm == "winograd" and not conv2d_winograd.is_possible(direction, problem):
+        others = ", ".join(name for name in names if name not in ("depthwise", "winograd"))
+        raise ArgumentError(
+            "algorithm 'winograd' needs a 3x3 kernel with stride 1, dilation 1, one group and, for backward_data, "
+            f"padding of at most 2, got {problem}; choose auto or one of {others}"
         )
     return algorithm
 
