@@ -62,7 +62,7 @@ class DeviceArray:
         flags = getattr(self.array, "flags", None)
         if writable and not getattr(flags, "writeable", True):
             raise DtypeError(f"{self.name} is read-only; pass a writable array")
-        if any(stride < 0 for stride in self.strides):
+        if any(stride < 0 for length, stride in zip(self.shape, self.strides, strict=True) if length > 1):
             raise LayoutError(
                 f"{self.name} has a negative stride {self.strides}; copy it first (ascontiguousarray)"
             )
@@ -72,10 +72,10 @@ class DeviceArray:
 
 def _follows(shape: Sequence[int], strides: Sequence[int], order: Sequence[int]) -> bool:
     """Whether memory runs through the axes in ``order``, the last one fastest, without gaps."""
+    if 0 in shape:  # of nothing, any strides will do
+        return True
     expected = 1
     for axis in reversed(order):
-        if shape[axis] == 0:
-            return True
         if shape[axis] > 1 and strides[axis] != expected:
             return False
         expected *= shape[axis]
