@@ -316,8 +316,12 @@ def require_same_device(array: Any, other: Any, message: str) -> None:
 
     ``message`` is completed with {array} and {other}, the two devices.
     """
-    if type(array) is type(other) is numpy.ndarray:
-        return
+    kind = type(array)
+    if kind is type(other):  # as every layer has it at every step
+        if issubclass(kind, numpy.ndarray):
+            return
+        if kind is _cupy_array_type() and array.device == other.device:
+            return
     ours, theirs = device_of(array), device_of(other)
     if ours != theirs:
         raise DeviceError(message.format(array=ours, other=theirs))

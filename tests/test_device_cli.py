@@ -18,6 +18,7 @@ from gpucnn.cli.options import device_name
 from gpucnn.cli.parser import parse
 from gpucnn.errors import ArgumentError
 from gpucnn.training import RunFolder
+from gpucnn_kernels.catalog import variants
 from gpucnn_kernels.errors import CompileError
 from gpucnn_kernels.runtime.host_array import HostArray
 
@@ -161,3 +162,10 @@ def test_warm_up_needs_a_gpu(capsys, monkeypatch):
     assert "'cuda' cannot be used: no driver" in call(capsys, "warm-up").errors
     with pytest.raises(ArgumentError, match="unknown command 'warmup'; did you mean 'warm-up'"):
         parse(["warmup"])
+
+
+@pytest.mark.slow
+def test_warm_up_compiles_the_kernels_themselves(capsys):
+    answer = call(capsys, "warm-up", "--quiet")
+    assert answer.status == 0, answer.errors
+    assert int(answer.output.split()[0]) == len(variants(["float32"]))
