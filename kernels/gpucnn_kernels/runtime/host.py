@@ -126,8 +126,8 @@ class HostModule:
     def __init__(self, text: str, kernels: Sequence[str], *, sanitize: bool | None = None) -> None:
         self.sanitize = os.environ.get(SANITIZE_VARIABLE) == "1" if sanitize is None else sanitize
         self._lines = text.splitlines()
-        self._title = title_of(kernels) if kernels else ""
         self._path = build(text, kernels, self.sanitize)
+        self._title = title_of(kernels)
         self._library = ctypes.CDLL(str(self._path))
         self._launch = self._library.gpucnn_host_launch
         self._launch.restype = None

@@ -67,6 +67,7 @@ CLANG_SANITIZED_FLAGS = (
     "-fno-builtin-memcpy",
     "-fno-builtin-memset",
 )
+LINK_FLAGS = ("-shared", "-Wl,--no-undefined")
 SHOWN_LINES = 24
 SAY_AFTER_SECONDS = 1.0
 
@@ -77,6 +78,8 @@ class HostCompileError(RuntimeError):
 
 def build(text: str, kernels: Sequence[str], sanitize: bool) -> Path:
     """The shared library of this text, from the cache or compiled now. Raises HostCompileError."""
+    if not kernels:
+        raise ValueError("kernels must name at least one kernel of the text, got none")
     compiler = find_compiler()
     title = title_of(kernels)
     unit = translation_unit(text, kernels)
@@ -99,7 +102,7 @@ def build(text: str, kernels: Sequence[str], sanitize: bool) -> Path:
             unit_path = Path(scratch) / "unit.cpp"
             unit_path.write_text(unit, encoding="utf-8")
             made = Path(scratch) / "made.so"
-            _compile(compiler, [*flags, "-shared", "-o", str(made), str(unit_path), str(runtime)], title)
+            _compile(compiler, [*flags, *LINK_FLAGS, "-o", str(made), str(unit_path), str(runtime)], title)
             os.replace(made, library)
     finally:
         timer.cancel()
@@ -121,8 +124,6 @@ _ALIGNMENT = re.compile(r"(?:__align__|alignas)\s*\((?:[^()]|\([^()]*\))*\)|__at
 
 def translation_unit(text: str, kernels: Sequence[str]) -> str:
     """What the C++ compiler gets for ``text``."""
-    if not kernels:
-        raise ValueError("kernels must name at least one kernel of the text, got none")
     plain = without_comments(text)
     headers = [name for name in dict.fromkeys(_ANGLED.findall(plain)) if (INCLUDE / name).is_file()]
     entries = ", ".join(f"GPUCNN_HOST_KERNEL({name})" for name in kernels)

@@ -18,7 +18,7 @@ struct SourceLocation {
 }
 
 static inline void instrumented_access(uintptr_t address, size_t size, bool write, const void *code) {
-    if (!size) return;
+    if (!size || !schedule.running) return;  // while the library is loaded, variables are initialized
     if (!allows(address, size, write)) report_access(address, size, write, 0, code);
     note_access(address, size, write, 0, code);
 }
@@ -49,6 +49,8 @@ GPUCNN_HOST_HOOK void __asan_register_globals(const gpucnn_host::CompilerGlobal 
 }
 GPUCNN_HOST_HOOK void __asan_unregister_globals(const void *, size_t) {}
 GPUCNN_HOST_HOOK void __asan_handle_no_return() {}
+GPUCNN_HOST_HOOK void __asan_before_dynamic_init(const char *) {}
+GPUCNN_HOST_HOOK void __asan_after_dynamic_init() {}
 
 #define GPUCNN_HOST_UNDEFINED(NAME, WHAT) \
     GPUCNN_HOST_HOOK void __ubsan_handle_##NAME(const void *data) { gpucnn_host::undefined(data, WHAT); } \
