@@ -29,7 +29,7 @@ def wide(array):
 
 
 def error_bound(plain, reference, dtype):
-    """Twice the error of ``plain``, a plain computation in the accumulating dtype, once it is rounded to ``dtype``.
+    """Twice the error of ``plain``, a plain sum in the accumulating dtype, once it is rounded to ``dtype``.
 
     It may be exact by luck: so one rounding of the largest number, and two in the accumulating dtype, on top.
     """
