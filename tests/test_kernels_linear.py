@@ -1,0 +1,305 @@
+"""The fully connected layer and the matrix products beneath it, on the host runtime; cuBLAS's arguments played."""
+
+import itertools
+import sys
+import types
+
+import numpy
+import pytest
+
+from gpucnn_kernels import (
+    ArgumentError,
+    DeviceError,
+    DtypeError,
+    LayoutError,
+    ProblemError,
+    linear_backward_bias,
+    linear_backward_data,
+    linear_backward_weight,
+    linear_forward,
+    runtime,
+)
+from gpucnn_kernels.arrays import device_array, numpy_dtype
+from gpucnn_kernels.matmul import matmul, multiply_by_cublas
+from gpucnn_kernels.runtime.host import order_independent
+from gpucnn_kernels.runtime.host_launch import HostRuntime
+from tests.accuracy import awkward, max_error
+from tests.kernel_arrays import DTYPES, accumulated, cast, error_bound, wide
+from tests.oracles import linear as oracle
+from tests.played_cublas import PlayedCublas
+
+SIZES = [(6, 11, 4), (1, 1, 1), (1, 300, 3), (7, 1, 2), (70, 9, 33), (0, 5, 2)]  # batch, inputs, outputs
+
+
+@pytest.fixture(autouse=True)
+def host():
+    with runtime.using("host"):
+        yield
+
+
+def problem(dtype, count=6, inputs=11, outputs=4, seed=0):
+    """(x, weight, bias, dy)."""
+    random = numpy.random.default_rng(seed)
+    shapes = (count, inputs), (outputs, inputs), (outputs,), (count, outputs)
+    return [cast(random.standard_normal(shape), dtype) for shape in shapes]
+
+
+def part_of_a_larger(matrix):
+    """The same numbers as part of the rows of a matrix that has more columns."""
+    larger = numpy.full((matrix.shape[0], matrix.shape[1] + 3), numpy.nan).astype(matrix.dtype)
+    larger[:, 1:-2] = matrix
+    return larger[:, 1:-2]
+
+
+# ---------------------------------------------------------------- the layer
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_linear(dtype, sizes):
+    x, weight, bias, dy = problem(dtype, *sizes)
+    exact = [wide(array) for array in (x, weight, bias, dy)]
+    expected = (oracle.forward(*exact[:3]), *oracle.backward(exact[3], *exact[:2]))
+    a, w, b, g = (array.astype(accumulated(dtype)) for array in (x, weight, bias, dy))
+    plain = (
+        numpy.einsum("ni,ki->nk", a, w) + b,
+        numpy.einsum("nk,ki->ni", g, w),
+        numpy.einsum("nk,ni->ki", g, a),
+        g.sum(0),
+    )
+    for arranged in (numpy.ascontiguousarray, numpy.asfortranarray, part_of_a_larger):
+        x_there, weight_there, dy_there = (arranged(array) for array in (x, weight, dy))
+        results = (
+            linear_forward(x_there, weight_there, bias),
+            linear_backward_data(dy_there, weight_there),
+            linear_backward_weight(dy_there, x_there),
+            linear_backward_bias(dy_there),
+        )
+        for result, reference, other in zip(results, expected, plain, strict=True):
+            assert result.dtype == x.dtype
+            assert result.shape == reference.shape
+            assert max_error(wide(result), reference) <= 2 * error_bound(other, reference, dtype)
+
+
+def test_without_bias_and_into_out():
+    for dtype in DTYPES:
+        x, weight, bias, dy = problem(dtype)
+        for call in (
+            lambda out, x=x, weight=weight: linear_forward(x, weight, out=out),
+            lambda out, x=x, weight=weight, bias=bias: linear_forward(x, weight, bias, out=out),
+            lambda out, dy=dy, weight=weight: linear_backward_data(dy, weight, out=out),
+            lambda out, dy=dy, x=x: linear_backward_weight(dy, x, out=out),
+            lambda out, dy=dy: linear_backward_bias(dy, out=out),
+        ):
+            expected = call(None)
+            for order in "CF":
+                out = numpy.full(expected.shape, numpy.nan, order=order).astype(expected.dtype, order="K")
+                assert call(out) is out
+                assert max_error(wide(out), wide(expected)) <= 1e-2 * (dtype == "bfloat16") + 1e-3
+        without = linear_forward(x, weight)
+        assert max_error(wide(without) + wide(bias), wide(linear_forward(x, weight, bias))) <= 0.05
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_is_summed_in_single_and_rounded_once(dtype):
+    x = cast(numpy.full((1, 4096), 0.01), dtype)
+    bias = cast(numpy.full(1, 100.0), dtype)
+    y = linear_forward(x, x, bias)
+    exact = 100 + 4096 * float(wide(x)[0, 0]) ** 2
+    # The product alone is rounded to 0.4..., and adding that to the bias would round it again.
+    assert y.tobytes() == cast(numpy.array([[exact]]), dtype).tobytes()
+    tall = cast(numpy.full((4096, 3), 0.01), dtype)
+    total = cast(numpy.full(3, 4096 * float(wide(tall)[0, 0])), dtype)
+    assert linear_backward_bias(tall).tobytes() == total.tobytes()
+
+
+def test_the_order_of_threads_changes_nothing():
+    x, weight, bias, dy = problem("float32", 300, 20, 70)
+    assert order_independent(lambda: [linear_forward(x, weight, bias), linear_backward_bias(dy)])
+
+
+def test_what_does_not_fit():
+    x, weight, bias, dy = problem("float32")
+    with pytest.raises(ProblemError, match=r"x has 10 features \(shape \(6, 10\)\) .* \(4, 11\) expects 11"):
+        linear_forward(x[:, :10], weight)
+    with pytest.raises(ProblemError, match=r"x must have 2 dimensions \(N, in features\), got shape \(6, 11, 1\)"):
+        linear_forward(x[..., None], weight)
+    with pytest.raises(ProblemError, match="weight must have 2 dimensions"):
+        linear_forward(x, weight[0])
+    with pytest.raises(ProblemError, match=r"bias must have shape \(4,\), got \(3,\)"):
+        linear_forward(x, weight, bias[:3])
+    with pytest.raises(ProblemError, match="dy has 3 features"):
+        linear_backward_data(dy[:, :3], weight)
+    with pytest.raises(ProblemError, match="dy is of a batch of 3"):
+        linear_backward_weight(dy[:3], x)
+    with pytest.raises(ProblemError, match="dy must have 2 dimensions"):
+        linear_backward_bias(dy[0])
+    with pytest.raises(DtypeError, match="x must be one of float32"):
+        linear_forward(x.astype(int), weight.astype(int))
+    with pytest.raises(DtypeError, match="bias is float64, but x is float32"):
+        linear_forward(x, weight, bias.astype(numpy.float64))
+    with pytest.raises(ArgumentError, match=r"out must have shape \(4,\)"):
+        linear_backward_bias(dy, out=numpy.zeros(3, numpy.float32))
+    with pytest.raises(LayoutError, match=r"negative stride|rows or columns without gaps"):
+        linear_forward(awkward(x), weight)
+    with pytest.raises(LayoutError, match="bias of shape"):
+        linear_forward(x, weight, numpy.zeros(8, numpy.float32)[::2])
+    memory = numpy.zeros((7, 11), numpy.float32)
+    square = numpy.eye(11, dtype=numpy.float32)
+    for call in (
+        lambda: linear_forward(memory[:6], square, out=memory[1:]),
+        lambda: linear_forward(x, square, memory[6], out=memory[1:]),
+        lambda: linear_backward_data(memory[:6], square, out=memory[1:]),
+        lambda: linear_backward_weight(memory, memory[:, :7], out=memory.ravel()[: 11 * 7].reshape(11, 7)),
+        lambda: linear_backward_bias(memory, out=memory[0]),
+    ):
+        with pytest.raises(ArgumentError, match="out shares memory with"):
+            call()
+
+
+# ---------------------------------------------------------------- the products
+
+
+def stored(numbers, by_columns, gap):
+    """``numbers`` (..., rows, columns) stored by rows or by columns, with NaN in the gaps between those."""
+    kept = numbers.swapaxes(-1, -2) if by_columns else numbers
+    memory = numpy.full((*kept.shape[:-1], kept.shape[-1] + gap), numpy.nan).astype(numbers.dtype)
+    memory[..., : kept.shape[-1]] = kept
+    kept = memory[..., : kept.shape[-1]]
+    return kept.swapaxes(-1, -2) if by_columns else kept
+
+
+def products():
+    """(batches of the factors, (M, I, N), how a, b and out are stored), one after the other."""
+    shapes = [(3, 4, 5), (1, 4, 5), (3, 1, 5), (3, 4, 1), (1, 1, 4), (4, 1, 1), (1, 1, 1)]
+    storage = list(itertools.product((False, True), (0, 2)))
+    for batches, shape in itertools.product([(), (1, 1), (3, 3), (3, 1), (1, 3)], shapes):
+        for a, b, out in itertools.product(storage, storage, storage):
+            if batches in ((), (3, 3)) or (a == b and out[0] != a[0]):
+                yield batches, shape, (a, b, out)
+
+
+def by_numpy(a, b, out, accumulate):
+    matmul(a, b, out=out, accumulate=accumulate)
+
+
+def by_cublas(a, b, out, accumulate):
+    library = PlayedCublas()
+    library.mode = 3  # CUBLAS_TF32_TENSOR_OP_MATH, that somebody had set
+    arrays = [device_array(runtime.current(), array, name) for array, name in ((a, "a"), (b, "b"), (out, "out"))]
+    multiply_by_cublas(library, 77, *arrays, accumulate)
+    assert library.modes == [16]  # no TF32, no sums in half precision
+    assert library.mode == 3
+    assert library.called == ["gemmEx" if out.ndim == 2 or len(out) == 1 else "gemmStridedBatchedEx"]
+
+
+@pytest.mark.parametrize("multiply", [by_numpy, by_cublas])
+def test_every_storage_of_every_matrix(multiply):
+    random = numpy.random.default_rng(0)
+    for batches, (m, i, n), (a_stored, b_stored, out_stored) in products():
+        a = random.integers(-9, 10, (*batches[:1], m, i)).astype(numpy.float32)
+        b = random.integers(-9, 10, (*batches[1:], i, n)).astype(numpy.float32)
+        expected = numpy.einsum("...mi,...in->...mn", a, b)
+        for accumulate in (False, True):
+            out = stored(numpy.full(expected.shape, 7 if accumulate else numpy.nan, numpy.float32), *out_stored)
+            around = out.base.copy() if out.base is not None else None
+            multiply(stored(a, *a_stored), stored(b, *b_stored), out, accumulate)
+            what = f"{batches} {(m, i, n)} {a_stored} {b_stored} {out_stored} {accumulate}"
+            assert numpy.array_equal(out, expected + (7 if accumulate else 0)), what
+            if out_stored[1]:
+                assert numpy.isnan(around).sum() >= numpy.isnan(out.base).sum() > 0, what  # the gaps were left
+
+
+@pytest.mark.parametrize("multiply", [by_numpy, by_cublas])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dtypes_of_products(dtype, multiply):
+    random = numpy.random.default_rng(1)
+    a, b = (cast(random.standard_normal(shape), dtype) for shape in ((5, 40), (40, 6)))
+    exact = numpy.einsum("mi,in->mn", wide(a), wide(b))
+    for out_dtype in {dtype, accumulated(dtype)}:
+        plain = numpy.einsum("mi,in->mn", *(array.astype(accumulated(dtype)) for array in (a, b)))
+        for accumulate in (False, True):
+            out = numpy.full((5, 6), 1 if accumulate else numpy.nan).astype(numpy_dtype(out_dtype))
+            multiply(a, b, out, accumulate)
+            bound = error_bound(plain + accumulate, exact + accumulate, out_dtype)
+            assert max_error(wide(out), exact + accumulate) <= bound
+
+
+def test_products_make_their_own_result():
+    a, b = numpy.ones((2, 3), numpy.float32), numpy.ones((3, 4), numpy.float32)
+    assert matmul(a, b).tolist() == [[3.0] * 4] * 2
+    assert matmul(cast(a, "bfloat16"), cast(b, "bfloat16")).dtype == numpy_dtype("bfloat16")
+    assert matmul(a[:, :0], b[:0]).tolist() == [[0.0] * 4] * 2
+    kept = numpy.full((2, 4), 5, numpy.float16)
+    matmul(cast(a, "float16")[:, :0], cast(b, "float16")[:0], out=kept, accumulate=True)
+    assert kept.tolist() == [[5.0] * 4] * 2
+    assert matmul(a[:0], b).shape == (0, 4)
+
+
+def test_products_that_do_not_fit():
+    a, b = numpy.ones((2, 3), numpy.float32), numpy.ones((3, 4), numpy.float32)
+    for left, right in [(a, a), (a[0], b), (a, b[None]), (numpy.ones((2, 2, 3)), numpy.ones((3, 3, 4)))]:
+        with pytest.raises(ArgumentError, match=r"\(M, I\) @ \(I, N\)"):
+            matmul(left, right)
+    with pytest.raises(ArgumentError, match=r"out must have shape \(2, 4\)"):
+        matmul(a, b, out=numpy.ones((4, 2), numpy.float32))
+    with pytest.raises(ArgumentError, match="there is no out"):
+        matmul(a, b, accumulate=True)
+    with pytest.raises(DtypeError, match="got float32 and float64"):
+        matmul(a, b.astype(numpy.float64))
+    with pytest.raises(DtypeError, match="out is float64"):
+        matmul(a, b, out=numpy.ones((2, 4)))
+    with pytest.raises(LayoutError, match="b of shape"):
+        matmul(a, numpy.ones((6, 8), numpy.float32)[::2, ::2])
+    with pytest.raises(LayoutError, match="a of shape"):
+        matmul(numpy.broadcast_to(a[:1], (2, 3)), b)
+    with pytest.raises(ArgumentError, match="out shares memory with a"):
+        matmul(a, numpy.ones((3, 3), numpy.float32), out=a)
+
+
+def test_a_product_too_large_for_cublas():
+    # Nothing of this size is touched: strides alone say how far apart the rows are.
+    array = device_array(runtime.current(), numpy.ones((1, 1), numpy.float32), "a")
+    far = type(array)(array.name, array.array, array.given, array.address, (2, 2), (2**31, 1), "float32", 0)
+    near = type(array)(array.name, array.array, array.given, array.address, (2, 2), (2, 1), "float32", 0)
+    library = PlayedCublas()
+    with pytest.raises(ArgumentError, match="too large: 2147483648"):
+        multiply_by_cublas(library, 77, far, near, near, False)
+    assert library.called == []
+
+
+def test_what_a_gpu_can_multiply(monkeypatch):
+    # The way to cuBLAS, with CuPy's modules and the device played on the host's memory.
+    class Played(HostRuntime):
+        name = "cuda"
+
+    library, device = PlayedCublas(), types.SimpleNamespace(get_cublas_handle=lambda: 77)
+    monkeypatch.setitem(sys.modules, "cupy", types.ModuleType("cupy"))
+    monkeypatch.setitem(sys.modules, "cupy.cuda", types.SimpleNamespace(cublas=library, device=device))
+    monkeypatch.setattr(sys.modules["gpucnn_kernels.matmul"], "current", Played)
+    for capability, dtype in itertools.product(["75", "80", "120"], DTYPES):
+        device.get_compute_capability = lambda capability=capability: capability
+        a, b = (cast(numpy.full(shape, 2.0), dtype) for shape in ((2, 3), (3, 5)))
+        if (capability, dtype) == ("75", "bfloat16"):
+            with pytest.raises(DeviceError, match=r"8\.0 or newer, this one's is 7\.5; use float16"):
+                matmul(a, b)
+        else:
+            assert (wide(matmul(a, b)) == 12).all()
+    assert library.called == ["gemmEx"] * 11
+
+
+def test_the_numbers_are_those_of_cuda():
+    cupy = pytest.importorskip("cupy")
+    from cupy.cuda import cublas
+    from cupy.cuda import runtime as cuda
+
+    from gpucnn_kernels import matmul as module
+
+    assert cupy.__version__
+    letters = {"float32": "32F", "float64": "64F", "float16": "16F", "bfloat16": "16BF"}
+    for name, kind in letters.items():
+        assert getattr(cuda, f"CUDA_R_{kind}") == module._DATA_TYPES[name]
+    for name, number in module._COMPUTE_TYPES.items():
+        assert getattr(cublas, f"CUBLAS_COMPUTE_{letters[name]}") == number
+    assert module._DEFAULT_ALGORITHM == cublas.CUBLAS_GEMM_DEFAULT
+    assert module._MATH_MODE & ~16 == cublas.CUBLAS_DEFAULT_MATH
