@@ -1,0 +1,274 @@
+"""Batch normalization: training, its gradient, and inference, over all axes but 1 of (N, C) or (N, C, H, W).
+
+x is float32, float16, bfloat16 or float64, contiguous or channels-last. Everything that is one number a channel
+(weight, bias, mean, inverse_std, running statistics and the parameters' gradients) is what the sums run in:
+float32, and float64 for float64 x. Half precision would lose a running mean's small steps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gpucnn_kernels.activations import FUNCTIONS
+from gpucnn_kernels.arrays import DeviceArray, image_layout
+from gpucnn_kernels.errors import ArgumentError, DtypeError
+from gpucnn_kernels.launch import Call
+from gpucnn_kernels.problem import ProblemError
+from gpucnn_kernels.source import SCALARS
+
+SOURCE = "batch_norm"
+SOURCES: dict[str, tuple[dict[str, str], ...]] = {SOURCE: ({},)}
+
+_THREADS = 256
+_WARP = 32
+_BLOCKS = 1024  # enough to fill the largest GPUs; the same on all, so that results are the same on all
+_MAX_PARTS = 512  # pieces of a channel, which one warp combines
+_PER_THREAD = 16  # numbers that a thread should have at least before a channel is split
+
+
+def _checked(call: Call, *per_channel: str) -> tuple[str, int]:
+    """(dtype of x, channels) after the checks that all three functions share."""
+    x = call["x"]
+    dtype = call.floating("x")
+    if len(x.shape) not in (2, 4):
+        raise ProblemError(f"batch norm takes (N, C) or (N, C, H, W), got x of shape {x.shape}")
+    if len(x.shape) == 4:
+        image_layout(x)
+    else:
+        call.contiguous("x")
+    accumulate = SCALARS[dtype][1]
+    for name in per_channel:
+        array = call.get(name)
+        if array is not None and array.dtype != accumulate:
+            raise DtypeError(
+                f"{name} must be {accumulate} where x is {dtype}: batch norm keeps its parameters and statistics "
+                f"in {accumulate}; got {array.dtype}, convert it with .astype('{accumulate}')"
+            )
+        call.require(name, shape=(x.shape[1],))
+    call.contiguous(*per_channel)
+    return dtype, x.shape[1]
+
+
+def _walk(x: DeviceArray) -> dict[str, int]:
+    """How the kernels' blocks go over x: the struct BatchNormWalk."""
+    channels = x.shape[1]
+    count = x.size // max(channels, 1)
+    pixels = x.shape[2] * x.shape[3] if len(x.shape) == 4 else 1
+    if pixels == 1 or image_layout(x) == "channels_last":
+        width, inner, steps = min(_WARP, 1 << max(channels - 1, 0).bit_length()), 1, (1, channels, 1)
+    else:
+        width, inner, steps = 1, max(pixels, 1), (1, channels * pixels, pixels)
+    tiles = max(1, -(-channels // width))
+    lanes = _THREADS // width
+    parts = min(-(-_BLOCKS // tiles), -(-count // (lanes * _PER_THREAD)), _MAX_PARTS)
+    per_part = -(-count // max(parts, 1))
+    return {
+        "channels": channels,
+        "width": width,
+        "parts": max(1, -(-count // max(per_part, 1))),
+        "count": count,
+        "per_part": max(per_part, 1),
+        "inner": inner,
+        "inner_step": steps[0],
+        "outer_step": steps[1],
+        "channel_step": steps[2],
+    }
+
+
+def _grid(walk: dict[str, int]) -> tuple[int, int]:
+    return -(-walk["channels"] // walk["width"]), walk["parts"]
+
+
+def _combine(call: Call, kernel: str, dtype: str, walk: dict[str, int], **arguments: Any) -> None:
+    """Start a kernel that gives a warp to each channel."""
+    warps = _THREADS // _WARP
+    blocks = -(-walk["channels"] // warps)
+    call.launch(SOURCE, kernel, blocks, (_WARP, warps), scalar=dtype, walk=walk, **arguments)
+
+
+def _function(activation: str) -> int:
+    if activation not in FUNCTIONS:
+        raise ArgumentError(f"activation must be one of {', '.join(FUNCTIONS)}, got {activation!r}")
+    return FUNCTIONS[activation]
+
+
+def batch_norm_forward(
+    x: Any,
+    weight: Any = None,
+    bias: Any = None,
+    running_mean: Any = None,
+    running_var: Any = None,
+    *,
+    momentum: float = 0.1,
+    epsilon: float = 1e-5,
+    activation: str = "identity",
+    negative_slope: float = 0.01,
+    out: Any = None,
+    stream: Any = None,
+) -> Any:
+    """(y, mean, inverse_std) with statistics over all axes but 1 of x (N, C) or (N, C, H, W).
+
+    y = (x - mean) * inverse_std * weight + bias, inverse_std = 1 / sqrt(biased variance + epsilon), and then the
+    ``activation`` ("leaky_relu" with ``negative_slope``). The running statistics, where given, move in place by
+    ``momentum`` towards the mean and the *unbiased* variance. All but x and y are (C,) and float32 (float64 for
+    float64 x). ``out`` has x's layout, and may be x.
+
+    Raises ProblemError with fewer than two values a channel, LayoutError where x is neither contiguous nor
+    channels-last.
+    """
+    function = _function(activation)
+    vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    with Call(stream, x=x, **vectors, out=out) as call:
+        dtype, channels = _checked(call, *vectors)
+        call.floating("x", "out")
+        call.elementwise("x", "out")
+        walk = _walk(call["x"])
+        if channels and walk["count"] < 2:
+            raise ProblemError(
+                f"batch norm in training needs at least two values a channel, got {walk['count']} from x of shape "
+                f"{call['x'].shape}: a batch of one has no variance; use a larger batch, or batch_norm_inference"
+            )
+        accumulate = SCALARS[dtype][1]
+        y = call.output(call["x"].shape, dtype, like=call["x"])
+        mean, rest, inverse_std = (call.empty((channels,), accumulate) for _ in range(3))
+        size = channels * walk["parts"]
+        partial = {"means": call.scratch(size, "float64"), "squares": call.scratch(size, accumulate)}
+        call.launch(
+            SOURCE,
+            "batch_norm_statistics",
+            _grid(walk),
+            scalar=dtype,
+            x=call["x"],
+            means=partial["means"],
+            squares=partial["squares"],
+            walk=walk,
+        )
+        _combine(
+            call,
+            "batch_norm_combine",
+            dtype,
+            walk,
+            **partial,
+            mean=mean,
+            rest=rest,
+            inverse_std=inverse_std,
+            running_mean=call.get("running_mean"),
+            running_var=call.get("running_var"),
+            momentum=momentum,
+            epsilon=epsilon,
+        )
+        call.launch(
+            SOURCE,
+            "batch_norm_normalize",
+            _grid(walk),
+            scalar=dtype,
+            x=call["x"],
+            y=y,
+            mean=mean,
+            rest=rest,
+            scale=inverse_std,
+            weight=call.get("weight"),
+            bias=call.get("bias"),
+            walk=walk,
+            scale_is_variance=False,
+            epsilon=epsilon,
+            function=function,
+            negative_slope=negative_slope,
+        )
+        return call.give(y, mean, inverse_std)
+
+
+def batch_norm_backward(
+    dy: Any, x: Any, weight: Any, mean: Any, inverse_std: Any, *, out: Any = None, stream: Any = None
+) -> Any:
+    """(dx, dweight, dbias) of the training-time batch norm, for dy of its result before any activation.
+
+    ``mean`` and ``inverse_std`` are forward's. dx has x's dtype, the others, (C,), are float32 (float64 for
+    float64 x). dy, x and ``out`` have one layout; ``out`` may be dy or x. An empty batch gives zero dweight and
+    dbias.
+    """
+    vectors = {"weight": weight, "mean": mean, "inverse_std": inverse_std}
+    with Call(stream, dy=dy, x=x, **vectors, out=out) as call:
+        dtype, channels = _checked(call, *vectors)
+        call.floating("dy", "x", "out")
+        call.elementwise("x", "dy", "out")
+        walk = _walk(call["x"])
+        accumulate = SCALARS[dtype][1]
+        dx = call.output(call["x"].shape, dtype, like=call["x"])
+        dweight, dbias = call.empty((channels,), accumulate), call.empty((channels,), accumulate)
+        partials = call.scratch(3 * channels * walk["parts"], accumulate)
+        coefficients = call.scratch(3 * channels, accumulate)
+        arrays: dict[str, Any] = {"dy": call["dy"], "x": call["x"], "mean": call["mean"]}
+        call.launch(
+            SOURCE, "batch_norm_backward_sums", _grid(walk), scalar=dtype, partials=partials, walk=walk, **arrays
+        )
+        _combine(
+            call,
+            "batch_norm_backward_combine",
+            dtype,
+            walk,
+            partials=partials,
+            inverse_std=call["inverse_std"],
+            weight=call.get("weight"),
+            dweight=dweight,
+            dbias=dbias,
+            coefficients=coefficients,
+        )
+        call.launch(
+            SOURCE,
+            "batch_norm_backward_data",
+            _grid(walk),
+            scalar=dtype,
+            dx=dx,
+            coefficients=coefficients,
+            walk=walk,
+            **arrays,
+        )
+        return call.give(dx, dweight, dbias)
+
+
+def batch_norm_inference(
+    x: Any,
+    weight: Any,
+    bias: Any,
+    running_mean: Any,
+    running_var: Any,
+    *,
+    epsilon: float = 1e-5,
+    activation: str = "identity",
+    negative_slope: float = 0.01,
+    out: Any = None,
+    stream: Any = None,
+) -> Any:
+    """(x - running_mean) / sqrt(running_var + epsilon) * weight + bias, and then the ``activation``.
+
+    All but x and the result are (C,) and float32 (float64 for float64 x); weight and bias may be None. ``out`` has
+    x's layout, and may be x.
+    """
+    function = _function(activation)
+    vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    with Call(stream, x=x, **vectors, out=out) as call:
+        dtype, _ = _checked(call, *vectors)
+        call.floating("x", "out")
+        call.elementwise("x", "out")
+        y = call.output(call["x"].shape, dtype, like=call["x"])
+        walk = _walk(call["x"])
+        call.launch(
+            SOURCE,
+            "batch_norm_normalize",
+            _grid(walk),
+            scalar=dtype,
+            x=call["x"],
+            y=y,
+            mean=call["running_mean"],
+            rest=None,
+            scale=call["running_var"],
+            weight=call.get("weight"),
+            bias=call.get("bias"),
+            walk=walk,
+            scale_is_variance=True,
+            epsilon=epsilon,
+            function=function,
+            negative_slope=negative_slope,
+        )
+        return call.give(y)
