@@ -1,0 +1,229 @@
+"""Softmax cross-entropy and its gradient, in PyTorch's definition. Public as ``losses``' functions.
+
+Logits are float32, float16, bfloat16 or float64 and contiguous, (N, C); computed in float32 (float64 for float64),
+summed over the batch in float64. Class weights are float32 (float64 for float64 logits).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gpucnn_kernels.arrays import DeviceArray
+from gpucnn_kernels.errors import ArgumentError, DtypeError
+from gpucnn_kernels.launch import Call, blocks_for
+from gpucnn_kernels.problem import ProblemError
+from gpucnn_kernels.softmax import row_threads
+from gpucnn_kernels.source import SCALARS
+
+SOURCE = "cross_entropy"
+REDUCTIONS = ("mean", "sum", "none")
+LABELS = ("uint8", "int32", "int64")
+"""The dtypes of class numbers."""
+
+MAX_PARTS = 1024
+"""Blocks that each leave a partial sum: enough to fill a GPU, few enough for one block to add up."""
+
+
+def check_reduction(reduction: str) -> None:
+    """Raise ArgumentError unless ``reduction`` is "mean", "sum" or "none"."""
+    if reduction not in REDUCTIONS:
+        choices = ", ".join(map(repr, REDUCTIONS))
+        raise ArgumentError(f"reduction must be one of {choices}, got {reduction!r}")
+
+
+def require_weight(call: Call, name: str, dtype: str) -> None:
+    """Raise DtypeError unless the weights ``name``, where given, have the accumulating type for ``dtype``."""
+    weight, accumulate = call.get(name), SCALARS[dtype][1]
+    if weight is not None and weight.dtype != accumulate:
+        raise DtypeError(
+            f"{name} must be {accumulate} where the loss is computed in {accumulate}, as for {dtype} input; got "
+            f"{weight.dtype}, convert it with .astype('{accumulate}')"
+        )
+
+
+class _Targets:
+    """The targets of a call, checked, as the kernels take them."""
+
+    def __init__(self, call: Call, rows: str, label_smoothing: float) -> None:
+        first, targets = call[rows], call["targets"]
+        if len(first.shape) != 2:
+            raise ProblemError(f"{rows} must have 2 dimensions (N, classes), got shape {first.shape}")
+        self.samples, self.classes = first.shape
+        if not 0 <= label_smoothing <= 1:
+            raise ArgumentError(f"label_smoothing must lie between 0 and 1, got {label_smoothing!r}")
+        if self.classes == 0:
+            raise ProblemError(f"{rows} must have at least one class, got shape {first.shape}")
+        self.dtype = call.floating(rows)
+        self.labels = len(targets.shape) == 1
+        if self.labels:
+            if targets.dtype not in LABELS:
+                raise DtypeError(
+                    f"targets (N,) are class numbers, {', '.join(LABELS)}, got {targets.dtype}; convert them with "
+                    ".astype('int64'), or give probabilities of shape (N, C)"
+                )
+            call.require("targets", shape=(self.samples,))
+        else:
+            if targets.dtype not in SCALARS:
+                raise DtypeError(
+                    f"targets of shape {targets.shape} are probabilities and must be {self.dtype}, as {rows}, got "
+                    f"{targets.dtype}; class numbers have shape ({self.samples},)"
+                )
+            call.floating(rows, "targets")
+            call.require("targets", shape=first.shape)
+        require_weight(call, "weight", self.dtype)
+        call.require("weight", shape=(self.classes,))
+        call.contiguous(rows, "targets", "weight")
+        self.weighted = self.labels and call.get("weight") is not None
+        shape = {
+            "samples": self.samples,
+            "classes": self.classes,
+            "labels": self.labels,
+            "soft": label_smoothing / self.classes,
+            "hard": 1 - label_smoothing,
+        }
+        self.label_arguments: dict[str, Any] = {
+            f"labels_{dtype}": targets if self.labels and targets.dtype == dtype else None for dtype in LABELS
+        }
+        self.arguments: dict[str, Any] = {
+            **self.label_arguments,
+            "targets": None if self.labels else targets,
+            "weight": call.get("weight"),
+            "shape": shape,
+        }
+        self.threads = row_threads(self.classes)
+
+
+def softmax_cross_entropy_forward(
+    logits: Any,
+    targets: Any,
+    *,
+    weight: Any = None,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    check_targets: bool = True,
+    stream: Any = None,
+) -> Any:
+    """(loss, probabilities) for logits (N, C) and targets (N,) of class numbers or (N, C) of probabilities.
+
+    With smoothing e, the target is (1 - e) * one_hot + e / C; a class weight multiplies each class's term, and
+    for class numbers "mean" divides by the sum of the targets' weights. ``reduction`` is "mean", "sum" (loss then
+    a 0-d array on the device) or "none" (loss (N,)). Loss and probabilities have the dtype of the logits.
+
+    Class numbers are uint8, int32 or int64; probabilities have the dtype of the logits. A class number outside
+    0 .. C - 1 raises ArgumentError. To see it, the call waits for the GPU, once; ``check_targets=False`` does not
+    wait (and can be captured in a graph): such a sample's loss, and with it the whole loss, is then NaN. Nothing
+    out of bounds is read in either case.
+    """
+    check_reduction(reduction)
+    with Call(stream, logits=logits, targets=targets, weight=weight) as call:
+        given = _Targets(call, "logits", label_smoothing)
+        probabilities = call.empty(call["logits"].shape, given.dtype)
+        single = reduction != "none"
+        loss = call.empty(() if single else (given.samples,), given.dtype)
+        blocks = min(blocks_for(given.samples, given.threads[1]), MAX_PARTS)
+        partial: dict[str, Any] = {
+            "block_losses": call.scratch(max(blocks, 1), "float64"),
+            "block_weights": call.scratch(max(blocks, 1), "float64"),
+            "block_invalid": call.scratch(max(blocks, 1), "int64"),
+        }
+        call.launch(
+            SOURCE,
+            "cross_entropy_forward",
+            blocks,
+            given.threads,
+            scalar=given.dtype,
+            logits=call["logits"],
+            probabilities=probabilities,
+            losses=None if single else loss,
+            **given.arguments,
+            **partial,
+        )
+        check = given.labels and check_targets
+        if single or check:
+            invalid = call.scratch(1, "int64")
+            call.launch(
+                SOURCE,
+                "cross_entropy_finish",
+                1,
+                scalar=given.dtype,
+                loss=loss if single else None,
+                invalid=invalid,
+                block_count=blocks,
+                samples=given.samples,
+                divide_by_weights=reduction == "mean" and given.weighted,
+                divisor=given.samples if reduction == "mean" else 1,
+                **partial,
+            )
+            if check:
+                _raise_for(int(invalid.array[0].item()), call["targets"], given)
+        return call.give(loss, probabilities)
+
+
+def _raise_for(position: int, targets: DeviceArray, given: _Targets) -> None:
+    if position < given.samples:
+        raise ArgumentError(
+            f"label {targets.array[position].item()} at position {position} is out of range: with {given.classes} "
+            f"classes, labels are 0 .. {given.classes - 1}; check the data set and the model's number of classes"
+        )
+
+
+def softmax_cross_entropy_backward(
+    probabilities: Any,
+    targets: Any,
+    *,
+    weight: Any = None,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    out: Any = None,
+    stream: Any = None,
+) -> Any:
+    """The gradient for the logits of the loss ("none": of the sum of the losses), (N, C).
+
+    ``probabilities`` are the forward result, and ``out`` may be them. A sample whose class number is outside
+    0 .. C - 1 gets a gradient of NaNs; the forward pass is the one that raises.
+    """
+    check_reduction(reduction)
+    with Call(stream, probabilities=probabilities, targets=targets, weight=weight, out=out) as call:
+        given = _Targets(call, "probabilities", label_smoothing)
+        call.floating("probabilities", "out")
+        call.contiguous("out")
+        gradient = call.output(call["probabilities"].shape, given.dtype)
+        weights = _sum_of_weights(call, given) if reduction == "mean" and given.weighted else None
+        call.launch(
+            SOURCE,
+            "cross_entropy_backward",
+            blocks_for(given.samples, given.threads[1]),
+            given.threads,
+            scalar=given.dtype,
+            probabilities=call["probabilities"],
+            weights=weights,
+            gradient=gradient,
+            divisor=given.samples if reduction == "mean" else 1,
+            **given.arguments,
+        )
+        return call.give(gradient)
+
+
+def _sum_of_weights(call: Call, given: _Targets) -> DeviceArray:
+    """The sum of the labels' weights, in one number on the device."""
+    blocks = max(1, min(blocks_for(given.samples), MAX_PARTS))
+    sums, total = call.scratch(blocks, "float64"), call.scratch(1, "float64")
+    steps: list[tuple[int, int, DeviceArray | None, DeviceArray]] = [
+        (blocks, given.samples, None, total if blocks == 1 else sums)
+    ]
+    if blocks > 1:
+        steps.append((1, blocks, sums, total))
+    for grid, count, summed, result in steps:
+        call.launch(
+            SOURCE,
+            "cross_entropy_divisor",
+            grid,
+            scalar=given.dtype,
+            weight=call["weight"],
+            sums=summed,
+            block_sums=result,
+            count=count,
+            classes=given.classes,
+            **given.label_arguments,
+        )
+    return total

@@ -1,0 +1,184 @@
+// Softmax cross-entropy of logits (N, C), in PyTorch's definition, and its gradient.
+//
+// A row of threads (a warp, or the block where there are many classes) takes a sample: its largest logit, the sum
+// of its powers, then probabilities and loss together. The target of class c is (soft + hard * [c is the label])
+// or (soft + hard * targets[c]), times weight[c], where soft = smoothing / C and hard = 1 - smoothing; it is
+// worked out where it is needed and never stored. Losses and weights are summed in float64, in a fixed order: a
+// number a block first, then those by one block.
+//
+// A label outside 0 .. C - 1 reads nothing: it makes its sample's loss and gradient NaN, and the lowest number of
+// such a sample is reported.
+//
+// Rows' loops are not unrolled: a warp has few rounds to make, and ptxas spills what it unrolls.
+//
+// Memory is the limit: forward reads the logits and writes the probabilities, backward reads the probabilities and
+// writes the gradient.
+#include "activation.cuh"
+#include "reduce.cuh"
+
+// Labels are of one of three types; the pointers to the two others are null. With no labels at all, the targets
+// are probabilities.
+struct CrossEntropyTargets {
+    long long samples, classes;
+    bool labels;
+    accumulate_t soft, hard;
+};
+
+__device__ __forceinline__ float logarithm(float x) { return logf(x); }
+__device__ __forceinline__ double logarithm(double x) { return log(x); }
+__device__ __forceinline__ accumulate_t not_a_number() { return __int_as_float(0x7fffffff); }
+
+__device__ __forceinline__ long long label_of(
+    const unsigned char *bytes, const int *words, const long long *longs, long long sample
+) {
+    return longs ? longs[sample] : words ? words[sample] : bytes ? bytes[sample] : -1;
+}
+
+__device__ __forceinline__ accumulate_t target_of(
+    CrossEntropyTargets shape, long long label, const scalar_t *probabilities, const accumulate_t *weight,
+    long long c
+) {
+    const accumulate_t given =
+        shape.labels ? (c == label ? NUMBER(1) : NUMBER(0)) : load(probabilities[c]);
+    const accumulate_t smooth = shape.soft + shape.hard * given;
+    return weight ? smooth * weight[c] : smooth;
+}
+
+// losses, where not null, gets each sample's loss. Each block leaves the sums of its losses and of its labels'
+// weights, and the first of its samples whose label is out of range (or their number, where none is).
+extern "C" __global__ void __launch_bounds__(256, 3) cross_entropy_forward(
+    const scalar_t *logits, const unsigned char *labels_uint8, const int *labels_int32,
+    const long long *labels_int64, const scalar_t *targets, const accumulate_t *weight, scalar_t *probabilities,
+    scalar_t *losses, double *block_losses, double *block_weights, long long *block_invalid,
+    CrossEntropyTargets shape
+) {
+    __shared__ accumulate_t shared[32];
+    __shared__ double shared_sums[32];
+    __shared__ long long shared_places[32];
+    double loss_sum = 0, weight_sum = 0;
+    long long invalid = shape.samples;
+    const long long step = (long long)gridDim.x * blockDim.y;
+    for (long long n = (long long)blockIdx.x * blockDim.y + threadIdx.y; n < shape.samples; n += step) {
+        const scalar_t *row = logits + n * shape.classes;
+        const long long label = shape.labels ? label_of(labels_uint8, labels_int32, labels_int64, n) : 0;
+        const bool valid = label >= 0 && label < shape.classes;
+        const scalar_t *target_row = shape.labels ? targets : targets + n * shape.classes;
+        accumulate_t largest = load(row[0]);
+#pragma unroll 1
+        for (long long c = threadIdx.x; c < shape.classes; c += blockDim.x) {
+            const accumulate_t value = load(row[c]);
+            largest = value > largest ? value : largest;
+        }
+        largest = row_maximum(largest, shared);
+        accumulate_t total = NUMBER(0);
+#pragma unroll 1
+        for (long long c = threadIdx.x; c < shape.classes; c += blockDim.x) {
+            total += exponential(load(row[c]) - largest);
+        }
+        total = row_sum(total, shared);
+        const accumulate_t log_total = logarithm(total);
+        accumulate_t loss = NUMBER(0);
+#pragma unroll 1
+        for (long long c = threadIdx.x; c < shape.classes; c += blockDim.x) {
+            const accumulate_t shifted = load(row[c]) - largest;
+            probabilities[n * shape.classes + c] = store(exponential(shifted) / total);
+            const accumulate_t target = target_of(shape, label, target_row, weight, c);
+            // A class that no label mentions must not matter, even where its logit is minus infinity.
+            if (!shape.labels || target != NUMBER(0)) loss -= target * (shifted - log_total);
+        }
+        loss = row_sum(loss, shared);
+        if (!valid) loss = not_a_number();
+        if (threadIdx.x == 0) {
+            if (losses) losses[n] = store(loss);
+            loss_sum += loss;
+            if (!valid) {
+                invalid = n < invalid ? n : invalid;
+            } else if (shape.labels) {
+                weight_sum += weight ? weight[label] : NUMBER(1);
+            }
+        }
+    }
+    loss_sum = block_sum(loss_sum, shared_sums);
+    weight_sum = block_sum(weight_sum, shared_sums);
+    invalid = block_minimum(invalid, shared_places);
+    if (thread_of_block() == 0) {
+        block_losses[blockIdx.x] = loss_sum;
+        block_weights[blockIdx.x] = weight_sum;
+        block_invalid[blockIdx.x] = invalid;
+    }
+}
+
+// One block: the loss of all, divided by the sum of the labels' weights or by ``divisor``, and the first sample
+// whose label is out of range, or ``samples``.
+extern "C" __global__ void __launch_bounds__(256) cross_entropy_finish(
+    const double *block_losses, const double *block_weights, const long long *block_invalid, scalar_t *loss,
+    long long *invalid, int block_count, long long samples, bool divide_by_weights, double divisor
+) {
+    __shared__ double shared_sums[32];
+    __shared__ long long shared_places[32];
+    double loss_sum = 0, weight_sum = 0;
+    long long first = samples;
+    for (int block = threadIdx.x; block < block_count; block += blockDim.x) {
+        loss_sum += block_losses[block];
+        weight_sum += block_weights[block];
+        first = block_invalid[block] < first ? block_invalid[block] : first;
+    }
+    loss_sum = block_sum(loss_sum, shared_sums);
+    weight_sum = block_sum(weight_sum, shared_sums);
+    first = block_minimum(first, shared_places);
+    if (threadIdx.x == 0) {
+        if (loss) loss[0] = store(loss_sum / (divide_by_weights ? weight_sum : divisor));
+        invalid[0] = first;
+    }
+}
+
+// The sum of the labels' weights, which the gradient of a weighted mean divides by; a number a block, then the sum
+// of those by one block, with the same kernel (labels null, ``sums`` summed instead).
+extern "C" __global__ void __launch_bounds__(256) cross_entropy_divisor(
+    const unsigned char *labels_uint8, const int *labels_int32, const long long *labels_int64,
+    const accumulate_t *weight, const double *sums, double *block_sums, long long count, long long classes
+) {
+    __shared__ double shared[32];
+    double sum = 0;
+    const long long step = (long long)gridDim.x * blockDim.x;
+    for (long long n = (long long)blockIdx.x * blockDim.x + threadIdx.x; n < count; n += step) {
+        if (sums) {
+            sum += sums[n];
+        } else {
+            const long long label = label_of(labels_uint8, labels_int32, labels_int64, n);
+            if (label >= 0 && label < classes) sum += weight[label];
+        }
+    }
+    sum = block_sum(sum, shared);
+    if (threadIdx.x == 0) block_sums[blockIdx.x] = sum;
+}
+
+// (p * sum of the targets - target) / divisor; ``weights`` (device memory) is the divisor where not null. The
+// gradient may take the probabilities' place.
+extern "C" __global__ void __launch_bounds__(256, 4) cross_entropy_backward(
+    const scalar_t *probabilities, const unsigned char *labels_uint8, const int *labels_int32,
+    const long long *labels_int64, const scalar_t *targets, const accumulate_t *weight, const double *weights,
+    scalar_t *gradient, CrossEntropyTargets shape, accumulate_t divisor
+) {
+    __shared__ accumulate_t shared[32];
+    const accumulate_t divided_by = weights ? (accumulate_t)weights[0] : divisor;
+    const long long step = (long long)gridDim.x * blockDim.y;
+    for (long long n = (long long)blockIdx.x * blockDim.y + threadIdx.y; n < shape.samples; n += step) {
+        const long long start = n * shape.classes;
+        const long long label = shape.labels ? label_of(labels_uint8, labels_int32, labels_int64, n) : 0;
+        const bool valid = label >= 0 && label < shape.classes;
+        const scalar_t *target_row = shape.labels ? targets : targets + start;
+        accumulate_t total = NUMBER(0);
+#pragma unroll 1
+        for (long long c = threadIdx.x; c < shape.classes; c += blockDim.x) {
+            total += target_of(shape, label, target_row, weight, c);
+        }
+        total = row_sum(total, shared);
+#pragma unroll 1
+        for (long long c = threadIdx.x; c < shape.classes; c += blockDim.x) {
+            const accumulate_t target = target_of(shape, label, target_row, weight, c);
+            const accumulate_t value = load(probabilities[start + c]) * total - target;
+            gradient[start + c] = store(valid ? value / divided_by : not_a_number());
+        }
+    }
+}

@@ -1,0 +1,328 @@
+"""Softmax cross-entropy kernels on the host runtime against loops that follow the definition."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import numpy
+import pytest
+
+import gpucnn_kernels as kernels
+from gpucnn_kernels import runtime
+from gpucnn_kernels.errors import ArgumentError, DtypeError, LayoutError
+from gpucnn_kernels.problem import ProblemError
+from gpucnn_kernels.runtime import host
+from gpucnn_kernels.runtime.host_array import HostArray
+from tests.accuracy import awkward, max_error
+from tests.kernel_arrays import DTYPES, EPSILON, accumulated, cast, error_bound, wide
+from tests.oracles import activations as activation_oracle
+from tests.oracles import losses as oracle
+
+REDUCTIONS = ("mean", "sum", "none")
+LABELS = ("uint8", "int32", "int64")
+
+
+@pytest.fixture(autouse=True)
+def host_runtime():
+    with runtime.using("host"):
+        yield
+
+
+def exact(random, shape, low, high):
+    """Random numbers in float64 that all four dtypes have."""
+    return wide(cast(random.uniform(low, high, shape), "bfloat16"))
+
+
+def divided(total, reduction, divisor):
+    return total / divisor if reduction == "mean" else total
+
+
+SIZES = [(1, 1), (7, 5), (3, 40), (70, 10), (2, 1100)]  # rows for warps; for blocks
+
+
+def classification(kind, weighted, count=7, classes=5, seed=0):
+    random = numpy.random.default_rng(seed + count)
+    logits = exact(random, (count, classes), -6, 6)
+    weight = exact(random, (classes,), 0.1, 1.1) if weighted else None
+    if kind == "labels":
+        return logits, random.integers(0, min(classes, 256), count), weight
+    return logits, exact(random, (count, classes), 0, 2 / classes), weight
+
+
+def weighted_targets(logits, targets, weight, smoothing, dtype=numpy.float64):
+    """The targets (N, C) as the definition has them, and the divisor of "mean"."""
+    count, classes = logits.shape
+    weight = numpy.ones(classes, dtype) if weight is None else weight.astype(dtype)
+    one_hot = numpy.eye(classes, dtype=dtype)[targets] if targets.ndim == 1 else targets.astype(dtype)
+    divisor = float(wide(weight)[targets].sum()) if targets.ndim == 1 else count
+    return (one_hot * dtype(1 - smoothing) + dtype(smoothing / classes)) * weight, divisor
+
+
+def plain_loss(logits, targets, weight, smoothing, reduction, dtype):
+    """The loss in the accumulating dtype, its terms added in float64 as on the CPU."""
+    acc = numpy.dtype(accumulated(dtype)).type
+    goal, divisor = weighted_targets(logits, targets, weight, smoothing, acc)
+    shifted = logits.astype(acc) - logits.astype(acc).max(axis=1, keepdims=True)
+    terms = -(goal * (shifted - numpy.log(numpy.exp(shifted).sum(axis=1, keepdims=True)))).sum(axis=1)
+    if reduction == "none":
+        return terms
+    return numpy.asarray(divided(terms.sum(dtype=numpy.float64), reduction, divisor)).astype(acc)
+
+
+def in_dtypes(dtype, logits, targets, weight, labels="int64"):
+    """Arrays as the kernels take them."""
+    return (
+        cast(logits, dtype),
+        targets.astype(labels) if targets.ndim == 1 else cast(targets, dtype),
+        None if weight is None else weight.astype(accumulated(dtype)),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["labels", "probabilities"])
+def test_cross_entropy(dtype, kind):
+    for size, weighted, smoothing in product(SIZES, (False, True), (0.0, 0.1, 1.0)):
+        logits, targets, weight = classification(kind, weighted, *size)
+        given = in_dtypes(dtype, logits, targets, weight)
+        softmax = activation_oracle.softmax(logits, 1)
+        for reduction in REDUCTIONS:
+            where = f"{size} weighted {weighted} smoothing {smoothing} {reduction}"
+            loss, probabilities = kernels.softmax_cross_entropy_forward(
+                *given[:2], weight=given[2], label_smoothing=smoothing, reduction=reduction
+            )
+            assert loss.dtype == probabilities.dtype == given[0].dtype, where
+            assert loss.shape == ((size[0],) if reduction == "none" else ()), where
+            assert isinstance(loss, numpy.ndarray), where
+            expected = numpy.asarray(oracle.cross_entropy(logits, targets, weight, smoothing, reduction))
+            plain = plain_loss(logits, targets, weight, smoothing, reduction, dtype)
+            # A loss near 0 is a difference of numbers of the size of the logits.
+            slack = 12 * EPSILON[accumulated(dtype)]
+            assert max_error(wide(loss), expected) <= error_bound(plain, expected, dtype) + slack, where
+            bound = EPSILON[dtype] / 2 + 8 * EPSILON[accumulated(dtype)]
+            assert max_error(wide(probabilities), softmax) <= bound, where
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["labels", "probabilities"])
+def test_cross_entropy_gradient(dtype, kind):
+    for size, weighted, smoothing in product(SIZES, (False, True), (0.0, 0.2)):
+        logits, targets, weight = classification(kind, weighted, *size, seed=1)
+        given = in_dtypes(dtype, logits, targets, weight)
+        probabilities = cast(activation_oracle.softmax(logits, 1), dtype)
+        goal, divisor = weighted_targets(logits, targets, weight, smoothing)
+        sums = numpy.array([math.fsum(row) for row in goal])[:, None]
+        for reduction in REDUCTIONS:
+            where = f"{size} weighted {weighted} smoothing {smoothing} {reduction}"
+            expected = divided(wide(probabilities) * sums - goal, reduction, divisor)
+            options = {"weight": given[2], "label_smoothing": smoothing, "reduction": reduction}
+            gradient = kernels.softmax_cross_entropy_backward(probabilities, given[1], **options)
+            assert gradient.dtype == probabilities.dtype, where
+            scale = divided(1.0, reduction, divisor) * abs(goal).max()  # of the terms that cancel
+            bound = EPSILON[dtype] / 2 * abs(expected).max() + 6 * EPSILON[accumulated(dtype)] * (
+                abs(expected).max() + scale + divided(sums.max(), reduction, divisor)
+            )
+            assert max_error(wide(gradient), expected) <= bound, where
+            out = probabilities.copy()
+            assert kernels.softmax_cross_entropy_backward(out, given[1], **options, out=out) is out, where
+            numpy.testing.assert_array_equal(out, gradient, err_msg=where)
+
+
+@pytest.mark.parametrize("kind", ["labels", "probabilities"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_cross_entropy_gradient_is_the_slope_of_the_loss(kind, reduction):
+    logits, targets, weight = classification(kind, True, 3, 4, seed=5)
+    options = {"weight": weight, "label_smoothing": 0.1, "reduction": reduction}
+    _, probabilities = kernels.softmax_cross_entropy_forward(logits, targets, **options)
+    gradient = kernels.softmax_cross_entropy_backward(probabilities, targets, **options)
+    for index in numpy.ndindex(*logits.shape):
+        values = []
+        for step in (1e-5, -1e-5):
+            moved = logits.copy()
+            moved[index] += step
+            values.append(oracle.cross_entropy(moved, targets, weight, 0.1, reduction))
+        assert abs(gradient[index] - (values[0] - values[1]) / 2e-5) <= 1e-8
+
+
+def test_many_samples():
+    # More than the blocks that leave a sum, so that blocks go round; and more weights than one block adds up.
+    logits, targets, weight = classification("labels", True, 9000, 3)
+    logits, targets, weight = in_dtypes("float32", logits, targets, weight, "uint8")
+    for reduction in ("mean", "none"):
+        options = {"weight": weight, "label_smoothing": 0.1, "reduction": reduction}
+        expected = numpy.asarray(oracle.cross_entropy(logits, targets, weight, 0.1, reduction))
+        loss, probabilities = kernels.softmax_cross_entropy_forward(logits, targets, **options)
+        assert max_error(loss, expected) <= 2e-7 * abs(expected).max() + 12 * EPSILON["float32"]
+        gradient = kernels.softmax_cross_entropy_backward(probabilities, targets, **options)
+        goal, divisor = weighted_targets(logits, targets, weight, 0.1)
+        exact_gradient = wide(probabilities) * goal.sum(1, keepdims=True) - goal
+        bound = divided(8 * EPSILON["float32"], reduction, divisor)
+        assert max_error(gradient, divided(exact_gradient, reduction, divisor)) <= bound
+    bad = targets.copy()
+    bad[[8999, 8500]] = 3, 200
+    with pytest.raises(ArgumentError, match=r"label 200 at position 8500 is out of range: with 3 classes"):
+        kernels.softmax_cross_entropy_forward(logits, bad)
+
+
+@pytest.mark.parametrize("labels", LABELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_label_dtypes(dtype, labels):
+    logits, targets, weight = classification("labels", True)
+    wanted = in_dtypes(dtype, logits, targets, weight)
+    given = in_dtypes(dtype, logits, targets, weight, labels)
+    expected = kernels.softmax_cross_entropy_forward(*wanted[:2], weight=wanted[2])
+    result = kernels.softmax_cross_entropy_forward(*given[:2], weight=given[2])
+    for one, other in zip(result, expected, strict=True):
+        numpy.testing.assert_array_equal(one, other)
+    numpy.testing.assert_array_equal(
+        kernels.softmax_cross_entropy_backward(result[1], given[1], weight=given[2]),
+        kernels.softmax_cross_entropy_backward(result[1], wanted[1], weight=wanted[2]),
+    )
+
+
+def test_cross_entropy_of_extreme_logits():
+    logits = numpy.array([[1e30, -1e30, 0], [-1e4, 1e4, 0], [-numpy.inf, 0, 0]], numpy.float32)
+    loss, probabilities = kernels.softmax_cross_entropy_forward(logits, numpy.array([0, 0, 1]), reduction="none")
+    numpy.testing.assert_allclose(loss, [0, 2e4, math.log(2)], rtol=1e-6)
+    numpy.testing.assert_array_equal(probabilities, [[1, 0, 0], [0, 1, 0], [0, 0.5, 0.5]])
+    lost, _ = kernels.softmax_cross_entropy_forward(logits, numpy.array([0, 0, 0]), reduction="none")
+    assert lost[2] == numpy.inf
+    nan = numpy.full((1, 3), numpy.nan, numpy.float32)
+    assert numpy.isnan(kernels.softmax_cross_entropy_forward(nan, numpy.array([1]))[0])
+
+
+def test_cross_entropy_gradient_keeps_its_digits():
+    logits = numpy.random.default_rng(4).uniform(-30, 0, (40, 5)).astype(numpy.float32)
+    labels = numpy.arange(40) % 5
+    _, probabilities = kernels.softmax_cross_entropy_forward(logits, labels)
+    gradient = kernels.softmax_cross_entropy_backward(probabilities, labels, reduction="sum")
+    for n, k in numpy.ndindex(*logits.shape):
+        rest = math.fsum(math.exp(float(logits[n, j]) - float(logits[n, k])) for j in range(5) if j != k)
+        expected, slack = (-rest / (1 + rest), 2.0**-22) if k == labels[n] else (1 / (1 + rest), 0.0)
+        assert abs(float(gradient[n, k]) - expected) <= 2e-6 * abs(expected) + slack
+
+
+@pytest.mark.parametrize("labels", ["int32", "int64"])
+@pytest.mark.parametrize("classes", [3, 1100])
+def test_labels_out_of_range(labels, classes):
+    logits = numpy.zeros((4, classes), numpy.float32)
+    weight = numpy.ones(classes, numpy.float32)
+    largest = numpy.iinfo(labels).max
+    for bad, position in (([0, 1, classes, -1], 2), ([0, -100, largest, 1], 1), ([0, 1, 2, -largest - 1], 3)):
+        targets = numpy.array(bad, labels)
+        pattern = (
+            rf"label {bad[position]} at position {position} is out of range: with {classes} classes, labels are 0 "
+        )
+        for reduction, given in product(REDUCTIONS, (None, weight)):
+            options = {"weight": given, "reduction": reduction}
+            with pytest.raises(ArgumentError, match=pattern):
+                kernels.softmax_cross_entropy_forward(logits, targets, **options)
+            # Unchecked, it is NaN wherever such a label has a part, and nothing beyond the arrays is touched.
+            loss, probabilities = kernels.softmax_cross_entropy_forward(
+                logits, targets, **options, check_targets=False
+            )
+            wrong = (targets < 0) | (targets >= classes)
+            numpy.testing.assert_array_equal(
+                numpy.isnan(loss), wrong if reduction == "none" else True, err_msg=f"{bad}"
+            )
+            assert max_error(probabilities, 1 / classes) <= 1e-7
+            gradient = kernels.softmax_cross_entropy_backward(probabilities, targets, **options)
+            numpy.testing.assert_array_equal(numpy.isnan(gradient).all(axis=1), wrong)
+            assert numpy.isfinite(gradient[~wrong]).all()
+
+
+def test_unchecked_labels_in_range_give_the_same():
+    logits, targets, _ = classification("labels", False)
+    for reduction in REDUCTIONS:
+        checked = kernels.softmax_cross_entropy_forward(logits, targets, reduction=reduction)
+        unchecked = kernels.softmax_cross_entropy_forward(
+            logits, targets, reduction=reduction, check_targets=False
+        )
+        for one, other in zip(checked, unchecked, strict=True):
+            numpy.testing.assert_array_equal(one, other)
+
+
+def test_cross_entropy_of_nothing():
+    empty, labels = numpy.zeros((0, 3), numpy.float32), numpy.zeros(0, numpy.int64)
+    weight = numpy.ones(3, numpy.float32)
+    for given in (None, weight):
+        forward = kernels.softmax_cross_entropy_forward
+        assert forward(empty, labels, weight=given, reduction="sum")[0] == 0
+        assert numpy.isnan(forward(empty, labels, weight=given)[0])
+        assert forward(empty, labels, weight=given, reduction="none")[0].shape == (0,)
+        assert kernels.softmax_cross_entropy_backward(empty, labels, weight=given).shape == (0, 3)
+    assert numpy.isnan(kernels.softmax_cross_entropy_forward(empty, empty)[0])
+
+
+def test_wrong_targets():
+    logits = numpy.zeros((4, 3), numpy.float32)
+    labels = numpy.zeros(4, numpy.int64)
+    forward = kernels.softmax_cross_entropy_forward
+    with pytest.raises(DtypeError, match=r"class numbers, uint8, int32, int64, got float64"):
+        forward(logits, numpy.zeros(4))
+    with pytest.raises(DtypeError, match=r"class numbers, .*, got uint32"):
+        forward(logits, numpy.zeros(4, numpy.uint32))
+    with pytest.raises(
+        DtypeError, match=r"must be float32, as logits, got int64; class numbers have shape \(4,\)"
+    ):
+        forward(logits, numpy.zeros((4, 3), numpy.int64))
+    with pytest.raises(DtypeError, match="targets is float64, but logits is float32"):
+        forward(logits, numpy.zeros((4, 3)))
+    with pytest.raises(DtypeError, match=r"targets must be a numpy\.ndarray"):
+        forward(logits, [0, 1, 2, 0])
+    with pytest.raises(ArgumentError, match=r"targets must have shape \(4,\), got \(3,\)"):
+        forward(logits, labels[:3])
+    with pytest.raises(ArgumentError, match=r"targets must have shape \(4, 3\), got \(4, 2\)"):
+        forward(logits, numpy.zeros((4, 2), numpy.float32))
+    with pytest.raises(ArgumentError, match=r"weight must have shape \(3,\), got \(4,\)"):
+        forward(logits, labels, weight=numpy.ones(4, numpy.float32))
+    with pytest.raises(DtypeError, match=r"weight must be float32 .*float16 input; got float16, convert it"):
+        forward(logits.astype("f2"), labels, weight=numpy.ones(3, numpy.float16))
+    with pytest.raises(ProblemError, match="logits must have 2 dimensions"):
+        forward(logits[0], labels[:3])
+    with pytest.raises(ProblemError, match="at least one class"):
+        forward(numpy.zeros((4, 0), numpy.float32), labels)
+    with pytest.raises(DtypeError, match="logits must be one of float32"):
+        forward(logits.astype("int32"), labels)
+    for wrong in (1.5, -0.1, math.nan):
+        with pytest.raises(ArgumentError, match="label_smoothing must lie between 0 and 1, got"):
+            forward(logits, labels, label_smoothing=wrong)
+    with pytest.raises(ArgumentError, match="reduction must be one of 'mean', 'sum', 'none', got 'average'"):
+        forward(logits, labels, reduction="average")
+    with pytest.raises(LayoutError, match="logits of shape"):
+        forward(awkward(logits), labels)
+    with pytest.raises(LayoutError, match="targets of shape"):
+        forward(logits, numpy.zeros(8, numpy.int64)[::2])
+    backward = kernels.softmax_cross_entropy_backward
+    with pytest.raises(LayoutError, match="out of shape"):
+        backward(logits, labels, out=numpy.zeros((3, 4), numpy.float32).T)
+    with pytest.raises(ArgumentError, match=r"out must have shape \(4, 3\), got \(3, 4\)"):
+        backward(logits, labels, out=numpy.zeros((3, 4), numpy.float32))
+    with pytest.raises(DtypeError, match="out is float64, but probabilities is float32"):
+        backward(logits, labels, out=numpy.zeros((4, 3)))
+
+
+def test_the_order_of_threads_changes_nothing():
+    for size in ((70, 10), (3, 1100)):
+        logits, labels, weight = in_dtypes("float32", *classification("labels", True, *size))
+        soft = kernels.softmax_forward(logits)
+
+        def run(logits=logits, labels=labels, weight=weight, soft=soft):
+            results = []
+            for targets in (labels, soft):
+                options = {"weight": weight, "label_smoothing": 0.1}
+                results += kernels.softmax_cross_entropy_forward(logits, targets, **options)
+                results.append(kernels.softmax_cross_entropy_backward(soft, targets, **options))
+            return results
+
+        assert host.order_independent(run), size
+
+
+def test_the_loss_is_an_array_on_the_device():
+    x = numpy.ones((2, 4), numpy.float32).view(HostArray)
+    labels = numpy.array([0, 3]).view(HostArray)
+    loss, probabilities = kernels.softmax_cross_entropy_forward(x, labels)
+    assert type(loss) is type(probabilities) is HostArray
+    assert loss.shape == ()
+    with pytest.raises(ArgumentError, match="label 4 at position 1"):
+        kernels.softmax_cross_entropy_forward(x, labels + 1)
