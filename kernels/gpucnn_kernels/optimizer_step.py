@@ -87,6 +87,7 @@ def adam_step(
             "weight_decay": lr * weight_decay if decoupled else weight_decay,
             "decoupled": int(decoupled),
         }
+        _require_given(call, *arrays)
         _step(call, "adam_step", options, first_moment="first_moment", second_moment="second_moment")
 
 
@@ -124,7 +125,7 @@ def rmsprop_step(
             "weight_decay": weight_decay,
             "momentum": momentum,
         }
-        call["square_average"]  # must be given
+        _require_given(call, "square_average")
         _step(
             call,
             "rmsprop_step",
@@ -133,6 +134,12 @@ def rmsprop_step(
             velocity="momentum_buffer",
             gradient_average="gradient_average",
         )
+
+
+def _require_given(call: Call, *names: str) -> None:
+    """Raise DtypeError where one of these arguments is None: a kernel would do without that state, or fail."""
+    for name in names:
+        call[name]
 
 
 def _step(call: Call, kernel: str, options: dict[str, Any], **state: str) -> None:
