@@ -30,6 +30,7 @@ RUNTIME = INCLUDE / "runtime.cpp"
 COMMON_FLAGS = (
     "-std=c++17",
     "-g1",
+    "-gdwarf-4",  # addr2line (binutils 2.40) mistakes the first file of version 5
     "-fPIC",
     "-fvisibility=hidden",
     "-fno-exceptions",

@@ -1,6 +1,6 @@
 // What __half and __nv_bfloat16 have in common: a 16-bit number is stored, arithmetic is done in float and rounded
 // once, to nearest even. (float has more than twice their digits and two more, so rounding first to float and then
-// to 16 bits gives the correctly rounded sum, difference, product, quotient and root. fma goes through double.)
+// to 16 bits gives the correctly rounded sum, difference, product, quotient and root; fma takes more care.)
 #pragma once
 
 #include "gpucnn_host_sixteen_bit_format.h"
@@ -41,6 +41,21 @@ template <> inline unsigned short from_float<5>(float value) {
     return bits;
 }
 #endif
+
+// x y + z in double, inexact results to the neighbour with an odd last bit, so that rounding again to fewer digits
+// rounds correctly (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008). The product of two
+// numbers of 16 bits is exact, and what the addition loses is found by Knuth's two-sum.
+inline double multiply_add_to_odd(double x, double y, double z) {
+    const double product = x * y, sum = product + z, added = sum - product;
+    const double lost = (product - (sum - added)) + (z - added);
+    if (!(lost > 0 || lost < 0) || sum - sum != 0) return sum;  // exact, infinite or NaN
+    unsigned long long bits;
+    __builtin_memcpy(&bits, &sum, sizeof bits);
+    if (bits % 2 == 0) bits += (lost > 0) == (sum > 0) ? 1 : -1;
+    double odd;
+    __builtin_memcpy(&odd, &bits, sizeof odd);
+    return odd;
+}
 
 // The types themselves: __half is SixteenBit<5>, __nv_bfloat16 is SixteenBit<8>.
 template <int E> struct SixteenBit {
@@ -113,7 +128,9 @@ template <int E> GPUCNN_HOST_NUMBER __hdiv(GPUCNN_HOST_NUMBER x, GPUCNN_HOST_NUM
 template <int E> GPUCNN_HOST_PAIR __h2div(GPUCNN_HOST_PAIR x, GPUCNN_HOST_PAIR y) { return x / y; }
 template <int E>
 GPUCNN_HOST_NUMBER __hfma(GPUCNN_HOST_NUMBER x, GPUCNN_HOST_NUMBER y, GPUCNN_HOST_NUMBER z) {
-    return GPUCNN_HOST_NUMBER(double(float(x)) * double(float(y)) + double(float(z)));
+    return GPUCNN_HOST_NUMBER::from_bits(
+        gpucnn_host::Format<E>::narrow(gpucnn_host::multiply_add_to_odd(float(x), float(y), float(z)))
+    );
 }
 template <int E> GPUCNN_HOST_PAIR __hfma2(GPUCNN_HOST_PAIR x, GPUCNN_HOST_PAIR y, GPUCNN_HOST_PAIR z) {
     return {__hfma(x.x, y.x, z.x), __hfma(x.y, y.y, z.y)};

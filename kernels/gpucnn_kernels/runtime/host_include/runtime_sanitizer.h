@@ -84,7 +84,7 @@ struct TypeMismatch {
     unsigned char kind;
 };
 
-[[noreturn]] static void mismatch(const void *data, uintptr_t pointer) {
+static void mismatch(const void *data, uintptr_t pointer) {
     const TypeMismatch *what = static_cast<const TypeMismatch *>(data);
     const uintptr_t alignment = uintptr_t(1) << what->alignment_logarithm;
     if (pointer == 0) fault(int(what->location.line), "a null pointer is used");
@@ -95,6 +95,8 @@ struct TypeMismatch {
             unsigned(pointer & 0xff), unsigned(alignment)
         );
     }
+    // The access that follows is checked too, and what is said then tells more.
+    if (!allows(pointer, 1, false)) return;
     fault(int(what->location.line), "an object is accessed that has not enough room for its type");
 }
 
