@@ -9,9 +9,11 @@ import pytest
 
 from gpucnn import ops
 from gpucnn.errors import DtypeError
+from gpucnn.ops import cuda
 from gpucnn.ops.contract import Operations
+from gpucnn_kernels.runtime.host_array import host_arrays
 
-BACKENDS = ["gpucnn.ops.cpu"]
+BACKENDS = ["gpucnn.ops.cpu", "gpucnn.ops.cuda"]
 NAMES = [
     name for name, value in vars(Operations).items() if inspect.isfunction(value) and not name.startswith("_")
 ]
@@ -51,5 +53,7 @@ def test_nothing_beyond_the_contract(backend):
 def test_the_array_chooses_the_backend():
     assert ops.backend_of(numpy.zeros(3)) is ops.cpu
     assert ops.array_module(numpy.zeros(3)) is numpy
+    assert ops.backend_of(host_arrays.zeros(3)) is cuda
+    assert ops.array_module(host_arrays.zeros(3)) is host_arrays
     with pytest.raises(DtypeError, match=r"expected a numpy\.ndarray, got builtins\.list"):
         ops.backend_of([1.0])

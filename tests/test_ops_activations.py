@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpucnn.errors import ArgumentError, DtypeError, ShapeError
-from gpucnn.ops import cpu
 from gpucnn.ops.cpu.error_function import erfc
 from tests.accuracy import awkward, channels_last, error_bound, max_error
+from tests.backends import BACKENDS, CPU
 from tests.oracles import activations as oracle
 
 # name: (oracle, derivative, does the backward pass take y (True) or x, keywords, limits at -inf and inf)
@@ -27,10 +27,10 @@ NAMES = pytest.mark.parametrize("name", FUNCTIONS)
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "float64"])
 
 
-def operations(name):
+def operations(backend, name):
     keywords = FUNCTIONS[name][3]
     base = name.removesuffix("_tanh") if name != "tanh" else name
-    forward, backward = getattr(cpu, f"{base}_forward"), getattr(cpu, f"{base}_backward")
+    forward, backward = getattr(backend, f"{base}_forward"), getattr(backend, f"{base}_backward")
 
     def run(x, **options):
         return forward(x, **keywords, **options)
@@ -55,24 +55,26 @@ def rounding_bound(name, x, expected):
     return 4 * eps * (abs(expected) + abs(x.astype("f8") * derivative)) + eps * eps
 
 
+@BACKENDS
 @NAMES
 @DTYPES
-def test_forward(name, dtype):
+def test_forward(backend, name, dtype):
     x, _ = inputs(dtype)
     expected = oracle.elementwise(FUNCTIONS[name][0], x)
-    forward, _ = operations(name)
+    forward, _ = operations(backend, name)
     for layout in (numpy.ascontiguousarray, awkward, channels_last):
         y = forward(layout(x))
         assert y.dtype == x.dtype
         assert numpy.all(abs(y - expected) <= rounding_bound(name, x, expected))
 
 
+@BACKENDS
 @NAMES
 @DTYPES
-def test_backward(name, dtype):
+def test_backward(backend, name, dtype):
     x, dy = inputs(dtype, seed=1)
     derivative = oracle.elementwise(FUNCTIONS[name][1], x)
-    forward, backward = operations(name)
+    forward, backward = operations(backend, name)
     y = forward(x)
     for layout in (numpy.ascontiguousarray, awkward, channels_last):
         dx = backward(layout(dy), layout(y if FUNCTIONS[name][2] else x))
@@ -80,11 +82,12 @@ def test_backward(name, dtype):
         assert numpy.all(abs(dx - dy * derivative) <= 8 * numpy.finfo(dtype).eps * numpy.maximum(abs(dy), 1e-30))
 
 
+@BACKENDS
 @NAMES
 @DTYPES
-def test_the_input_may_be_overwritten(name, dtype):
+def test_the_input_may_be_overwritten(backend, name, dtype):
     x, dy = inputs(dtype, seed=2)
-    forward, backward = operations(name)
+    forward, backward = operations(backend, name)
     y = forward(x)
     for layout in (numpy.array, awkward):
         same = layout(x)
@@ -100,12 +103,13 @@ def test_the_input_may_be_overwritten(name, dtype):
         numpy.testing.assert_array_equal(kept, dx)
 
 
+@BACKENDS
 @NAMES
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_extreme_inputs(name, dtype):
+def test_extreme_inputs(backend, name, dtype):
     largest = float(numpy.finfo(dtype).max)
     x = numpy.array([-numpy.inf, -largest, -1e4, 1e4, largest, numpy.inf, numpy.nan], dtype)
-    forward, backward = operations(name)
+    forward, backward = operations(backend, name)
     low, high = FUNCTIONS[name][4]
     y = forward(x)
     assert y[0] == low
@@ -119,10 +123,11 @@ def test_extreme_inputs(name, dtype):
     assert numpy.all(abs(dx[3:6] - top) <= 1e-5)
 
 
+@BACKENDS
 @NAMES
-def test_half_precision(name):
+def test_half_precision(backend, name):
     x, dy = inputs("float16", seed=3)
-    forward, backward = operations(name)
+    forward, backward = operations(backend, name)
     y = forward(x)
     expected = oracle.elementwise(FUNCTIONS[name][0], x)
     assert y.dtype == numpy.float16
@@ -131,9 +136,10 @@ def test_half_precision(name):
     assert dx.dtype == numpy.float16
 
 
+@BACKENDS
 @NAMES
-def test_empty_arrays(name):
-    forward, backward = operations(name)
+def test_empty_arrays(backend, name):
+    forward, backward = operations(backend, name)
     empty = numpy.zeros((0, 3, 2, 2), numpy.float32)
     assert forward(empty).shape == empty.shape
     assert backward(empty, empty).shape == empty.shape
@@ -142,7 +148,7 @@ def test_empty_arrays(name):
 @NAMES
 def test_many_blocks_and_threads(monkeypatch, name):
     x, dy = inputs("float32", (3, 5, 100, 101), 4)
-    forward, backward = operations(name)
+    forward, backward = operations(CPU, name)
     monkeypatch.setenv("GPUCNN_NUM_THREADS", "3")
     y = forward(x)
     dx = backward(dy, y if FUNCTIONS[name][2] else x)
@@ -152,26 +158,28 @@ def test_many_blocks_and_threads(monkeypatch, name):
         numpy.testing.assert_array_equal(dx[n], backward(dy[n].copy(), row if FUNCTIONS[name][2] else x[n].copy()))
 
 
+@BACKENDS
 @pytest.mark.parametrize("slope", [0.0, 0.2, 1.0, 2.5, -0.5])
 @DTYPES
-def test_leaky_relu_slopes(slope, dtype):
+def test_leaky_relu_slopes(backend, slope, dtype):
     x, dy = inputs(dtype, seed=5)
-    y = cpu.leaky_relu_forward(x, negative_slope=slope)
-    dx = cpu.leaky_relu_backward(dy, x, negative_slope=slope)
+    y = backend.leaky_relu_forward(x, negative_slope=slope)
+    dx = backend.leaky_relu_backward(dy, x, negative_slope=slope)
     eps = numpy.finfo(dtype).eps
     expected = oracle.elementwise(lambda value: oracle.leaky_relu(value, slope), x)
     derivative = oracle.elementwise(lambda value: oracle.leaky_relu_derivative(value, slope), x)
     assert numpy.all(abs(y - expected) <= 2 * eps * abs(expected))
     assert numpy.all(abs(dx - dy * derivative) <= 2 * eps * abs(dy * derivative))
-    limits = cpu.leaky_relu_forward(numpy.array([-numpy.inf, numpy.inf, numpy.nan]), negative_slope=slope)
+    limits = backend.leaky_relu_forward(numpy.array([-numpy.inf, numpy.inf, numpy.nan]), negative_slope=slope)
     assert limits[1] == numpy.inf
     assert numpy.isnan(limits[2])
 
 
-def test_relu_backward_drops_infinities_where_the_output_is_zero():
+@BACKENDS
+def test_relu_backward_drops_infinities_where_the_output_is_zero(backend):
     dy = numpy.array([numpy.inf, -numpy.inf, numpy.nan, numpy.inf, 2], numpy.float32)
     y = numpy.array([0, 0, 0, 1, 3], numpy.float32)
-    numpy.testing.assert_array_equal(cpu.relu_backward(dy, y), [0, 0, 0, numpy.inf, 2])
+    numpy.testing.assert_array_equal(backend.relu_backward(dy, y), [0, 0, 0, numpy.inf, 2])
 
 
 @settings(max_examples=200, deadline=None)
@@ -190,20 +198,22 @@ def test_erfc_over_its_three_ranges():
     assert numpy.isnan(erfc(x)[~finite]).all()
 
 
+@BACKENDS
 @pytest.mark.parametrize("approximate", ["erf", "None"])
-def test_unknown_gelu(approximate):
+def test_unknown_gelu(backend, approximate):
     with pytest.raises(ArgumentError, match="approximate must be one of 'none', 'tanh'"):
-        cpu.gelu_forward(numpy.zeros(3), approximate=approximate)
+        backend.gelu_forward(numpy.zeros(3), approximate=approximate)
     with pytest.raises(ArgumentError, match="approximate must be one of 'none', 'tanh'"):
-        cpu.gelu_backward(numpy.zeros(3), numpy.zeros(3), approximate=approximate)
+        backend.gelu_backward(numpy.zeros(3), numpy.zeros(3), approximate=approximate)
 
 
 # ---------------------------------------------------------------- softmax
 
 
+@BACKENDS
 @pytest.mark.parametrize("axis", [-1, 0, 1])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
-def test_softmax(axis, dtype):
+def test_softmax(backend, axis, dtype):
     random = numpy.random.default_rng(6)
     x = (3 * random.standard_normal((4, 7, 5))).astype(dtype)
     dy = random.standard_normal(x.shape).astype(dtype)
@@ -212,47 +222,50 @@ def test_softmax(axis, dtype):
     power = numpy.exp(x.astype(wide) - x.astype(wide).max(axis, keepdims=True))
     plain = (power / power.sum(axis, keepdims=True)).astype(dtype)
     for layout in (numpy.ascontiguousarray, awkward):
-        y = cpu.softmax_forward(layout(x), axis=axis)
+        y = backend.softmax_forward(layout(x), axis=axis)
         assert y.dtype == x.dtype
         assert max_error(y, expected) <= error_bound(plain, expected)
-        dx = cpu.softmax_backward(layout(dy), layout(y), axis=axis)
+        dx = backend.softmax_backward(layout(dy), layout(y), axis=axis)
         wanted = oracle.softmax_backward(dy.astype("f8"), x, axis)
         simple = y * (dy - (dy * y).sum(axis, keepdims=True))
         assert dx.dtype == x.dtype
         assert max_error(dx, wanted) <= error_bound(simple, wanted, scale=abs(dy).max())
     same, gradient = x.copy(), dy.copy()
-    assert cpu.softmax_forward(same, axis=axis, out=same) is same
-    numpy.testing.assert_array_equal(same, cpu.softmax_forward(x, axis=axis))
+    assert backend.softmax_forward(same, axis=axis, out=same) is same
+    numpy.testing.assert_array_equal(same, backend.softmax_forward(x, axis=axis))
     numpy.testing.assert_array_equal(
-        cpu.softmax_backward(gradient, same, axis=axis, out=gradient), cpu.softmax_backward(dy, same, axis=axis)
+        backend.softmax_backward(gradient, same, axis=axis, out=gradient),
+        backend.softmax_backward(dy, same, axis=axis),
     )
 
 
-def test_softmax_of_extreme_rows():
+@BACKENDS
+def test_softmax_of_extreme_rows(backend):
     x = numpy.array([[1e30, -1e30, 1e30], [-numpy.inf, 0, 0], [-numpy.inf] * 3, [numpy.nan, 0, 0]], numpy.float32)
-    y = cpu.softmax_forward(x)
+    y = backend.softmax_forward(x)
     numpy.testing.assert_array_equal(y[:2], [[0.5, 0, 0.5], [0, 0.5, 0.5]])
     assert numpy.isnan(y[2:]).all()
-    assert cpu.softmax_forward(numpy.zeros((0, 4))).shape == (0, 4)
+    assert backend.softmax_forward(numpy.zeros((0, 4))).shape == (0, 4)
 
 
 # ---------------------------------------------------------------- errors
 
 
-def test_errors():
+@BACKENDS
+def test_errors(backend):
     with pytest.raises(DtypeError, match=r"floating-point numbers, got dtype int64.*astype"):
-        cpu.relu_forward(numpy.arange(3))
-    with pytest.raises(DtypeError, match=r"must be a numpy\.ndarray, got list"):
-        cpu.sigmoid_forward([1.0])
+        backend.relu_forward(numpy.arange(3))
+    with pytest.raises(DtypeError, match=r"must be a numpy\.ndarray .*got list"):
+        backend.sigmoid_forward([1.0])
     with pytest.raises(DtypeError, match="floating-point"):
-        cpu.tanh_backward(numpy.zeros(3), numpy.zeros(3, int))
+        backend.tanh_backward(numpy.zeros(3), numpy.zeros(3, int))
     with pytest.raises(ShapeError, match=r"output gradient must have shape \(4,\), got \(3,\)"):
-        cpu.relu_backward(numpy.zeros(3), numpy.zeros(4))
+        backend.relu_backward(numpy.zeros(3), numpy.zeros(4))
     with pytest.raises(ShapeError, match="out must have the result's shape"):
-        cpu.relu_forward(numpy.zeros(3), out=numpy.zeros(4))
+        backend.relu_forward(numpy.zeros(3), out=numpy.zeros(4))
     with pytest.raises(DtypeError, match="out must have the result's dtype"):
-        cpu.silu_forward(numpy.zeros(3), out=numpy.zeros(3, numpy.float32))
+        backend.silu_forward(numpy.zeros(3), out=numpy.zeros(3, numpy.float32))
     with pytest.raises(ArgumentError, match="softmax over axis 2 of an array with 2 axes"):
-        cpu.softmax_forward(numpy.zeros((3, 4)), axis=2)
+        backend.softmax_forward(numpy.zeros((3, 4)), axis=2)
     with pytest.raises(ShapeError, match="output gradient"):
-        cpu.softmax_backward(numpy.zeros((3, 4)), numpy.zeros((3, 5)))
+        backend.softmax_backward(numpy.zeros((3, 4)), numpy.zeros((3, 5)))

@@ -11,6 +11,7 @@ from gpucnn import random
 from gpucnn.errors import ArgumentError, DtypeError, ShapeError
 from gpucnn.ops import cpu
 from tests.accuracy import awkward, channels_last
+from tests.backends import BACKENDS
 
 
 def kept(seed, offset, count, probability):
@@ -18,6 +19,7 @@ def kept(seed, offset, count, probability):
     return [int(random.words(seed, offset + i, 1)[0]) >= probability * 2**32 for i in range(count)]
 
 
+@BACKENDS
 @settings(max_examples=25, deadline=None)
 @given(
     probability=st.floats(0, 1),
@@ -26,9 +28,11 @@ def kept(seed, offset, count, probability):
     shape=st.tuples(st.integers(0, 2), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3)),
     per_channel=st.booleans(),
 )
-def test_the_mask_is_a_function_of_the_stream(probability, seed, offset, shape, per_channel):
+def test_the_mask_is_a_function_of_the_stream(backend, probability, seed, offset, shape, per_channel):
     x = numpy.random.default_rng(0).standard_normal(shape)
-    y, mask = cpu.dropout_forward(x, probability=probability, seed=seed, offset=offset, per_channel=per_channel)
+    y, mask = backend.dropout_forward(
+        x, probability=probability, seed=seed, offset=offset, per_channel=per_channel
+    )
     expected_shape = (*shape[:2], 1, 1) if per_channel else shape
     assert mask.dtype == numpy.bool_
     assert mask.shape == expected_shape
@@ -39,50 +43,54 @@ def test_the_mask_is_a_function_of_the_stream(probability, seed, offset, shape, 
         assert abs(float(y[index]) - expected) <= 4e-16 * abs(expected)
 
 
+@BACKENDS
 @pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-def test_layouts_and_backward(per_channel, dtype):
+def test_layouts_and_backward(backend, per_channel, dtype):
     x = numpy.random.default_rng(1).standard_normal((3, 4, 5, 6)).astype(dtype)
     options = {"probability": 0.25, "seed": 7, "offset": 12, "per_channel": per_channel}
-    y, mask = cpu.dropout_forward(x, **options)
+    y, mask = backend.dropout_forward(x, **options)
     assert y.dtype == x.dtype
     expected = numpy.where(mask, x.astype("f8") / 0.75, 0)
     assert numpy.all(abs(y - expected) <= 2 * numpy.finfo(dtype).eps * abs(expected))
     for layout in (awkward, channels_last):
-        other, other_mask = cpu.dropout_forward(layout(x), **options)
+        other, other_mask = backend.dropout_forward(layout(x), **options)
         numpy.testing.assert_array_equal(other, y)
         numpy.testing.assert_array_equal(other_mask, mask)
-        numpy.testing.assert_array_equal(cpu.dropout_backward(layout(x), mask, probability=0.25), y)
+        numpy.testing.assert_array_equal(backend.dropout_backward(layout(x), mask, probability=0.25), y)
     same = x.copy()
-    assert cpu.dropout_forward(same, **options, out=same)[0] is same
+    assert backend.dropout_forward(same, **options, out=same)[0] is same
     numpy.testing.assert_array_equal(same, y)
     same = x.copy()
-    assert cpu.dropout_backward(same, mask, probability=0.25, out=same) is same
+    assert backend.dropout_backward(same, mask, probability=0.25, out=same) is same
     numpy.testing.assert_array_equal(same, y)
 
 
-def test_the_share_and_the_mean():
+@BACKENDS
+def test_the_share_and_the_mean(backend):
     x = numpy.ones((64, 32, 32), numpy.float32)
-    y, mask = cpu.dropout_forward(x, probability=0.3, seed=1, offset=0)
+    y, mask = backend.dropout_forward(x, probability=0.3, seed=1, offset=0)
     # Five standard deviations of a binomial share.
     assert abs(float(mask.mean()) - 0.7) <= 5 * math.sqrt(0.21 / x.size)
     assert abs(float(y.mean(dtype="f8")) - 1) <= 5 * math.sqrt(0.21 / x.size) / 0.7
 
 
-def test_all_or_nothing():
+@BACKENDS
+def test_all_or_nothing(backend):
     x = numpy.array([1.0, -2.0, numpy.inf], numpy.float32)
-    y, mask = cpu.dropout_forward(x, probability=0.0, seed=0, offset=0)
+    y, mask = backend.dropout_forward(x, probability=0.0, seed=0, offset=0)
     assert mask.all()
     numpy.testing.assert_array_equal(y, x)
-    y, mask = cpu.dropout_forward(x, probability=1.0, seed=0, offset=0)
+    y, mask = backend.dropout_forward(x, probability=1.0, seed=0, offset=0)
     assert not mask.any()
     numpy.testing.assert_array_equal(y, [0, 0, 0])
-    numpy.testing.assert_array_equal(cpu.dropout_backward(x, mask, probability=1.0), [0, 0, 0])
+    numpy.testing.assert_array_equal(backend.dropout_backward(x, mask, probability=1.0), [0, 0, 0])
 
 
-def test_dropped_infinities_are_zero():
+@BACKENDS
+def test_dropped_infinities_are_zero(backend):
     x = numpy.full(64, numpy.inf, numpy.float32)
-    y, mask = cpu.dropout_forward(x, probability=0.5, seed=0, offset=0)
+    y, mask = backend.dropout_forward(x, probability=0.5, seed=0, offset=0)
     numpy.testing.assert_array_equal(y, numpy.where(mask, numpy.inf, 0))
 
 
@@ -98,16 +106,17 @@ def test_many_blocks_on_any_number_of_threads(monkeypatch):
     numpy.testing.assert_array_equal(results[0][0], results[1][0])
 
 
-def test_errors():
+@BACKENDS
+def test_errors(backend):
     x = numpy.zeros((2, 3), numpy.float32)
     for probability in (-0.1, 1.1, math.nan):
         with pytest.raises(ArgumentError, match="probability must lie between 0 and 1"):
-            cpu.dropout_forward(x, probability=probability, seed=0, offset=0)
+            backend.dropout_forward(x, probability=probability, seed=0, offset=0)
     with pytest.raises(ShapeError, match="whole channels"):
-        cpu.dropout_forward(x[0], probability=0.5, seed=0, offset=0, per_channel=True)
+        backend.dropout_forward(x[0], probability=0.5, seed=0, offset=0, per_channel=True)
     with pytest.raises(DtypeError, match="floating-point"):
-        cpu.dropout_forward(x.astype(int), probability=0.5, seed=0, offset=0)
+        backend.dropout_forward(x.astype(int), probability=0.5, seed=0, offset=0)
     with pytest.raises(ShapeError, match="mask of shape"):
-        cpu.dropout_backward(x, numpy.ones((2, 2), bool), probability=0.5)
+        backend.dropout_backward(x, numpy.ones((2, 2), bool), probability=0.5)
     with pytest.raises(ShapeError, match="out must have"):
-        cpu.dropout_backward(x, numpy.ones((2, 3), bool), probability=0.5, out=x[0])
+        backend.dropout_backward(x, numpy.ones((2, 3), bool), probability=0.5, out=x[0])

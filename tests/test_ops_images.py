@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from gpucnn.errors import ArgumentError, DtypeError, ShapeError
 from gpucnn.ops import cpu
 from tests.accuracy import awkward, max_error
+from tests.backends import BACKENDS
 from tests.oracles import images as oracle
 
 MEAN, STD = (0.49, 0.1, 0.9), (0.25, 0.1, 1.5)
@@ -17,9 +18,10 @@ def pictures(shape, seed=0):
     return numpy.random.default_rng(seed).integers(0, 256, shape, numpy.uint8)
 
 
+@BACKENDS
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_every_combination(data):
+def test_every_combination(backend, data):
     count, channels = data.draw(st.integers(0, 3)), data.draw(st.integers(1, 3))
     height, width = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 6))
     images = pictures((count, height, width, channels), data.draw(st.integers(0, 9)))
@@ -34,12 +36,12 @@ def test_every_combination(data):
     expected = oracle.images_to_float(images, mean, std, flip, offset, crop_size)
     options = {"mean": mean, "std": std, "flip": flip, "crop_offset": offset, "crop_size": crop_size}
     for layout in (numpy.ascontiguousarray, awkward):
-        single = cpu.images_to_float(layout(images), **options)
+        single = backend.images_to_float(layout(images), **options)
         assert single.dtype == numpy.float32
         assert single.shape == expected.shape
         assert max_error(single, expected) <= 2e-6
     out = awkward(numpy.full(expected.shape, 7.0))
-    assert cpu.images_to_float(images, **options, dtype="float64", out=out) is out
+    assert backend.images_to_float(images, **options, dtype="float64", out=out) is out
     assert max_error(out, expected) <= 1e-14
 
 
@@ -61,28 +63,30 @@ def test_large_batches_on_any_number_of_threads(monkeypatch):
         )
 
 
-def test_half_precision():
+@BACKENDS
+def test_half_precision(backend):
     images = pictures((2, 4, 4, 3))
-    result = cpu.images_to_float(images, mean=MEAN, std=STD, dtype="float16")
+    result = backend.images_to_float(images, mean=MEAN, std=STD, dtype="float16")
     assert result.dtype == numpy.float16
     assert max_error(result, oracle.images_to_float(images, MEAN, STD, None, None, None)) <= 1e-2
 
 
-def test_errors():
+@BACKENDS
+def test_errors(backend):
     images = pictures((2, 4, 4, 3))
     with pytest.raises(DtypeError, match="uint8, got float64"):
-        cpu.images_to_float(images / 255, mean=MEAN, std=STD)
+        backend.images_to_float(images / 255, mean=MEAN, std=STD)
     with pytest.raises(DtypeError, match="uint8, got list"):
-        cpu.images_to_float([], mean=MEAN, std=STD)
+        backend.images_to_float([], mean=MEAN, std=STD)
     with pytest.raises(ShapeError, match=r"4 dimensions \(N, H, W, C\)"):
-        cpu.images_to_float(images[0], mean=MEAN, std=STD)
+        backend.images_to_float(images[0], mean=MEAN, std=STD)
     with pytest.raises(ShapeError, match="3 channels, but mean has 1 values and std 3"):
-        cpu.images_to_float(images, mean=[0.5], std=STD)
+        backend.images_to_float(images, mean=[0.5], std=STD)
     with pytest.raises(ArgumentError, match="std must be positive"):
-        cpu.images_to_float(images, mean=MEAN, std=[1, 0, 1])
+        backend.images_to_float(images, mean=MEAN, std=[1, 0, 1])
     with pytest.raises(ShapeError, match="flip"):
-        cpu.images_to_float(images, mean=MEAN, std=STD, flip=numpy.ones(3, bool))
+        backend.images_to_float(images, mean=MEAN, std=STD, flip=numpy.ones(3, bool))
     with pytest.raises(ShapeError, match="crop_offset"):
-        cpu.images_to_float(images, mean=MEAN, std=STD, crop_offset=numpy.ones(2, int))
+        backend.images_to_float(images, mean=MEAN, std=STD, crop_offset=numpy.ones(2, int))
     with pytest.raises(DtypeError, match="out must have the result's dtype float32"):
-        cpu.images_to_float(images, mean=MEAN, std=STD, out=numpy.zeros((2, 3, 4, 4)))
+        backend.images_to_float(images, mean=MEAN, std=STD, out=numpy.zeros((2, 3, 4, 4)))

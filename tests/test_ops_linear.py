@@ -8,6 +8,7 @@ import pytest
 from gpucnn.errors import DtypeError, ShapeError
 from gpucnn.ops import cpu
 from tests.accuracy import awkward, error_bound, max_error
+from tests.backends import BACKENDS
 from tests.oracles import linear as oracle
 
 
@@ -17,35 +18,39 @@ def problem(dtype, count=6, inputs=11, outputs=4, seed=0):
     return [random.standard_normal(shape).astype(dtype) for shape in shapes]
 
 
+@BACKENDS
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("sizes", [(6, 11, 4), (1, 1, 1), (1, 300, 3), (0, 5, 2)], ids=str)
-def test_linear(dtype, sizes):
+def test_linear(backend, dtype, sizes):
     x, weight, bias, dy = problem(dtype, *sizes)
     expected, wanted = oracle.forward(x, weight, bias), oracle.backward(dy, x, weight)
     plain = numpy.einsum("ni,ki->nk", x, weight) + bias
     simple = numpy.einsum("nk,ki->ni", dy, weight), numpy.einsum("nk,ni->ki", dy, x), dy.sum(0)
     for layout in (numpy.ascontiguousarray, numpy.asfortranarray, awkward):
         a, w, g = layout(x), layout(weight), layout(dy)
-        y = cpu.linear_forward(a, w, bias)
+        y = backend.linear_forward(a, w, bias)
         assert y.dtype == x.dtype
         assert max_error(y, expected) <= error_bound(plain, expected, scale=4)
         results = (
-            cpu.linear_backward_data(g, w), cpu.linear_backward_weight(g, a), cpu.linear_backward_bias(g)
-        )  # fmt: skip
+            backend.linear_backward_data(g, w),
+            backend.linear_backward_weight(g, a),
+            backend.linear_backward_bias(g),
+        )
         for result, reference, other in zip(results, wanted, simple, strict=True):
             assert result.dtype == x.dtype
             assert max_error(result, reference) <= error_bound(other, reference, scale=4)
 
 
-def test_without_bias_and_into_out():
+@BACKENDS
+def test_without_bias_and_into_out(backend):
     x, weight, bias, dy = problem("float32")
-    y = cpu.linear_forward(x, weight)
+    y = backend.linear_forward(x, weight)
     assert max_error(y, oracle.forward(x, weight, 0 * bias)) <= 1e-5
     for call, shape in [
-        (lambda out: cpu.linear_forward(x, weight, out=out), y.shape),
-        (lambda out: cpu.linear_backward_data(dy, weight, out=out), x.shape),
-        (lambda out: cpu.linear_backward_weight(dy, x, out=out), weight.shape),
-        (lambda out: cpu.linear_backward_bias(dy, out=out), bias.shape),
+        (lambda out: backend.linear_forward(x, weight, out=out), y.shape),
+        (lambda out: backend.linear_backward_data(dy, weight, out=out), x.shape),
+        (lambda out: backend.linear_backward_weight(dy, x, out=out), weight.shape),
+        (lambda out: backend.linear_backward_bias(dy, out=out), bias.shape),
     ]:
         out = awkward(numpy.zeros(shape, numpy.float32))
         assert call(out) is out
@@ -80,14 +85,15 @@ def test_large_products_in_parts(monkeypatch, sizes):
         assert max_error(one, reference) <= 2e-4
 
 
+@BACKENDS
 @pytest.mark.parametrize("count", [200, 256, 300])
-def test_out_may_be_an_input(count):
+def test_out_may_be_an_input(backend, count):
     # With as many features in as out, x and dy have the result's shape, and with as many rows the weight does.
     x, weight, _, dy = problem("float64", count, 256, 256)
     products = {
-        cpu.linear_forward: ((x, weight), numpy.einsum("ni,ki->nk", x, weight, optimize=True)),
-        cpu.linear_backward_data: ((dy, weight), numpy.einsum("nk,ki->ni", dy, weight, optimize=True)),
-        cpu.linear_backward_weight: ((dy, x), numpy.einsum("nk,ni->ki", dy, x, optimize=True)),
+        backend.linear_forward: ((x, weight), numpy.einsum("ni,ki->nk", x, weight, optimize=True)),
+        backend.linear_backward_data: ((dy, weight), numpy.einsum("nk,ki->ni", dy, weight, optimize=True)),
+        backend.linear_backward_weight: ((dy, x), numpy.einsum("nk,ni->ki", dy, x, optimize=True)),
     }
     for operation, (factors, expected) in products.items():
         for position, factor in enumerate(factors):
@@ -98,33 +104,35 @@ def test_out_may_be_an_input(count):
     # out one row further than x, and the bias in its last row
     memory = numpy.zeros((count + 1, 256))
     memory[:-1] = x
-    expected = products[cpu.linear_forward][1] + x[count - 1]
-    assert max_error(cpu.linear_forward(memory[:-1], weight, memory[-2], out=memory[1:]), expected) <= 1e-11
+    expected = products[backend.linear_forward][1] + x[count - 1]
+    assert max_error(backend.linear_forward(memory[:-1], weight, memory[-2], out=memory[1:]), expected) <= 1e-11
 
 
-def test_half_precision_is_summed_in_single():
+@BACKENDS
+def test_half_precision_is_summed_in_single(backend):
     x = numpy.full((1, 4096), 0.01, numpy.float16)
-    y = cpu.linear_forward(x, x, numpy.ones(1, numpy.float16))
+    y = backend.linear_forward(x, x, numpy.ones(1, numpy.float16))
     assert y.dtype == numpy.float16
     assert abs(float(y.item()) - (1 + 4096 * float(x[0, 0]) ** 2)) <= 1e-3
-    assert cpu.linear_backward_bias(x).dtype == numpy.float16
+    assert backend.linear_backward_bias(x).dtype == numpy.float16
 
 
-def test_errors():
+@BACKENDS
+def test_errors(backend):
     x, weight, bias, dy = problem("float32")
     with pytest.raises(ShapeError, match=r"input has 10 features \(shape \(6, 10\)\) .* \(4, 11\) expects 11"):
-        cpu.linear_forward(x[:, :10], weight)
+        backend.linear_forward(x[:, :10], weight)
     with pytest.raises(ShapeError, match=r"2 dimensions \(N, in features\), got shape \(6, 11, 1\)"):
-        cpu.linear_forward(x[..., None], weight)
+        backend.linear_forward(x[..., None], weight)
     with pytest.raises(ShapeError, match="weight must have 2 dimensions"):
-        cpu.linear_forward(x, weight[0])
+        backend.linear_forward(x, weight[0])
     with pytest.raises(ShapeError, match=r"bias must have shape \(4,\)"):
-        cpu.linear_forward(x, weight, bias[:3])
+        backend.linear_forward(x, weight, bias[:3])
     with pytest.raises(DtypeError, match="floating-point"):
-        cpu.linear_forward(x.astype(int), weight)
+        backend.linear_forward(x.astype(int), weight)
     with pytest.raises(ShapeError, match="output gradient"):
-        cpu.linear_backward_data(dy[:, :3], weight)
+        backend.linear_backward_data(dy[:, :3], weight)
     with pytest.raises(ShapeError, match="output gradient"):
-        cpu.linear_backward_weight(dy[:3], x)
+        backend.linear_backward_weight(dy[:3], x)
     with pytest.raises(ShapeError, match="out must have"):
-        cpu.linear_backward_bias(dy, out=numpy.zeros(3, numpy.float32))
+        backend.linear_backward_bias(dy, out=numpy.zeros(3, numpy.float32))

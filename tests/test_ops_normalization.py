@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from gpucnn.errors import DtypeError, ShapeError
 from gpucnn.ops import cpu
 from tests.accuracy import awkward, channels_last, error_bound, max_error
+from tests.backends import BACKENDS
 from tests.oracles import normalization as oracle
 
 EPSILON = 1e-5
@@ -48,49 +49,52 @@ def plain_backward(dy, x, weight):
     return rest * per_channel(weight * inverse_std, x), dweight, dbias
 
 
+@BACKENDS
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_forward(shape, dtype):
+def test_forward(backend, shape, dtype):
     x, weight, bias, _ = inputs(shape, dtype)
     expected = oracle.batch_norm(x, weight, bias, EPSILON)
     plain = plain_batch_norm(x, weight, bias)
     for layout in (numpy.ascontiguousarray, awkward, channels_last if x.ndim == 4 else numpy.asfortranarray):
-        results = cpu.batch_norm_forward(layout(x), weight, bias)
+        results = backend.batch_norm_forward(layout(x), weight, bias)
         for result, wanted, simple in zip(results, expected, plain, strict=True):
             assert result.dtype == x.dtype
             assert max_error(result, wanted) <= error_bound(simple, wanted, scale=4)
-    unscaled = cpu.batch_norm_forward(x)[0]
+    unscaled = backend.batch_norm_forward(x)[0]
     wanted = oracle.batch_norm(x, numpy.ones(shape[1]), numpy.zeros(shape[1]), EPSILON)[0]
     assert max_error(unscaled, wanted) <= error_bound(plain_batch_norm(x, weight * 0 + 1, bias * 0)[0], wanted, 4)
 
 
+@BACKENDS
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_backward(shape, dtype):
+def test_backward(backend, shape, dtype):
     x, weight, bias, dy = inputs(shape, dtype, 1)
-    _, mean, inverse_std = cpu.batch_norm_forward(x, weight, bias)
+    _, mean, inverse_std = backend.batch_norm_forward(x, weight, bias)
     expected = oracle.batch_norm_backward(dy, x, weight, EPSILON)
     plain = plain_backward(dy, x, weight)
     # dx is a difference of terms of the size of dy * weight / std.
     scale = float(abs(dy).max() * abs(weight).max() * inverse_std.max()) + float(abs(dy).sum())
     for layout in (numpy.ascontiguousarray, awkward, channels_last if x.ndim == 4 else numpy.asfortranarray):
-        results = cpu.batch_norm_backward(layout(dy), layout(x), weight, mean, inverse_std)
+        results = backend.batch_norm_backward(layout(dy), layout(x), weight, mean, inverse_std)
         for result, wanted, simple in zip(results, expected, plain, strict=True):
             assert result.dtype == x.dtype
             assert max_error(result, wanted) <= error_bound(simple, wanted, scale=scale)
-    dx, dweight, dbias = cpu.batch_norm_backward(dy, x, None, mean, inverse_std)
+    dx, dweight, dbias = backend.batch_norm_backward(dy, x, None, mean, inverse_std)
     wanted = oracle.batch_norm_backward(dy, x, numpy.ones(shape[1]), EPSILON)
     assert max_error(dx, wanted[0]) <= error_bound(plain_backward(dy, x, weight * 0 + 1)[0], wanted[0], scale)
     assert max_error(dweight, wanted[1]) <= error_bound(plain[1], wanted[1], scale)
     assert max_error(dbias, wanted[2]) <= error_bound(plain[2], wanted[2], scale)
 
 
+@BACKENDS
 @settings(max_examples=30, deadline=None)
 @given(
     shape=st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 5), st.integers(1, 5)),
     seed=st.integers(0, 1000),
 )
-def test_backward_is_the_derivative_of_forward(shape, seed):
+def test_backward_is_the_derivative_of_forward(backend, shape, seed):
     if shape[0] * shape[2] * shape[3] < 2:
         shape = (2, *shape[1:])
     x, weight, bias, dy = inputs(shape, "float64", seed)
@@ -103,78 +107,84 @@ def test_backward_is_the_derivative_of_forward(shape, seed):
     step, epsilon = 1e-6, 0.1  # a large epsilon keeps the third derivative, the difference's error, small
 
     def value(t):
-        y = cpu.batch_norm_forward(x + t * direction, weight + t * dw, bias + t * db, epsilon=epsilon)[0]
+        y = backend.batch_norm_forward(x + t * direction, weight + t * dw, bias + t * db, epsilon=epsilon)[0]
         return float((y * dy).sum())
 
-    _, mean, inverse_std = cpu.batch_norm_forward(x, weight, bias, epsilon=epsilon)
-    dx, dweight, dbias = cpu.batch_norm_backward(dy, x, weight, mean, inverse_std)
+    _, mean, inverse_std = backend.batch_norm_forward(x, weight, bias, epsilon=epsilon)
+    dx, dweight, dbias = backend.batch_norm_backward(dy, x, weight, mean, inverse_std)
     slope = float((dx * direction).sum() + (dweight * dw).sum() + (dbias * db).sum())
     numeric = (value(step) - value(-step)) / (2 * step)
     assert abs(slope - numeric) <= 1e-6 * (1 + abs(slope) + float(abs(dy).sum()))
 
 
+@BACKENDS
 @pytest.mark.parametrize(("mean", "spread"), [(1e4, 1.0), (-3e5, 1.0), (1e3, 1e-3), (0.0, 1e-20), (1e15, 1e16)])
-def test_large_means_and_extreme_spreads(mean, spread):
+def test_large_means_and_extreme_spreads(backend, mean, spread):
     x, weight, bias, dy = inputs((8, 2, 9, 9), "float32", 2, mean, spread)
     expected = oracle.batch_norm(x, weight, bias, EPSILON)
-    y, found_mean, inverse_std = cpu.batch_norm_forward(x, weight, bias)
+    y, found_mean, inverse_std = backend.batch_norm_forward(x, weight, bias)
     assert max_error(y, expected[0]) <= 2e-6
     assert numpy.all(abs(found_mean - expected[1]) <= 1e-7 * (abs(expected[1]) + spread))
     assert numpy.all(abs(inverse_std - expected[2]) <= 1e-6 * expected[2])
     wanted = oracle.batch_norm_backward(dy, x, weight, EPSILON)
-    results = cpu.batch_norm_backward(dy, x, weight, found_mean, inverse_std)
+    results = backend.batch_norm_backward(dy, x, weight, found_mean, inverse_std)
     for result, reference in zip(results, wanted, strict=True):
         assert max_error(result, reference) <= 1e-5 * (float(abs(reference).max()) + 1e-30)
 
 
+@BACKENDS
 @pytest.mark.parametrize("outlier", [1e2, 1e6])
-def test_images_that_mislead_the_first_estimate_of_the_mean(outlier):
+def test_images_that_mislead_the_first_estimate_of_the_mean(backend, outlier):
     # Every eighth image, those that the estimate looks at, is far from the others.
     x, weight, bias, _ = inputs((64, 2, 3, 3), "float32", 8)
     x[::8] += numpy.float32(outlier)
     expected = oracle.batch_norm(x, weight, bias, EPSILON)
     plain = plain_batch_norm(x, weight, bias)
-    results = cpu.batch_norm_forward(x, weight, bias)
+    results = backend.batch_norm_forward(x, weight, bias)
     for result, wanted, simple in zip(results, expected, plain, strict=True):
         assert max_error(result, wanted) <= error_bound(simple, wanted)
 
 
-def test_constant_channels():
+@BACKENDS
+def test_constant_channels(backend):
     x = numpy.full((4, 2, 3, 3), 123456.78, numpy.float32)
-    y, mean, inverse_std = cpu.batch_norm_forward(x)
+    y, mean, inverse_std = backend.batch_norm_forward(x)
     assert numpy.all(y == 0)
     assert numpy.all(mean == x[0, 0, 0, 0])
     assert numpy.all(abs(inverse_std - 1 / numpy.sqrt(EPSILON)) <= 1e-4)
-    dx, _, _ = cpu.batch_norm_backward(numpy.ones_like(x), x, None, mean, inverse_std)
+    dx, _, _ = backend.batch_norm_backward(numpy.ones_like(x), x, None, mean, inverse_std)
     assert numpy.all(dx == 0)
 
 
-def test_a_nan_stays_in_its_channel():
+@BACKENDS
+def test_a_nan_stays_in_its_channel(backend):
     x = inputs((3, 3, 4, 4), "float32")[0]
-    clean = cpu.batch_norm_forward(x)[0]
+    clean = backend.batch_norm_forward(x)[0]
     x[1, 1, 2, 2] = numpy.nan
-    y = cpu.batch_norm_forward(x)[0]
+    y = backend.batch_norm_forward(x)[0]
     assert numpy.isnan(y[:, 1]).all()
     numpy.testing.assert_array_equal(y[:, ::2], clean[:, ::2])
 
 
+@BACKENDS
 @pytest.mark.parametrize("momentum", [0.1, 1.0])
-def test_running_statistics(momentum):
+def test_running_statistics(backend, momentum):
     x, weight, bias, _ = inputs((6, 4, 3, 5), "float32", 3)
     running_mean, running_var = numpy.full(4, 0.5, numpy.float32), numpy.full(4, 2.0, numpy.float32)
-    cpu.batch_norm_forward(x, weight, bias, running_mean, running_var, momentum=momentum)
+    backend.batch_norm_forward(x, weight, bias, running_mean, running_var, momentum=momentum)
     mean, variance = oracle.statistics(x)
     count = x.size // 4
     assert max_error(running_mean, (1 - momentum) * 0.5 + momentum * mean) <= 1e-6
     assert max_error(running_var, (1 - momentum) * 2 + momentum * variance * count / (count - 1)) <= 2e-6
     only_mean = numpy.zeros(4, numpy.float32)
-    cpu.batch_norm_forward(x, running_mean=only_mean, momentum=1.0)
+    backend.batch_norm_forward(x, running_mean=only_mean, momentum=1.0)
     assert max_error(only_mean, mean) <= 1e-6
 
 
+@BACKENDS
 @pytest.mark.parametrize("shape", [(1, 3), (6, 3), (1, 3, 1, 1), (4, 3, 5, 7)], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_inference(shape, dtype):
+def test_inference(backend, shape, dtype):
     x, weight, bias, _ = inputs(shape, dtype, 4)
     running_mean = numpy.array([0.1, -4, 100], dtype)
     running_var = numpy.array([1, 1e-3, 50], dtype)
@@ -184,44 +194,46 @@ def test_inference(shape, dtype):
         bias, x
     )
     for layout in (numpy.ascontiguousarray, awkward):
-        y = cpu.batch_norm_inference(layout(x), weight, bias, running_mean, running_var)
+        y = backend.batch_norm_inference(layout(x), weight, bias, running_mean, running_var)
         assert y.dtype == x.dtype
         assert max_error(y, expected) <= error_bound(plain, expected)
     ones, zeros = numpy.ones(3), numpy.zeros(3)
-    bare = cpu.batch_norm_inference(x, None, None, running_mean, running_var)
+    bare = backend.batch_norm_inference(x, None, None, running_mean, running_var)
     wanted = oracle.batch_norm_inference(x, ones, zeros, running_mean, running_var, EPSILON)
     assert max_error(bare, wanted) <= error_bound(plain, expected, scale=abs(wanted).max())
     out = x.copy()
-    assert cpu.batch_norm_inference(out, weight, bias, running_mean, running_var, out=out) is out
+    assert backend.batch_norm_inference(out, weight, bias, running_mean, running_var, out=out) is out
     assert max_error(out, expected) <= error_bound(plain, expected)
 
 
-def test_out_and_aliasing():
+@BACKENDS
+def test_out_and_aliasing(backend):
     x, weight, bias, dy = inputs((3, 4, 5, 5), "float32", 5)
-    y, mean, inverse_std = cpu.batch_norm_forward(x, weight, bias)
-    dx = cpu.batch_norm_backward(dy, x, weight, mean, inverse_std)[0]
+    y, mean, inverse_std = backend.batch_norm_forward(x, weight, bias)
+    dx = backend.batch_norm_backward(dy, x, weight, mean, inverse_std)[0]
     out = awkward(numpy.zeros_like(x))
-    assert cpu.batch_norm_forward(x, weight, bias, out=out)[0] is out
+    assert backend.batch_norm_forward(x, weight, bias, out=out)[0] is out
     numpy.testing.assert_array_equal(out, y)
     gradient = dy.copy()
-    assert cpu.batch_norm_backward(gradient, x, weight, mean, inverse_std, out=gradient)[0] is gradient
+    assert backend.batch_norm_backward(gradient, x, weight, mean, inverse_std, out=gradient)[0] is gradient
     numpy.testing.assert_array_equal(gradient, dx)
     same = x.copy()
-    cpu.batch_norm_forward(same, weight, bias, out=same)
+    backend.batch_norm_forward(same, weight, bias, out=same)
     numpy.testing.assert_array_equal(same, y)
 
 
-def test_half_precision_is_calculated_in_single():
+@BACKENDS
+def test_half_precision_is_calculated_in_single(backend):
     x, weight, bias, dy = inputs((8, 3, 6, 6), "float16", 6)
-    y, mean, inverse_std = cpu.batch_norm_forward(x, weight, bias)
+    y, mean, inverse_std = backend.batch_norm_forward(x, weight, bias)
     expected = oracle.batch_norm(x, weight, bias, EPSILON)
     assert y.dtype == numpy.float16
     assert max_error(y, expected[0]) <= 2 * numpy.finfo(numpy.float16).eps * abs(expected[0]).max()
-    dx, _, _ = cpu.batch_norm_backward(dy, x, weight, mean, inverse_std)
+    dx, _, _ = backend.batch_norm_backward(dy, x, weight, mean, inverse_std)
     wanted = oracle.batch_norm_backward(dy, x, weight, EPSILON)[0]
     assert dx.dtype == numpy.float16
     assert max_error(dx, wanted) <= 2e-3 * abs(wanted).max()
-    z = cpu.batch_norm_inference(x, weight, bias, mean, 1 / inverse_std**2 - numpy.float32(EPSILON))
+    z = backend.batch_norm_inference(x, weight, bias, mean, 1 / inverse_std**2 - numpy.float32(EPSILON))
     assert z.dtype == numpy.float16
     assert max_error(z, expected[0]) <= 4 * numpy.finfo(numpy.float16).eps * abs(expected[0]).max()
 
@@ -238,21 +250,22 @@ def test_the_number_of_threads_changes_nothing(monkeypatch):
         numpy.testing.assert_array_equal(one, other)
 
 
-def test_errors():
+@BACKENDS
+def test_errors(backend):
     x = numpy.zeros((1, 3, 1, 1), numpy.float32)
     with pytest.raises(ShapeError, match="batch of one"):
-        cpu.batch_norm_forward(x)
+        backend.batch_norm_forward(x)
     with pytest.raises(ShapeError, match="at least two values a channel, got 0"):
-        cpu.batch_norm_forward(numpy.zeros((0, 3)))
+        backend.batch_norm_forward(numpy.zeros((0, 3)))
     with pytest.raises(ShapeError, match=r"\(N, C\) or \(N, C, H, W\)"):
-        cpu.batch_norm_forward(numpy.zeros((2, 3, 4)))
+        backend.batch_norm_forward(numpy.zeros((2, 3, 4)))
     with pytest.raises(ShapeError, match=r"weight must have shape \(3,\), got \(2,\)"):
-        cpu.batch_norm_forward(numpy.zeros((2, 3)), numpy.ones(2))
+        backend.batch_norm_forward(numpy.zeros((2, 3)), numpy.ones(2))
     with pytest.raises(DtypeError, match="floating-point"):
-        cpu.batch_norm_forward(numpy.zeros((2, 3), int))
+        backend.batch_norm_forward(numpy.zeros((2, 3), int))
     with pytest.raises(ShapeError, match="output gradient"):
-        cpu.batch_norm_backward(x[..., :0], x, None, numpy.zeros(3), numpy.zeros(3))
+        backend.batch_norm_backward(x[..., :0], x, None, numpy.zeros(3), numpy.zeros(3))
     with pytest.raises(ShapeError, match="mean"):
-        cpu.batch_norm_backward(x, x, None, numpy.zeros(2), numpy.zeros(3))
+        backend.batch_norm_backward(x, x, None, numpy.zeros(2), numpy.zeros(3))
     with pytest.raises(ShapeError, match="out must have"):
-        cpu.batch_norm_inference(x, None, None, numpy.zeros(3), numpy.ones(3), out=x[0])
+        backend.batch_norm_inference(x, None, None, numpy.zeros(3), numpy.ones(3), out=x[0])

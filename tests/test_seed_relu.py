@@ -6,7 +6,7 @@ import numpy
 import pytest
 
 from gpucnn.layers import ReLU, Sigmoid
-from gpucnn.ops import cpu
+from tests.backends import BACKENDS
 
 # Channel 3 of image 0: what goes in, what comes out, and the gradient that is passed back.
 INPUT = """
@@ -48,20 +48,23 @@ def incoming_gradient():
     return numpy.where(table(OUTPUT) > 0, table(PASSED_BACK), arbitrary)
 
 
-def test_forward():
-    numpy.testing.assert_array_equal(cpu.relu_forward(table(INPUT)), table(OUTPUT))
+@BACKENDS
+def test_forward(backend):
+    numpy.testing.assert_array_equal(backend.relu_forward(table(INPUT)), table(OUTPUT))
 
 
-def test_backward():
+@BACKENDS
+def test_backward(backend):
     assert numpy.count_nonzero(incoming_gradient()) == 49
-    numpy.testing.assert_array_equal(cpu.relu_backward(incoming_gradient(), table(OUTPUT)), table(PASSED_BACK))
+    numpy.testing.assert_array_equal(backend.relu_backward(incoming_gradient(), table(OUTPUT)), table(PASSED_BACK))
 
 
-def test_in_place():
+@BACKENDS
+def test_in_place(backend):
     x, gradient = table(INPUT), incoming_gradient()
-    assert cpu.relu_forward(x, out=x) is x
+    assert backend.relu_forward(x, out=x) is x
     numpy.testing.assert_array_equal(x, table(OUTPUT))
-    assert cpu.relu_backward(gradient, x, out=gradient) is gradient
+    assert backend.relu_backward(gradient, x, out=gradient) is gradient
     numpy.testing.assert_array_equal(gradient, table(PASSED_BACK))
 
 
@@ -80,17 +83,19 @@ def test_the_batch_may_grow_after_the_first_call():
     numpy.testing.assert_array_equal(layer(batch), numpy.concatenate([table(OUTPUT)] * 3))
 
 
-def test_the_mask_form():
+@BACKENDS
+def test_the_mask_form(backend):
     x = numpy.array([[1.0, -0.5], [-2.0, 3.0]])
     dout = numpy.array([[5.0, 6.0], [7.0, 8.0]])
     mask = numpy.array([[False, True], [True, False]])  # printed by the article for x <= 0
-    y = cpu.relu_forward(x)
+    y = backend.relu_forward(x)
     numpy.testing.assert_array_equal(y, [[1, 0], [0, 3]])
     numpy.testing.assert_array_equal(y == 0, mask)
-    numpy.testing.assert_array_equal(cpu.relu_backward(dout, y), [[5, 0], [0, 8]])
+    numpy.testing.assert_array_equal(backend.relu_backward(dout, y), [[5, 0], [0, 8]])
 
 
-def test_sigmoid_is_differentiated_through_its_output():
+@BACKENDS
+def test_sigmoid_is_differentiated_through_its_output(backend):
     layer = Sigmoid()
     x = numpy.array([[-2.0, -0.5, 0.0, 1.0, 3.0]])
     dout = numpy.array([[1.0, -2.0, 3.0, 0.5, -1.0]])
@@ -101,9 +106,10 @@ def test_sigmoid_is_differentiated_through_its_output():
         assert abs(result - gradient * (1.0 - sigmoid) * sigmoid) <= 1e-15
         # The first form that the article derives: y^2 exp(-x).
         assert abs(result - gradient * sigmoid**2 * math.exp(-value)) <= 1e-15
-    numpy.testing.assert_array_equal(cpu.sigmoid_backward(dout, y), dx)
+    numpy.testing.assert_array_equal(backend.sigmoid_backward(dout, y), dx)
 
 
-def test_sigmoid_where_the_article_overflows():
-    y = cpu.sigmoid_forward(numpy.array([-1000.0, 1000.0]))
+@BACKENDS
+def test_sigmoid_where_the_article_overflows(backend):
+    y = backend.sigmoid_forward(numpy.array([-1000.0, 1000.0]))
     numpy.testing.assert_array_equal(y, [0, 1])

@@ -1,0 +1,80 @@
+"""The backends that one set of tests runs on: NumPy's, and the CUDA kernels, compiled for the CPU.
+
+Tests are written with NumPy arrays. ``backend.operation(...)``, for any operation of the contract, hands them to
+the backend in its own kind of array, and what comes back to the test as NumPy arrays again: the CUDA backend gets
+HostArrays on the same memory, so strides, overlaps and ``out`` reach it as the test made them, and must answer
+with HostArrays. A test parametrized over ``backends.ALL`` runs once for each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import numpy
+import pytest
+
+from gpucnn.ops import cpu, cuda
+from gpucnn_kernels.runtime import using
+from gpucnn_kernels.runtime.host_array import HostArray
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A backend: its ``name``, its module ``ops``, and the ways of an array between a test and it."""
+
+    name: str
+    ops: ModuleType
+    kind: type[numpy.ndarray[Any, Any]]
+
+    def asarray(self, array: Any) -> Any:
+        """A NumPy array as the backend takes it, on the same memory."""
+        return array.view(self.kind) if type(array) is numpy.ndarray else array
+
+    def to_numpy(self, array: Any) -> Any:
+        """An array of the backend as NumPy's, on the same memory."""
+        assert type(array) is self.kind, f"the {self.name} backend answered with a {type(array).__qualname__}"
+        return array.view(numpy.ndarray)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[Backend]:
+        """Inside, kernels run on the host runtime, and device "cuda" is that."""
+        with using("host"):
+            yield self
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name.startswith("_") or not hasattr(self.ops, name):
+            raise AttributeError(name)
+        return _operation(self, name)
+
+    def answer(self, result: Any) -> Any:
+        """A result of an operation, as NumPy's where it is an array."""
+        return self.to_numpy(result) if isinstance(result, numpy.ndarray) else result
+
+
+@functools.cache
+def _operation(backend: Backend, name: str) -> Callable[..., Any]:
+    function = getattr(backend.ops, name)
+
+    @functools.wraps(function)
+    def operation(*arguments: Any, **options: Any) -> Any:
+        out = options.get("out")
+        with backend.running():
+            given = {key: backend.asarray(value) for key, value in options.items()}
+            result = function(*map(backend.asarray, arguments), **given)
+        parts = result if isinstance(result, tuple) else (result,)
+        # The very array that was given as out comes back as the test knows it.
+        known = [out if out is not None and part is given["out"] else backend.answer(part) for part in parts]
+        return tuple(known) if isinstance(result, tuple) else known[0]
+
+    return operation
+
+
+CPU = Backend("cpu", cpu, numpy.ndarray)
+CUDA = Backend("cuda", cuda, HostArray)
+ALL = [pytest.param(CPU, id="cpu"), pytest.param(CUDA, id="cuda")]
+BACKENDS = pytest.mark.parametrize("backend", ALL)
