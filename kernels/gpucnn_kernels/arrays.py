@@ -53,8 +53,11 @@ class DeviceArray:
 
     def same_layout(self, other: DeviceArray) -> bool:
         """Whether shape and strides agree, those of axes of length 1 aside."""
-        return self.shape == other.shape and all(
-            length < 2 or a == b for length, a, b in zip(self.shape, self.strides, other.strides, strict=True)
+        return self.shape == other.shape and (
+            0 in self.shape
+            or all(
+                length < 2 or a == b for length, a, b in zip(self.shape, self.strides, other.strides, strict=True)
+            )
         )
 
     def pointer(self, writable: bool) -> Pointer:

@@ -7,9 +7,12 @@ needs the packages nvidia-cuda-nvrtc and nvidia-cuda-runtime (named -cu12 for CU
 from __future__ import annotations
 
 import ctypes
-import importlib.util
+import multiprocessing
+import os
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -36,20 +39,23 @@ class Resources:
 @lru_cache(maxsize=1)
 def _library() -> tuple[Any, list[str]]:
     """(the library, its include folders). Raises DeviceError, with what to install, where it is not there."""
-    spec = importlib.util.find_spec("nvidia")
-    folders = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
-    libraries = sorted(
-        path
+    # The wheels share a folder "nvidia"; a module of that name elsewhere on the path must not stand for it.
+    folders = [path for path in (Path(place) / "nvidia" for place in sys.path) if path.is_dir()]
+    libraries = [
+        (int(path.name.rpartition(".")[2]), path)
         for folder in folders
         for path in folder.glob("*/lib/libnvrtc.so.*")
         if "alt" not in path.name and path.name.rpartition(".")[2].isdigit()
-    )
+    ]
     if not libraries:
         raise DeviceError(
             "NVRTC is not installed: pip install nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12 (some 230 MB)"
         )
-    headers = [str(path.parent) for folder in folders for path in folder.glob("*/include/cuda_fp16.h")]
-    library = ctypes.CDLL(str(libraries[-1]))
+    path = max(libraries)[1]
+    # CUDA 12's wheels have a folder each, CUDA 13's share one: the headers must be of the library's version.
+    folders = [path.parents[1], path.parents[2] / "cuda_runtime"]
+    headers = [str(folder / "include") for folder in folders if (folder / "include" / "cuda_fp16.h").is_file()][:1]
+    library = ctypes.CDLL(str(path))
     library.nvrtcGetErrorString.restype = ctypes.c_char_p
     return library, headers
 
@@ -130,3 +136,24 @@ def resources(source: Source, architecture: str, options: Sequence[str] = ()) ->
             f"{source.title}: the compiler reported on {sorted(found)}, the text has {sorted(source.kernels)}"
         )
     return found
+
+
+def resources_of(
+    sources: Iterable[Source], architectures: Iterable[str] = ARCHITECTURES, processes: int | None = None
+) -> dict[tuple[str, str], dict[str, Resources]]:
+    """By (title of the source, architecture), what :func:`resources` says, compiled on several cores.
+
+    NVRTC compiles one program at a time in a process, whatever the threads, so this takes processes.
+    """
+    jobs = [(Source(made.name, made.definitions, made.text), name) for made in sources for name in architectures]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = min(processes or cores, len(jobs))
+    if processes < 2:
+        return dict(map(_job, jobs))
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return dict(pool.map(_job, jobs, chunksize=4))
+
+
+def _job(job: tuple[Source, str]) -> tuple[tuple[str, str], dict[str, Resources]]:
+    source, architecture = job
+    return (source.title, architecture), resources(source, architecture)
