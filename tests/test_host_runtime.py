@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy
 import pytest
 
-from gpucnn_kernels.runtime import nvrtc
-from gpucnn_kernels.runtime.host import HostCompileError, HostModule, Memory, order, order_independent
+from gpucnn_kernels.runtime import host_build, nvrtc
+from gpucnn_kernels.runtime.host import HostCompileError, HostModule, KernelFault, Memory, order, order_independent
 from gpucnn_kernels.source import source_from_text
 from tests.host_modules import launch, module, poisoned, reads, writes
 
@@ -440,6 +440,24 @@ def test_dimensions_are_checked(grid, block, shared_bytes, says):
             "reverse", grid, block, [array, array, ctypes.c_int(1)], shared_bytes=shared_bytes
         )
     assert says in str(caught.value)
+
+
+def test_fibers_of_the_c_library(monkeypatch):
+    """Where there is no switch in assembly; here it is only asked for."""
+    monkeypatch.setattr(host_build, "COMMON_FLAGS", (*host_build.COMMON_FLAGS, "-DGPUCNN_HOST_UCONTEXT=1"))
+    text = TEXT + "// with the C library's contexts\n"
+    for sanitize in (False, True):
+        compiled = HostModule(text, ["reverse", "shuffles"], sanitize=sanitize)
+        x, y = numpy.arange(128, dtype="float32"), poisoned(128, "float32")
+        for seed in (0, 5):
+            launch(compiled, "reverse", 1, 128, reads(x), writes(y), 128, order=seed)
+            assert numpy.array_equal(y, x[::-1] + 1)
+            launch(compiled, "reverse", 2, 64, reads(x), writes(y), 64, order=seed)
+            assert numpy.array_equal(y, x.reshape(2, 64)[:, ::-1].reshape(-1) + 1)
+        with pytest.raises(KernelFault, match="null pointer"):
+            launch(compiled, "reverse", 1, 64, reads(x), None, 64)
+        launch(compiled, "reverse", 1, 128, reads(x), writes(y), 128)
+        assert numpy.array_equal(y, x[::-1] + 1)
 
 
 def test_unknown_kernels_and_bad_orders():

@@ -62,6 +62,32 @@ extern "C" __global__ void half_of_a_warp(const float *x, float *y, int wait) {
     y[threadIdx.x] = tile[threadIdx.x ^ 1];
 }
 
+// Every thread has bytes of its own in words that it shares with others; then whole words are read.
+extern "C" __global__ void bytes_of_words(const unsigned char *x, unsigned *y, int wait) {
+    __shared__ __align__(4) unsigned char tile[64];
+    tile[threadIdx.x] = x[threadIdx.x];
+    tile[threadIdx.x] += 1;
+    if (wait) __syncthreads();
+    if (threadIdx.x < 16) y[threadIdx.x] = *(const unsigned *)(tile + 4 * threadIdx.x);
+}
+
+extern "C" __global__ void words_of_bytes(const unsigned *x, unsigned char *y, int wait) {
+    __shared__ unsigned tile[16];
+    if (threadIdx.x < 16) tile[threadIdx.x] = x[threadIdx.x];
+    if (wait) __syncthreads();
+    y[threadIdx.x] = ((const unsigned char *)tile)[threadIdx.x];
+}
+
+extern "C" __global__ void counted(int *y) {
+    __shared__ int count;
+    if (threadIdx.x == 0) count = 0;
+    __syncthreads();
+    atomicAdd(&count, 1);
+    atomicMax(&count, 1);
+    __syncthreads();
+    y[threadIdx.x] = count;
+}
+
 extern "C" __global__ void divergent(int *y, int n) {
     if (threadIdx.x < n) __syncthreads();
     y[threadIdx.x] = 1;
@@ -473,6 +499,27 @@ def test_a_missing_wait_within_a_warp():
     assert not order_independent(run(PLAIN, "half_of_a_warp", [x], 32, 0, block=32))
     found = fault(SANITIZED, "half_of_a_warp", 32, reads(x), writes(poisoned(32, "float32")), 0)
     assert "race in shared memory" in str(found)
+
+
+def test_races_are_told_by_the_byte():
+    x = numpy.arange(64, dtype="uint8")
+    y, z = poisoned(16, "uint32"), poisoned(64, "uint8")
+    for seed in (0, -1, 4):
+        with order(seed):
+            launch(compiled(SANITIZED), "bytes_of_words", 1, 64, reads(x), writes(y), 1)
+            assert numpy.array_equal(y.view("uint8"), x + 1)
+            launch(compiled(SANITIZED), "words_of_bytes", 1, 64, reads(x), writes(z), 1)
+            assert numpy.array_equal(z, x)
+            for name, result in (("bytes_of_words", y), ("words_of_bytes", z)):
+                found = str(fault(SANITIZED, name, 64, reads(x), writes(result), 0))
+                assert "race in shared memory: the thread" in found
+                assert "of the variable" in found
+
+
+def test_atomic_operations_do_not_race_with_each_other():
+    y = poisoned(64, "int32")
+    launch(compiled(SANITIZED), "counted", 1, 64, writes(y))
+    assert (y == 64).all()
 
 
 def test_a_race_between_writers_shows_in_the_order():

@@ -7,7 +7,12 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#if !defined(__x86_64__) && !defined(__aarch64__)
+// GPUCNN_HOST_UCONTEXT takes the C library's contexts where the switches below could be had: for tests.
+#if defined(__x86_64__) && !defined(GPUCNN_HOST_UCONTEXT)
+#define GPUCNN_HOST_SWITCH_X86_64 1
+#elif defined(__aarch64__) && !defined(GPUCNN_HOST_UCONTEXT)
+#define GPUCNN_HOST_SWITCH_AARCH64 1
+#else
 #include <ucontext.h>
 #endif
 
@@ -25,7 +30,7 @@ inline void *reserve(size_t size) {
 
 struct Context {
     void *stack_pointer = nullptr;
-#if !defined(__x86_64__) && !defined(__aarch64__)
+#if !defined(GPUCNN_HOST_SWITCH_X86_64) && !defined(GPUCNN_HOST_SWITCH_AARCH64)
     ucontext_t machine;
 #endif
 };
@@ -36,7 +41,7 @@ struct Fiber {
     Fiber *next = nullptr;  // of the idle ones
 };
 
-#if defined(__x86_64__)
+#if defined(GPUCNN_HOST_SWITCH_X86_64)
 extern "C" GPUCNN_HOST_HIDDEN void gpucnn_host_switch(void **save_stack_pointer, void *stack_pointer);
 asm(R"(
     .text
@@ -69,7 +74,7 @@ inline void prepare(Context &context, char *stack, void (*start)()) {
     for (int saved = 0; saved < 6; ++saved) *--top = nullptr;
     context.stack_pointer = top;
 }
-#elif defined(__aarch64__)
+#elif defined(GPUCNN_HOST_SWITCH_AARCH64)
 extern "C" GPUCNN_HOST_HIDDEN void gpucnn_host_switch(void **save_stack_pointer, void *stack_pointer);
 asm(R"(
     .text
@@ -123,7 +128,7 @@ inline void prepare(Context &context, char *stack, void (*start)()) {
 #endif
 
 inline void switch_context(Context &from, Context &to) {
-#if defined(__x86_64__) || defined(__aarch64__)
+#if defined(GPUCNN_HOST_SWITCH_X86_64) || defined(GPUCNN_HOST_SWITCH_AARCH64)
     gpucnn_host_switch(&from.stack_pointer, to.stack_pointer);
 #else
     swapcontext(&from.machine, &to.machine);

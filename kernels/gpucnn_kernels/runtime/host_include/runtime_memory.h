@@ -70,9 +70,11 @@ static bool in_shared_memory(const void *address, size_t size) {
     const uintptr_t begin = reinterpret_cast<uintptr_t>(address);
     const uintptr_t dynamic = reinterpret_cast<uintptr_t>(dynamic_shared_memory);
     if (begin >= dynamic && begin + size <= dynamic + schedule.launch->shared_bytes) return true;
-    for (unsigned index = 0; index < block_variable_count; ++index) {
-        const uintptr_t variable = reinterpret_cast<uintptr_t>(block_variables[index].address);
-        if (begin >= variable && begin + size <= variable + block_variables[index].size) return true;
+    static unsigned found;  // most often it is the one of the time before
+    for (unsigned tried = 0; tried < block_variable_count; ++tried, ++found) {
+        if (found >= block_variable_count) found = 0;
+        const uintptr_t variable = reinterpret_cast<uintptr_t>(block_variables[found].address);
+        if (begin >= variable && begin + size <= variable + block_variables[found].size) return true;
     }
     return false;
 }

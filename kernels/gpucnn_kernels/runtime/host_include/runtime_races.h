@@ -17,11 +17,18 @@ struct Access {
     unsigned short thread, warp;
 };
 
-struct Cell {  // of one byte
+struct Cell {
     Access read, written;
 };
 
-static Cell *cells;  // a byte of this library's image each; made real by the first access
+// Of four bytes. Accesses to all of them are noted in ``whole``, accesses to fewer in the cell of each byte.
+struct Word {
+    Cell whole;
+    unsigned bytes_phase;  // when bytes were last accessed
+};
+
+static Word *words;   // of this library's whole image; made real by the first access
+static Cell *byte_cells;  // likewise
 
 static bool unordered(const Access &before, unsigned thread, unsigned warp) {
     if (before.phase != schedule.phase || before.thread == thread) return false;
@@ -54,22 +61,51 @@ static void note(Access &access, unsigned thread, unsigned warp) {
     );
 }
 
+struct Accessing {
+    unsigned thread, warp;
+    bool write;
+    int line;
+    const void *code;
+
+    void check(const Cell &cell, uintptr_t address) const {
+        if (!write && unordered(cell.written, thread, warp)) {
+            report_race(address, write, true, cell.written.thread, line, code);
+        }
+        if (write && unordered(cell.read, thread, warp)) {
+            report_race(address, write, false, cell.read.thread, line, code);
+        }
+    }
+    void enter(Cell &cell) const {
+        if (!in_atomic_operation) note(write ? cell.written : cell.read, thread, warp);
+    }
+};
+
 // To be called before an allowed access.
 static void note_access(uintptr_t address, size_t size, bool write, int line, const void *code) {
     if (address - image_begin() >= image_bytes()) return;
     if (!in_shared_memory(reinterpret_cast<const void *>(address), size)) return;
-    if (!cells) cells = static_cast<Cell *>(reserve((image_bytes() + 16) * sizeof *cells));
-    if (!cells) return;
-    const unsigned thread = schedule.current, warp = thread / WARP_LANES;
-    for (uintptr_t byte = address; byte < address + size; ++byte) {
-        Cell &cell = cells[byte - image_begin()];
-        if (!write && unordered(cell.written, thread, warp)) {
-            report_race(byte, write, true, cell.written.thread, line, code);
+    if (!words) {
+        words = static_cast<Word *>(reserve((image_bytes() / 4 + 8) * sizeof *words));
+        byte_cells = static_cast<Cell *>(reserve((image_bytes() + 32) * sizeof *byte_cells));
+    }
+    if (!words || !byte_cells) return;
+    const Accessing accessing = {schedule.current, schedule.current / WARP_LANES, write, line, code};
+    const uintptr_t begin = address - image_begin(), end = begin + size;
+    for (uintptr_t place = begin; place < end;) {
+        Word &word = words[place / 4];
+        accessing.check(word.whole, image_begin() + place);
+        if (place % 4 == 0 && place + 4 <= end) {
+            for (unsigned byte = 0; word.bytes_phase == schedule.phase && byte < 4; ++byte) {
+                accessing.check(byte_cells[place + byte], image_begin() + place + byte);
+            }
+            accessing.enter(word.whole);
+            place += 4;
+        } else {
+            accessing.check(byte_cells[place], image_begin() + place);
+            accessing.enter(byte_cells[place]);
+            word.bytes_phase = schedule.phase;
+            ++place;
         }
-        if (write && unordered(cell.read, thread, warp)) {
-            report_race(byte, write, false, cell.read.thread, line, code);
-        }
-        if (!in_atomic_operation) note(write ? cell.written : cell.read, thread, warp);
     }
 }
 

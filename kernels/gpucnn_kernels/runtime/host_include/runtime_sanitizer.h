@@ -19,6 +19,7 @@ struct SourceLocation {
 
 static inline void instrumented_access(uintptr_t address, size_t size, bool write, const void *code) {
     if (!size || !schedule.running) return;  // while the library is loaded, variables are initialized
+    if (address - reinterpret_cast<uintptr_t>(&indices) < sizeof indices && !write) return;  // threadIdx and the like
     if (!allows(address, size, write)) report_access(address, size, write, 0, code);
     note_access(address, size, write, 0, code);
 }
