@@ -121,9 +121,11 @@ def options(problem: Conv2dProblem) -> dict[str, Any]:
 
 
 def can_do(algorithm: str, direction: str, problem: Conv2dProblem) -> bool:
-    """Whether the CPU's algorithm of this name can do this direction of the problem."""
+    """Whether an algorithm of this name, of either backend, can do this direction of the problem."""
     if algorithm == "depthwise":
         return problem.groups == problem.C
+    if algorithm == "direct":
+        return problem.C // problem.groups <= 4
     if algorithm == "winograd":
         settings = (problem.R, problem.S, *problem.stride, *problem.dilation, problem.groups)
         return settings == (3, 3, 1, 1, 1, 1, 1) and (direction != "backward_data" or max(problem.padding) <= 2)

@@ -10,14 +10,23 @@ import numpy
 import pytest
 from numpy.typing import NDArray
 
-from gpucnn.ops import cpu
 from gpucnn_kernels.problem import Conv2dProblem
+from tests.backends import BACKENDS, CPU, CUDA, Backend
 from tests.oracles import convolution as oracle
 from tests.problems import ALL, LARGE, SMALL, arrays, can_do, geometry, options, parameters
 
-FORWARD = ("im2col", "rows", "tensordot", "depthwise", "winograd")
-BACKWARD_DATA = ("col2im", "dilated", "phases", "scatter", "winograd")
-BACKWARD_FILTER = ("im2col", "rows", "tensordot", "depthwise", "winograd")
+ALGORITHMS = {
+    CPU: {
+        "forward": ("im2col", "rows", "tensordot", "depthwise", "winograd"),
+        "backward_data": ("col2im", "dilated", "phases", "scatter", "winograd"),
+        "backward_filter": ("im2col", "rows", "tensordot", "depthwise", "winograd"),
+    },
+    CUDA: {
+        "forward": ("implicit_gemm", "direct", "depthwise", "im2col"),
+        "backward_data": ("phases", "dilated", "col2im", "scatter", "depthwise"),
+        "backward_filter": ("implicit_gemm", "im2col", "depthwise"),
+    },
+}
 DTYPES = ("float32", "float64")
 LONG_DOUBLE_IS_LONGER = numpy.finfo(numpy.longdouble).nmant > numpy.finfo(numpy.float64).nmant
 
@@ -56,11 +65,11 @@ WINOGRAD_FACTOR = 20  # what its transforms may add to the plain sum's rounding
 
 
 def assert_as_exact_as_plain(
-    result: NDArray[Any], direction: str, problem: Conv2dProblem, dtype: str, algorithm: str
+    backend: Backend, result: NDArray[Any], direction: str, problem: Conv2dProblem, dtype: str, algorithm: str
 ) -> None:
     """Our largest error is at most twice the plain computation's, or a few units in the last place."""
     if algorithm == "auto":
-        algorithm = cpu.conv2d_choose(direction, problem, dtype)
+        algorithm = backend.conv2d_choose(direction, problem, dtype)
     factor = WINOGRAD_FACTOR if algorithm == "winograd" else 2
     truth, plain = truth_and_plain(problem, dtype)[direction]
     assert result.shape == truth.shape
@@ -70,22 +79,24 @@ def assert_as_exact_as_plain(
     assert error <= factor * plain_error + 2 * factor * numpy.finfo(dtype).eps * numpy.abs(truth).max()
 
 
-def cases(direction: str, names: tuple[str, ...]) -> list[Any]:
-    """Every problem, in both precisions, with "auto" and each algorithm that can do it."""
-    return [
-        pytest.param(problem, dtype, algorithm, id=f"{name}-{dtype}-{algorithm}")
+def cases(direction: str) -> Any:
+    """Every problem, in both precisions, on both backends with "auto" and each algorithm that can do it."""
+    found = [
+        pytest.param(backend, problem, dtype, algorithm, id=f"{backend.name}-{name}-{dtype}-{algorithm}")
+        for backend, algorithms in ALGORITHMS.items()
         for name, problem in ALL.items()
         for dtype in DTYPES
-        for algorithm in ("auto", *names)
+        for algorithm in ("auto", *algorithms[direction])
         if can_do(algorithm, direction, problem)
         if dtype == "float32" or name in SMALL or LONG_DOUBLE_IS_LONGER
     ]
+    return pytest.mark.parametrize(("backend", "problem", "dtype", "algorithm"), found)
 
 
-def test_the_lists_of_algorithms() -> None:
-    assert cpu.conv2d_algorithms("forward") == FORWARD
-    assert cpu.conv2d_algorithms("backward_data") == BACKWARD_DATA
-    assert cpu.conv2d_algorithms("backward_filter") == BACKWARD_FILTER
+@BACKENDS
+def test_the_lists_of_algorithms(backend: Backend) -> None:
+    for direction, names in ALGORITHMS[backend].items():
+        assert backend.conv2d_algorithms(direction) == names
 
 
 @pytest.mark.parametrize("problem", parameters(SMALL))
@@ -94,43 +105,46 @@ def test_the_plain_oracles_agree_with_the_loops(problem: Conv2dProblem) -> None:
         assert numpy.abs(plain - truth).max() <= 1e-13
 
 
-@pytest.mark.parametrize(("problem", "dtype", "algorithm"), cases("forward", FORWARD))
-def test_forward(problem: Conv2dProblem, dtype: str, algorithm: str) -> None:
+@cases("forward")
+def test_forward(backend: Backend, problem: Conv2dProblem, dtype: str, algorithm: str) -> None:
     x, weight, bias, _ = arrays(problem, dtype)
-    y = cpu.conv2d_forward(x, weight, bias, algorithm=algorithm, **options(problem))
-    assert_as_exact_as_plain(y, "forward", problem, dtype, algorithm)
+    y = backend.conv2d_forward(x, weight, bias, algorithm=algorithm, **options(problem))
+    assert_as_exact_as_plain(backend, y, "forward", problem, dtype, algorithm)
 
 
-@pytest.mark.parametrize(("problem", "dtype", "algorithm"), cases("backward_data", BACKWARD_DATA))
-def test_backward_data(problem: Conv2dProblem, dtype: str, algorithm: str) -> None:
+@cases("backward_data")
+def test_backward_data(backend: Backend, problem: Conv2dProblem, dtype: str, algorithm: str) -> None:
     _, weight, _, dy = arrays(problem, dtype)
     size = (problem.H, problem.W)
-    dx = cpu.conv2d_backward_data(dy, weight, input_size=size, algorithm=algorithm, **options(problem))
-    assert_as_exact_as_plain(dx, "backward_data", problem, dtype, algorithm)
+    dx = backend.conv2d_backward_data(dy, weight, input_size=size, algorithm=algorithm, **options(problem))
+    assert_as_exact_as_plain(backend, dx, "backward_data", problem, dtype, algorithm)
 
 
-@pytest.mark.parametrize(("problem", "dtype", "algorithm"), cases("backward_filter", BACKWARD_FILTER))
-def test_backward_filter(problem: Conv2dProblem, dtype: str, algorithm: str) -> None:
+@cases("backward_filter")
+def test_backward_filter(backend: Backend, problem: Conv2dProblem, dtype: str, algorithm: str) -> None:
     x, _, _, dy = arrays(problem, dtype)
     size = (problem.R, problem.S)
-    dw = cpu.conv2d_backward_filter(dy, x, kernel_size=size, algorithm=algorithm, **options(problem))
-    assert_as_exact_as_plain(dw, "backward_filter", problem, dtype, algorithm)
+    dw = backend.conv2d_backward_filter(dy, x, kernel_size=size, algorithm=algorithm, **options(problem))
+    assert_as_exact_as_plain(backend, dw, "backward_filter", problem, dtype, algorithm)
 
 
-@pytest.mark.parametrize(("problem", "dtype", "algorithm"), cases("forward", FORWARD))
-def test_forward_without_bias_is_forward_with_zeros(problem: Conv2dProblem, dtype: str, algorithm: str) -> None:
+@cases("forward")
+def test_forward_without_bias_is_forward_with_zeros(
+    backend: Backend, problem: Conv2dProblem, dtype: str, algorithm: str
+) -> None:
     x, weight, bias, _ = arrays(problem, dtype)
-    plain = cpu.conv2d_forward(x, weight, algorithm=algorithm, **options(problem))
-    zeros = cpu.conv2d_forward(x, weight, numpy.zeros_like(bias), algorithm=algorithm, **options(problem))
+    plain = backend.conv2d_forward(x, weight, algorithm=algorithm, **options(problem))
+    zeros = backend.conv2d_forward(x, weight, numpy.zeros_like(bias), algorithm=algorithm, **options(problem))
     assert numpy.array_equal(plain, zeros)
 
 
+@BACKENDS
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", [*LARGE, "k3", "one-number"])
-def test_backward_bias(name: str, dtype: str) -> None:
+def test_backward_bias(backend: Backend, name: str, dtype: str) -> None:
     problem = ALL[name]
     dy = arrays(problem, dtype)[3]
-    gradient = cpu.conv2d_backward_bias(dy)
+    gradient = backend.conv2d_backward_bias(dy)
     assert gradient.dtype == numpy.dtype(dtype)
     truth = [math.fsum(map(float, dy[:, k].ravel())) for k in range(problem.K)]
     plain = dy.transpose(1, 0, 2, 3).reshape(problem.K, -1).cumsum(axis=1, dtype=dtype)[:, -1]

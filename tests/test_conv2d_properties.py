@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from gpucnn.ops import cpu
 from gpucnn_kernels.problem import Conv2dProblem
+from tests.backends import BACKENDS, CPU, CUDA, Backend
 from tests.oracles import convolution as oracle
 from tests.problems import ALL, LARGE, SMALL, arrays, can_do, geometry, options, parameters
 
 
 def run(
+    backend: Backend,
     direction: str,
     problem: Conv2dProblem,
     x: NDArray[Any],
@@ -28,14 +29,25 @@ def run(
     """The operation of one direction, on the arrays that it takes."""
     more = options(problem) | more
     if direction == "forward":
-        return cpu.conv2d_forward(x, weight, **more)
+        return backend.conv2d_forward(x, weight, **more)
     if direction == "backward_data":
-        return cpu.conv2d_backward_data(dy, weight, input_size=(problem.H, problem.W), **more)
-    return cpu.conv2d_backward_filter(dy, x, kernel_size=(problem.R, problem.S), **more)
+        return backend.conv2d_backward_data(dy, weight, input_size=(problem.H, problem.W), **more)
+    return backend.conv2d_backward_filter(dy, x, kernel_size=(problem.R, problem.S), **more)
 
 
 DIRECTIONS = ["forward", "backward_data", "backward_filter"]
-WITH_ALGORITHM = [(d, a) for d in DIRECTIONS for a in ("auto", *cpu.conv2d_algorithms(d))]
+ALGORITHMS = {
+    backend: [(d, a) for d in DIRECTIONS for a in ("auto", *backend.conv2d_algorithms(d))]
+    for backend in (CPU, CUDA)
+}
+WITH_ALGORITHM = pytest.mark.parametrize(
+    ("backend", "direction", "algorithm"),
+    [
+        pytest.param(backend, direction, algorithm, id=f"{backend.name}-{direction}-{algorithm}")
+        for backend, algorithms in ALGORITHMS.items()
+        for direction, algorithm in algorithms
+    ],
+)
 SHAPES = {"forward": "output_shape", "backward_data": "input_shape", "backward_filter": "weight_shape"}
 
 
@@ -46,11 +58,12 @@ def able(direction: str, algorithm: str, names: list[str]) -> list[Conv2dProblem
 # ---------------------------------------------------------------- adjointness
 
 
+@BACKENDS
 @pytest.mark.parametrize("problem", parameters(ALL))
-def test_the_gradients_are_the_adjoints_of_forward(problem: Conv2dProblem) -> None:
+def test_the_gradients_are_the_adjoints_of_forward(backend: Backend, problem: Conv2dProblem) -> None:
     """For the bilinear y(x, w): <dy, y(x, w)> = <dx(dy, w), x> = <dw(dy, x), w>."""
     x, weight, _, dy = arrays(problem)
-    y, dx, dw = (run(direction, problem, x, weight, dy) for direction in DIRECTIONS)
+    y, dx, dw = (run(backend, direction, problem, x, weight, dy) for direction in DIRECTIONS)
     products = float(numpy.vdot(dy, y)), float(numpy.vdot(dx, x)), float(numpy.vdot(dw, weight))
     scale = float(numpy.abs(dy * y).sum())
     assert max(products) - min(products) <= 1e-12 * scale
@@ -107,13 +120,15 @@ LAYOUT_PROBLEMS = [
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("direction", "algorithm"), WITH_ALGORITHM)
-def test_any_strides(direction: str, algorithm: str, layout: Callable[[NDArray[Any]], NDArray[Any]]) -> None:
+@WITH_ALGORITHM
+def test_any_strides(
+    backend: Backend, direction: str, algorithm: str, layout: Callable[[NDArray[Any]], NDArray[Any]]
+) -> None:
     for problem in able(direction, algorithm, LAYOUT_PROBLEMS):
         given_arrays = [arrays(problem)[i] for i in (0, 1, 3)]
-        expected = run(direction, problem, *given_arrays, algorithm=algorithm)
+        expected = run(backend, direction, problem, *given_arrays, algorithm=algorithm)
         laid_out = [layout(array) for array in given_arrays]
-        result = run(direction, problem, *laid_out, algorithm=algorithm)
+        result = run(backend, direction, problem, *laid_out, algorithm=algorithm)
         assert numpy.abs(result - expected).max() <= 1e-13 * numpy.abs(expected).max() * 30
         for array, before in zip(laid_out, given_arrays, strict=True):
             assert numpy.array_equal(array, before)
@@ -123,27 +138,29 @@ def test_any_strides(direction: str, algorithm: str, layout: Callable[[NDArray[A
 
 
 @pytest.mark.parametrize("layout", [numpy.copy, *LAYOUTS[:-1]])
-@pytest.mark.parametrize(("direction", "algorithm"), WITH_ALGORITHM)
-def test_out(direction: str, algorithm: str, layout: Callable[[NDArray[Any]], NDArray[Any]]) -> None:
+@WITH_ALGORITHM
+def test_out(
+    backend: Backend, direction: str, algorithm: str, layout: Callable[[NDArray[Any]], NDArray[Any]]
+) -> None:
     for problem in able(direction, algorithm, LAYOUT_PROBLEMS):
         x, weight, _, dy = arrays(problem, "float32")
-        expected = run(direction, problem, x, weight, dy, algorithm=algorithm)
+        expected = run(backend, direction, problem, x, weight, dy, algorithm=algorithm)
         out = layout(numpy.full(getattr(problem, SHAPES[direction]), numpy.nan, numpy.float32))
-        result = run(direction, problem, x, weight, dy, algorithm=algorithm, out=out)
+        result = run(backend, direction, problem, x, weight, dy, algorithm=algorithm, out=out)
         assert result is out
         assert numpy.array_equal(out, expected)
 
 
-@pytest.mark.parametrize(("direction", "algorithm"), WITH_ALGORITHM)
-def test_out_may_be_an_input(direction: str, algorithm: str) -> None:
+@WITH_ALGORITHM
+def test_out_may_be_an_input(backend: Backend, direction: str, algorithm: str) -> None:
     # One channel and a kernel as large as image and output: x, weight and dy all have one shape.
     problem = Conv2dProblem.from_shapes((1, 1, 3, 3), (1, 1, 3, 3), padding=1)
     inputs = dict(zip(("x", "weight", "bias", "dy"), arrays(problem), strict=True))
     del inputs["bias"]
-    expected = run(direction, problem, **inputs, algorithm=algorithm)
+    expected = run(backend, direction, problem, **inputs, algorithm=algorithm)
     for name, array in inputs.items():
         shared = array.copy()
-        result = run(direction, problem, **(inputs | {name: shared}), algorithm=algorithm, out=shared)
+        result = run(backend, direction, problem, **(inputs | {name: shared}), algorithm=algorithm, out=shared)
         assert result is shared
         assert numpy.array_equal(shared, expected)
 
@@ -151,7 +168,7 @@ def test_out_may_be_an_input(direction: str, algorithm: str) -> None:
 # ---------------------------------------------------------------- determinism
 
 
-@pytest.mark.parametrize(("direction", "algorithm"), WITH_ALGORITHM)
+@pytest.mark.parametrize(("direction", "algorithm"), ALGORITHMS[CPU])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_the_thread_count_changes_no_bit(
     direction: str, algorithm: str, dtype: str, monkeypatch: pytest.MonkeyPatch
@@ -161,7 +178,7 @@ def test_the_thread_count_changes_no_bit(
         results = []
         for threads in ("1", "2", "5", "2"):
             monkeypatch.setenv("GPUCNN_NUM_THREADS", threads)
-            results.append(run(direction, problem, x, weight, dy, algorithm=algorithm))
+            results.append(run(CPU, direction, problem, x, weight, dy, algorithm=algorithm))
         for result in results[1:]:
             assert result.tobytes() == results[0].tobytes()
 
@@ -194,9 +211,10 @@ def problems(draw: st.DrawFn) -> Conv2dProblem:
     )
 
 
+@BACKENDS
 @settings(max_examples=80, deadline=None)
-@given(problems())
-def test_random_problems(problem: Conv2dProblem) -> None:
+@given(problem=problems())
+def test_random_problems(backend: Backend, problem: Conv2dProblem) -> None:
     x, weight, bias, dy = arrays(problem)
     where = geometry(problem)
     expected = {
@@ -204,13 +222,13 @@ def test_random_problems(problem: Conv2dProblem) -> None:
         "backward_data": oracle.plain_backward_data(dy, weight, problem.input_shape, where),
         "backward_filter": oracle.plain_backward_filter(dy, x, problem.weight_shape, where),
     }
-    for direction, algorithm in WITH_ALGORITHM:
+    for direction, algorithm in ALGORITHMS[backend]:
         if not can_do(algorithm, direction, problem):
             continue
         more: dict[str, Any] = {"bias": bias} if direction == "forward" else {}
         # What a pass leaves unwritten keeps a number that no result holds.
         out = numpy.full(getattr(problem, SHAPES[direction]), 77777.0)
-        result = run(direction, problem, x, weight, dy, algorithm=algorithm, out=out, **more)
+        result = run(backend, direction, problem, x, weight, dy, algorithm=algorithm, out=out, **more)
         assert result.shape == expected[direction].shape
         assert numpy.abs(result - expected[direction]).max() <= 1e-11
 
