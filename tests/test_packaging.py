@@ -13,11 +13,24 @@ from pathlib import Path
 import pytest
 
 import gpucnn
+from gpucnn_kernels import catalog
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = {path.relative_to(ROOT).as_posix() for path in (ROOT / "gpucnn").rglob("*.py")}
 KERNEL_SOURCES = {path.relative_to(ROOT / "kernels").as_posix() for path in (ROOT / "kernels").rglob("*.py")}
-DATA = {"gpucnn/py.typed", "gpucnn/data/digits.npz", "gpucnn/data/DIGITS.md", "gpucnn_kernels/py.typed"}
+CUDA_SOURCES = {
+    path.relative_to(ROOT / "kernels").as_posix()
+    for folder in ("cuda", "runtime/host_include")
+    for path in (ROOT / "kernels" / "gpucnn_kernels" / folder).rglob("*")
+    if path.is_file()
+}
+DATA = {
+    "gpucnn/py.typed",
+    "gpucnn/data/digits.npz",
+    "gpucnn/data/DIGITS.md",
+    "gpucnn_kernels/py.typed",
+    *CUDA_SOURCES,
+}
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +48,12 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wheel(built: Path) -> Path:
     (path,) = built.glob("*.whl")
     return path
+
+
+def test_there_are_cuda_sources_and_headers_for_the_host() -> None:
+    assert {Path(name).suffix for name in CUDA_SOURCES if "/cuda/" in name} == {".cu", ".cuh"}
+    assert any(name.endswith("host_include/cuda_fp16.h") for name in CUDA_SOURCES)
+    assert len(CUDA_SOURCES) > 30
 
 
 def test_the_wheel_holds_both_packages_and_their_data(wheel: Path) -> None:
@@ -74,7 +93,9 @@ def test_the_wheel_runs_without_the_checkout(wheel: Path, tmp_path: Path) -> Non
         archive.extractall(tmp_path)
     code = (
         "import gpucnn, gpucnn_kernels, gpucnn.data\n"
-        "print(gpucnn.__file__, gpucnn_kernels.__file__, len(gpucnn.data.load('digits').train))"
+        "from gpucnn_kernels import catalog\n"
+        "print(gpucnn.__file__, gpucnn_kernels.__file__, len(gpucnn.data.load('digits').train))\n"
+        "print(len(catalog.variants()))"
     )
     answer = subprocess.run(
         [sys.executable, "-c", code],
@@ -84,10 +105,11 @@ def test_the_wheel_runs_without_the_checkout(wheel: Path, tmp_path: Path) -> Non
         text=True,
     )
     assert answer.returncode == 0, answer.stderr
-    package, kernels, count = answer.stdout.split()
+    package, kernels, count, forms = answer.stdout.split()
     assert Path(package).is_relative_to(tmp_path)
     assert Path(kernels).is_relative_to(tmp_path)
     assert int(count) > 1000
+    assert int(forms) == len(catalog.variants())
 
 
 def test_the_project_says_the_version_of_the_package_and_its_command() -> None:
@@ -95,6 +117,26 @@ def test_the_project_says_the_version_of_the_package_and_its_command() -> None:
     assert project["version"] == gpucnn.__version__
     assert project["scripts"] == {"gpucnn": "gpucnn.cli:main"}
     assert project["requires-python"] == ">=3.11"
+
+
+def test_the_compiler_for_the_kernels_is_asked_for_only_where_there_is_one() -> None:
+    """NVRTC comes for Linux on two processors; elsewhere the tests that need it say why they are skipped."""
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    nvidia = [Requirement(line) for line in project["optional-dependencies"]["test"] if line.startswith("nvidia-")]
+    assert {found.name for found in nvidia} == {"nvidia-cuda-nvrtc-cu12", "nvidia-cuda-runtime-cu12"}
+    for found in nvidia:
+        assert found.marker is not None
+        assert not found.specifier.contains("12.6")  # it does not know sm_120
+        for system, processor, wanted in (
+            ("linux", "x86_64", True),
+            ("linux", "aarch64", True),
+            ("linux", "ppc64le", False),
+            ("darwin", "arm64", False),
+            ("win32", "AMD64", False),
+        ):
+            assert found.marker.evaluate({"sys_platform": system, "platform_machine": processor}) == wanted
 
 
 def test_the_uv_lock_is_possible() -> None:

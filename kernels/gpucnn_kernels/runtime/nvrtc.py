@@ -49,7 +49,7 @@ def _library() -> tuple[Any, list[str]]:
     ]
     if not libraries:
         raise DeviceError(
-            "NVRTC is not installed: pip install nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12 (some 230 MB)"
+            "NVRTC is not installed: pip install nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12 (some 95 MB)"
         )
     path = max(libraries)[1]
     # CUDA 12's wheels have a folder each, CUDA 13's share one: the headers must be of the library's version.
