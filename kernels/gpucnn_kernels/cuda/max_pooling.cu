@@ -7,8 +7,8 @@
 #include "pooling.cuh"
 
 // Padding never wins, the first place wins a tie, the first NaN wins over all. A dilated window may step over the
-// image on both sides: minus infinity, place 0. On a GPU subnormal float32 numbers compare as 0, as CuPy compiles for
-// speed (-ftz=true); the winner is copied as it is.
+// image on both sides: minus infinity, place 0. On a GPU subnormal float32 numbers compare as 0, as CuPy compiles
+// for speed (-ftz=true); the winner is copied as it is.
 template <typename place_t>
 __device__ __forceinline__ void largest_of_windows(
     const scalar_t *x, scalar_t *y, place_t *argmax, const Pooling &pooling, const Strides &x_strides,

@@ -2,10 +2,10 @@
 // read once.
 //
 // The sum is taken in double, element by element: a square of two float32 is exact there and can neither overflow
-// nor vanish, and a norm is wanted most when gradients explode. GPUs for data centers have the rate to spare; those
-// with 1/64 of it may be held up by it in 16-bit arrays. Two passes: each thread sums its elements and each block its
-// threads, in a tree of fixed shape; then one block sums the blocks. How many blocks there are depends on the number
-// of elements alone, so the bits of the sum do not depend on the GPU or on the run.
+// nor vanish, and a norm is wanted most when gradients explode. GPUs for data centers have the rate to spare;
+// those with 1/64 of it may be held up by it in 16-bit arrays. Two passes: each thread sums its elements and each
+// block its threads, in a tree of fixed shape; then one block sums the blocks. How many blocks there are depends
+// on the number of elements alone, so the bits of the sum do not depend on the GPU or on the run.
 #include "scalar.cuh"
 
 // The sum over the block, in thread 0. ``warps`` is shared memory of 8 elements; 256 threads.
