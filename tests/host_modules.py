@@ -8,12 +8,20 @@ from functools import cache
 from typing import Any
 
 import numpy
+import pytest
 
 from gpucnn_kernels.runtime.host import HostModule, Memory
 from gpucnn_kernels.source import source_from_text
 
 # Results start as these bytes, so that a place that is not written shows.
 POISON = 0xA5
+
+
+@pytest.fixture(autouse=True)
+def nothing_from_outside(monkeypatch):
+    """For tests that say themselves in which order threads run, and what is sanitized. Used by importing it."""
+    monkeypatch.delenv("GPUCNN_KERNELS_HOST_ORDER", raising=False)
+    monkeypatch.delenv("GPUCNN_KERNELS_HOST_SANITIZE", raising=False)
 
 
 def reads(array: numpy.ndarray) -> Memory:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from gpucnn_kernels.runtime import host_build, nvrtc
 from gpucnn_kernels.runtime.host import HostCompileError, HostModule, KernelFault, Memory, order, order_independent
 from gpucnn_kernels.source import source_from_text
-from tests.host_modules import launch, module, poisoned, reads, writes
+from tests.host_modules import launch, module, nothing_from_outside, poisoned, reads, writes  # noqa: F401
 
 TEXT = r"""
 // The comment mentions __shared__ int nothing[3]; and must not count.
@@ -551,3 +552,9 @@ def test_a_missing_compiler_is_explained(tmp_path):
 def test_the_order_comes_from_the_environment(tmp_path):
     _, errors = run_small({"GPUCNN_KERNELS_HOST_ORDER": "many"}, tmp_path)
     assert "GPUCNN_KERNELS_HOST_ORDER must be a whole number, got 'many'" in errors
+
+
+def test_the_manual_s_example_runs():
+    page = Path(__file__).resolve().parent.parent / "docs" / "host-runtime.md"
+    (example,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    exec(compile(example, str(page), "exec"), {})

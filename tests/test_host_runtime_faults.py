@@ -13,7 +13,7 @@ import pytest
 
 from gpucnn_kernels.runtime.host import KernelFault, order, order_independent
 from gpucnn_kernels.source import source_from_text
-from tests.host_modules import launch, module, poisoned, reads, writes
+from tests.host_modules import launch, module, nothing_from_outside, poisoned, reads, writes  # noqa: F401
 
 TEXT = r"""
 #include "ptx.cuh"

@@ -84,7 +84,7 @@ def build(text: str, kernels: Sequence[str], sanitize: bool) -> Path:
     compiler = find_compiler()
     title = title_of(kernels)
     unit = translation_unit(text, kernels)
-    flags = [*COMMON_FLAGS, *_machine_flags(compiler)]
+    flags = [*COMMON_FLAGS, *_machine_flags()]
     if sanitize:
         flags += SANITIZED_FLAGS
         flags += CLANG_SANITIZED_FLAGS if _is_clang(compiler) else GCC_SANITIZED_FLAGS
@@ -261,7 +261,7 @@ def _is_clang(compiler: str) -> bool:
     return "clang" in _identity(compiler)
 
 
-def _machine_flags(compiler: str) -> list[str]:
+def _machine_flags() -> list[str]:
     return ["-march=native"] if platform.machine() in ("x86_64", "aarch64") else []
 
 
@@ -294,7 +294,7 @@ def _key(compiler: str, flags: Sequence[str], unit: str) -> str:
 
 
 def _runtime_object(compiler: str) -> Path:
-    flags = [*COMMON_FLAGS, *_machine_flags(compiler), "-O2"]
+    flags = [*COMMON_FLAGS, *_machine_flags(), "-O2"]
     path = cache_folder() / f"runtime-{_key(compiler, flags, '')}.o"
     if not path.is_file():
         with tempfile.TemporaryDirectory(dir=path.parent, prefix="compiling-") as scratch:
