@@ -127,11 +127,20 @@ def backward_filter_problem(
     return problem
 
 
-def check_algorithm(direction: str, algorithm: str, names: Sequence[str]) -> None:
-    """Raise ArgumentError unless ``algorithm`` is "auto" or one of the ``names`` of its direction."""
+def check_algorithm(direction: str, algorithm: str, names: Sequence[str], problem: Conv2dProblem) -> None:
+    """Raise ArgumentError unless ``algorithm`` is "auto" or one of the ``names`` of its direction.
+
+    And where it is "depthwise" and the problem is not.
+    """
     if algorithm != "auto" and algorithm not in names:
         raise ArgumentError(
             f"unknown algorithm {algorithm!r} for conv2d {direction}; choose auto or one of {', '.join(names)}"
+        )
+    if algorithm == "depthwise" and problem.groups != problem.C:
+        others = ", ".join(name for name in names if name != "depthwise")
+        raise ArgumentError(
+            f"algorithm 'depthwise' needs as many groups as input channels, got groups={problem.groups} for "
+            f"{problem.C} channels; choose auto or one of {others}"
         )
 
 

@@ -117,15 +117,9 @@ def conv2d_choose(direction: str, problem: Conv2dProblem, dtype: DTypeLike) -> s
 
 def _resolve(direction: str, algorithm: str, problem: Conv2dProblem, dtype: DTypeLike) -> str:
     names = conv2d_algorithms(direction)
-    check_algorithm(direction, algorithm, names)
+    check_algorithm(direction, algorithm, names, problem)
     if algorithm == "auto":
         return conv2d_choose(direction, problem, dtype)
-    if algorithm == "depthwise" and not conv2d_depthwise.is_depthwise(problem):
-        others = ", ".join(name for name in names if name != "depthwise")
-        raise ArgumentError(
-            f"algorithm 'depthwise' needs as many groups as input channels, got groups={problem.groups} for "
-            f"{problem.C} channels; choose auto or one of {others}"
-        )
     if algorithm == "winograd" and not conv2d_winograd.is_possible(direction, problem):
         others = ", ".join(name for name in names if name not in ("depthwise", "winograd"))
         raise ArgumentError(

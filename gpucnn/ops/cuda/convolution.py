@@ -64,7 +64,7 @@ def conv2d_forward(
     check_devices(x=x, weight=weight, bias=bias, out=out)
     options: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     problem = forward_problem(x, weight, bias, **options)
-    check_algorithm("forward", algorithm, conv2d_algorithms("forward"))
+    check_algorithm("forward", algorithm, conv2d_algorithms("forward"), problem)
     dtype = common_dtype(x, weight)
     given, filters = image(x, dtype), image(weight, dtype)
     offset = None if bias is None else contiguous(bias, dtype)
@@ -89,7 +89,7 @@ def conv2d_backward_data(
     check_devices(dy=dy, weight=weight, out=out)
     options: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     problem = backward_data_problem(dy, weight, input_size, **options)
-    check_algorithm("backward_data", algorithm, conv2d_algorithms("backward_data"))
+    check_algorithm("backward_data", algorithm, conv2d_algorithms("backward_data"), problem)
     dtype = common_dtype(dy, weight)
     gradient, filters = image(dy, dtype), image(weight, dtype)
     options |= {"input_size": (problem.H, problem.W), "algorithm": algorithm}
@@ -113,7 +113,7 @@ def conv2d_backward_filter(
     check_devices(dy=dy, x=x, out=out)
     options: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
     problem = backward_filter_problem(dy, x, kernel_size, groups, **options)
-    check_algorithm("backward_filter", algorithm, conv2d_algorithms("backward_filter"))
+    check_algorithm("backward_filter", algorithm, conv2d_algorithms("backward_filter"), problem)
     dtype = common_dtype(x, dy)
     gradient, given = image(dy, dtype), image(x, dtype)
     options |= {"kernel_size": kernel_size, "groups": groups, "algorithm": algorithm}
@@ -155,7 +155,7 @@ def conv_transpose2d_forward(
     options["output_padding"] = output_padding
     problem = conv_transpose2d_problem(x.shape, weight.shape, **options)
     check_bias(bias, problem.C)
-    check_algorithm("backward_data", algorithm, conv2d_algorithms("backward_data"))
+    check_algorithm("backward_data", algorithm, conv2d_algorithms("backward_data"), problem)
     dtype = common_dtype(x, weight)
     given, filters = image(x, dtype), image(weight, dtype)
     offset = None if bias is None else contiguous(bias, dtype)
