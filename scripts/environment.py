@@ -248,7 +248,7 @@ def set_up(extras: tuple[str, ...], gpu: str | None) -> None:
     installed = [extra for extra in nvidia.EXTRAS if extra in stamp["extras"]]
     wanted = stamp["gpu"]
     if wanted == "auto" and not installed:
-        wanted, reason = detect_extra()
+        wanted, reason = nvidia.choose_extra(nvidia.detect())
         if fresh or wanted != "none":
             say(f"GPU: {reason}.")
     if wanted not in nvidia.EXTRAS or wanted in installed:
@@ -263,15 +263,6 @@ def set_up(extras: tuple[str, ...], gpu: str | None) -> None:
         raise SetupError(
             f"{error}\nAll but the GPU part is set up: add --gpu none to go on without it."
         ) from error
-
-
-def detect_extra() -> tuple[str, str]:
-    """(the extra for this machine or "none", the reason)."""
-    extra, reason = nvidia.choose_extra(nvidia.detect())
-    if extra != "none" and not (ROOT / "gpucnn" / "ops" / "cuda.py").exists():
-        # A gigabyte that nothing would use is not downloaded unasked.
-        return "none", f"{reason}; {extra} fits, but this version runs on the CPU only (--gpu {extra} installs it)"
-    return extra, reason
 
 
 class Lock:

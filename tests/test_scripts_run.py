@@ -323,11 +323,6 @@ def test_the_gpu_extra_is_picked_said_and_remembered(
 ) -> None:
     environment, nvidia = scripts["environment"], scripts["nvidia"]
     monkeypatch.setattr(nvidia, "detect", lambda: nvidia.Found(580, (9, 0)))
-    environment.set_up(("images",), None)  # without CUDA operations nothing would use it
-    assert tools.installs() == ["images"]
-    assert "cuda13 fits, but this version runs on the CPU only" in capsys.readouterr().err
-    (environment.ROOT / "gpucnn" / "ops").mkdir(parents=True)
-    (environment.ROOT / "gpucnn" / "ops" / "cuda.py").write_text("")
     environment.set_up(("images",), "none")
     environment.set_up(("images",), None)  # remembered
     assert tools.installs() == ["images"]
