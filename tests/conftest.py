@@ -7,6 +7,8 @@ from functools import cache
 
 import pytest
 
+collect_ignore = ["outside_project"]  # its tests run where it is installed: tests/test_kernels_outside.py
+
 
 @cache
 def _catalogued() -> frozenset[str]:
