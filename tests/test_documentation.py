@@ -27,7 +27,7 @@ def environment() -> dict[str, str]:
 
 
 def test_the_example_in_the_readme_learns(tmp_path: Path) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    example, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len([line for line in example.splitlines() if line.strip()]) <= 10
     (tmp_path / "example.py").write_text(example, encoding="utf-8")
     answer = subprocess.run(
@@ -55,6 +55,23 @@ def test_every_page_is_in_the_index() -> None:
     assert [page.name for page in PAGES if page.parent.name == "docs" and f"({page.name})" not in index] == [
         "README.md"
     ]
+
+
+def test_the_readmes_kernels_run(tmp_path: Path) -> None:
+    """On the host runtime, where NumPy stands in for the two names that the example takes of CuPy."""
+    _, example = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    stand_in = "import numpy\nfrom numpy import float32\nrandom = numpy.random.default_rng(0)\n"
+    (tmp_path / "cupy.py").write_text(stand_in, encoding="utf-8")
+    (tmp_path / "example.py").write_text(example + "print(y.shape, argmax.dtype)\n", encoding="utf-8")
+    answer = subprocess.run(
+        [sys.executable, "-W", "error", "example.py"],
+        cwd=tmp_path,
+        env=environment() | {"GPUCNN_KERNELS_RUNTIME": "host"},
+        capture_output=True,
+        text=True,
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout == "(8, 64, 56, 56) uint8\n"
 
 
 def test_the_readme_names_every_layer() -> None:
