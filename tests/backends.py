@@ -18,6 +18,7 @@ from typing import Any
 import numpy
 import pytest
 
+from gpucnn.layers import Layer
 from gpucnn.ops import cpu, cuda
 from gpucnn_kernels.runtime import using
 from gpucnn_kernels.runtime.host_array import HostArray
@@ -78,3 +79,32 @@ CPU = Backend("cpu", cpu, numpy.ndarray)
 CUDA = Backend("cuda", cuda, HostArray)
 ALL = [pytest.param(CPU, id="cpu"), pytest.param(CUDA, id="cuda")]
 BACKENDS = pytest.mark.parametrize("backend", ALL)
+
+
+class Placed:
+    """A layer on a backend's device, called with NumPy arrays and answering with them.
+
+    Its parameters' gradients and its buffers are read by :meth:`gradient` and :meth:`buffer`.
+    """
+
+    def __init__(self, backend: Backend, layer: Layer) -> None:
+        self.backend = backend
+        with backend.running():
+            self.layer = layer.to(backend.name)
+
+    def __call__(self, x: Any) -> Any:
+        with self.backend.running():
+            return self.backend.to_numpy(self.layer(self.backend.asarray(x)))
+
+    def backward(self, dy: Any) -> Any:
+        """The gradient for the input."""
+        with self.backend.running():
+            return self.backend.to_numpy(self.layer.backward(self.backend.asarray(dy)))
+
+    def gradient(self, name: str) -> Any:
+        """The gradient of the parameter ``name``."""
+        return self.backend.to_numpy(getattr(self.layer, name).gradient)
+
+    def buffer(self, name: str) -> Any:
+        """The buffer ``name``."""
+        return self.backend.to_numpy(getattr(self.layer, name))

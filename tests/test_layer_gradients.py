@@ -6,6 +6,7 @@ import pytest
 from gpucnn import layers
 from gpucnn.gradient_check import check_gradients, directional_errors
 from gpucnn.random import Generator
+from tests.backends import BACKENDS, CPU, CUDA
 
 
 def dropout(kind):
@@ -23,10 +24,6 @@ IMAGE_LAYERS = {
     "conv grouped": lambda: layers.Conv2d(4, 6, 3, groups=2, bias=False),
     "conv depthwise": lambda: layers.Conv2d(4, 8, 3, padding=1, groups=4),
     "conv 1x1": lambda: layers.Conv2d(4, 5, 1),
-    "conv dilate-pad-rotate, tensordot": lambda: layers.Conv2d(
-        4, 3, 3, stride=2, algorithm={"backward_data": "dilated", "backward_filter": "tensordot"}
-    ),
-    "conv scatter": lambda: layers.Conv2d(4, 3, 3, stride=2, algorithm={"backward_data": "scatter"}),
     "transposed": lambda: layers.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2),
     "transposed dilated": lambda: layers.ConvTranspose2d(4, 3, (2, 3), dilation=2, bias=False),
     "max pool": lambda: layers.MaxPool2d(2),
@@ -60,6 +57,14 @@ IMAGE_LAYERS = {
     "branches": lambda: layers.Concatenate(layers.Conv2d(4, 3, 1), layers.Identity(), layers.Tanh()),
 }
 
+OTHER_ALGORITHMS = [
+    (CPU, {"backward_data": "dilated", "backward_filter": "tensordot"}),
+    (CPU, {"backward_data": "scatter"}),
+    (CUDA, {"backward_data": "dilated", "backward_filter": "im2col"}),
+    (CUDA, {"forward": "im2col", "backward_data": "scatter"}),
+    (CUDA, {"forward": "implicit_gemm", "backward_data": "col2im"}),
+]
+
 
 def image_input(layout):
     random = numpy.random.default_rng(7)
@@ -73,25 +78,37 @@ def image_input(layout):
     return x
 
 
+def check_on(backend, layer, x, **options):
+    with backend.running():
+        check_gradients(layer.to(backend.name), backend.asarray(x), tolerance=2e-7, **options)
+
+
+@BACKENDS
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last", "sliced"])
 @pytest.mark.parametrize("name", IMAGE_LAYERS)
-def test_image_layers(name, layout):
-    layer = IMAGE_LAYERS[name]()
-    check_gradients(layer, image_input(layout), tolerance=2e-7)
+def test_image_layers(backend, name, layout):
+    check_on(backend, IMAGE_LAYERS[name](), image_input(layout))
 
 
+@pytest.mark.parametrize(("backend", "names"), OTHER_ALGORITHMS)
+def test_convolution_by_other_algorithms(backend, names):
+    check_on(backend, layers.Conv2d(4, 3, 3, stride=2, algorithm=names), image_input("contiguous"))
+
+
+@BACKENDS
 @pytest.mark.parametrize("make", [lambda: layers.Linear(6, 4), lambda: layers.Linear(6, 4, bias=False),
                                   lambda: layers.BatchNorm1d(6), layers.Softmax])  # fmt: skip
 @pytest.mark.parametrize("transposed", [False, True])
-def test_feature_layers(make, transposed):
+def test_feature_layers(backend, make, transposed):
     x = numpy.random.default_rng(1).standard_normal((6, 5) if transposed else (5, 6))
-    check_gradients(make(), x.T if transposed else x, tolerance=2e-7)
+    check_on(backend, make(), x.T if transposed else x)
 
 
+@BACKENDS
 @pytest.mark.parametrize("kind", [layers.Dropout, layers.Dropout2d])
-def test_dropout(kind):
+def test_dropout(backend, kind):
     layer, rewind = dropout(kind)
-    check_gradients(layer, image_input("contiguous"), tolerance=2e-7, before_forward=rewind)
+    check_on(backend, layer, image_input("contiguous"), before_forward=rewind)
 
 
 def test_gradients_add_up_over_batches():
