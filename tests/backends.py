@@ -20,6 +20,7 @@ import pytest
 
 from gpucnn.layers import Layer
 from gpucnn.ops import cpu, cuda
+from gpucnn.parameters import Parameter
 from gpucnn_kernels.runtime import using
 from gpucnn_kernels.runtime.host_array import HostArray
 
@@ -82,10 +83,7 @@ BACKENDS = pytest.mark.parametrize("backend", ALL)
 
 
 class Placed:
-    """A layer on a backend's device, called with NumPy arrays and answering with them.
-
-    Its parameters' gradients and its buffers are read by :meth:`gradient` and :meth:`buffer`.
-    """
+    """A layer on a backend's device, called with NumPy arrays and answering with them."""
 
     def __init__(self, backend: Backend, layer: Layer) -> None:
         self.backend = backend
@@ -101,10 +99,16 @@ class Placed:
         with self.backend.running():
             return self.backend.to_numpy(self.layer.backward(self.backend.asarray(dy)))
 
+    def eval(self) -> Placed:
+        """Itself, in evaluation mode."""
+        self.layer.eval()
+        return self
+
+    def value(self, name: str) -> Any:
+        """The numbers of the parameter or buffer ``name``."""
+        found = getattr(self.layer, name)
+        return self.backend.to_numpy(found.data if isinstance(found, Parameter) else found)
+
     def gradient(self, name: str) -> Any:
         """The gradient of the parameter ``name``."""
         return self.backend.to_numpy(getattr(self.layer, name).gradient)
-
-    def buffer(self, name: str) -> Any:
-        """The buffer ``name``."""
-        return self.backend.to_numpy(getattr(self.layer, name))

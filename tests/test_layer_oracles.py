@@ -9,6 +9,7 @@ from gpucnn import layers
 from gpucnn.random import Generator, words
 from tests import problems
 from tests.accuracy import awkward, channels_last, max_error
+from tests.backends import BACKENDS, Placed
 from tests.oracles import activations, convolution, linear, normalization, pooling
 from tests.pool_problems import POOL_PROBLEMS
 
@@ -20,19 +21,22 @@ def random_array(*shape, seed=0):
     return numpy.random.default_rng(seed).standard_normal(shape)
 
 
+@BACKENDS
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("problem", problems.parameters(problems.SMALL))
-def test_conv2d(problem, layout):
+def test_conv2d(backend, problem, layout):
     x, weight, bias, dy = problems.arrays(problem)
     layer = layers.Conv2d(problem.C, problem.K, (problem.R, problem.S), **problems.options(problem))
     layer.to(dtype=numpy.float64)
     layer.weight.data[...], layer.bias.data[...] = weight, bias
+    placed = Placed(backend, layer)
     where = problems.geometry(problem)
-    assert max_error(layer(LAYOUTS[layout](x)), convolution.forward_loops(x, weight, where, bias)) <= TOLERANCE
-    dx = layer.backward(LAYOUTS[layout](dy))
+    assert max_error(placed(LAYOUTS[layout](x)), convolution.forward_loops(x, weight, where, bias)) <= TOLERANCE
+    dx = placed.backward(LAYOUTS[layout](dy))
     assert max_error(dx, convolution.backward_data_loops(dy, weight, x.shape, where)) <= TOLERANCE
-    assert max_error(layer.weight.gradient, convolution.backward_filter_loops(dy, x, weight.shape, where)) <= 1e-11
-    assert max_error(layer.bias.gradient, [sum(dy[:, k].ravel().tolist()) for k in range(problem.K)]) <= 1e-11
+    dweight = convolution.backward_filter_loops(dy, x, weight.shape, where)
+    assert max_error(placed.gradient("weight"), dweight) <= 1e-11
+    assert max_error(placed.gradient("bias"), [sum(dy[:, k].ravel().tolist()) for k in range(problem.K)]) <= 1e-11
 
 
 @settings(max_examples=40, deadline=None)
@@ -55,71 +59,77 @@ def test_any_conv2d(n, c, k, kernel_h, kernel_w, stride, padding, groups, h, w):
     assert max_error(dx, convolution.backward_data_loops(dy, layer.weight.data, x.shape, where)) <= TOLERANCE
 
 
+@BACKENDS
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_conv_transpose2d_is_the_input_gradient_of_a_convolution(layout, stride, groups):
+def test_conv_transpose2d_is_the_input_gradient_of_a_convolution(backend, layout, stride, groups):
     x = random_array(2, 4, 5, 4)
     layer = layers.ConvTranspose2d(4, 6, (3, 2), stride=stride, padding=1, groups=groups)
     layer.to(dtype=numpy.float64)
-    y = layer(LAYOUTS[layout](x))
+    placed = Placed(backend, layer)
+    y = placed(LAYOUTS[layout](x))
     where = convolution.Geometry((stride, stride), (1, 1, 1, 1), (1, 1), groups)
-    expected = convolution.backward_data_loops(x, layer.weight.data, y.shape, where)
-    assert max_error(y, expected + layer.bias.data[:, None, None]) <= TOLERANCE
+    expected = convolution.backward_data_loops(x, placed.value("weight"), y.shape, where)
+    assert max_error(y, expected + placed.value("bias")[:, None, None]) <= TOLERANCE
     dy = random_array(*y.shape, seed=1)
-    dx = layer.backward(LAYOUTS[layout](dy))
+    dx = placed.backward(LAYOUTS[layout](dy))
     no_bias = numpy.zeros(4)
-    assert max_error(dx, convolution.forward_loops(dy, layer.weight.data, where, no_bias)) <= TOLERANCE
+    assert max_error(dx, convolution.forward_loops(dy, placed.value("weight"), where, no_bias)) <= TOLERANCE
     dweight = convolution.backward_filter_loops(x, dy, layer.weight.shape, where)
-    assert max_error(layer.weight.gradient, dweight) <= 1e-11
+    assert max_error(placed.gradient("weight"), dweight) <= 1e-11
 
 
+@BACKENDS
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", POOL_PROBLEMS, ids=lambda case: case.name)
-def test_pooling(case, layout):
+def test_pooling(backend, case, layout):
     x = random_array(*case.shape)
     arguments = (case.kernel, case.stride, case.padding, case.dilation, case.ceil_mode)
-    layer = layers.MaxPool2d(*arguments)
+    placed = Placed(backend, layers.MaxPool2d(*arguments))
     y, argmax = pooling.max_pool(x, *arguments)
-    assert numpy.array_equal(layer(LAYOUTS[layout](x)), y)  # minus infinity where a window steps over the image
+    assert numpy.array_equal(placed(LAYOUTS[layout](x)), y)  # minus infinity where a window steps over the image
     dy = random_array(*y.shape, seed=1)
     dx = pooling.max_pool_backward(dy, argmax, x.shape, *arguments)
-    assert max_error(layer.backward(LAYOUTS[layout](dy)), dx) <= TOLERANCE
+    assert max_error(placed.backward(LAYOUTS[layout](dy)), dx) <= TOLERANCE
     if case.dilation != (1, 1):
         return
     for count_padding in (True, False):
         arguments = (case.kernel, case.stride, case.padding, case.ceil_mode, count_padding)
-        layer = layers.AvgPool2d(*arguments)
-        assert max_error(layer(LAYOUTS[layout](x)), pooling.avg_pool(x, *arguments)) <= TOLERANCE
+        placed = Placed(backend, layers.AvgPool2d(*arguments))
+        assert max_error(placed(LAYOUTS[layout](x)), pooling.avg_pool(x, *arguments)) <= TOLERANCE
         dx = pooling.avg_pool_backward(dy, x.shape, *arguments)
-        assert max_error(layer.backward(LAYOUTS[layout](dy)), dx) <= TOLERANCE
+        assert max_error(placed.backward(LAYOUTS[layout](dy)), dx) <= TOLERANCE
 
 
+@BACKENDS
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size", [(1, 1), (3, 2), (4, 7)])
-def test_adaptive_pooling(size, layout):
+def test_adaptive_pooling(backend, size, layout):
     x = random_array(2, 3, 8, 7)
-    layer = layers.AdaptiveAvgPool2d(size)
-    assert max_error(layer(LAYOUTS[layout](x)), pooling.adaptive_avg_pool(x, size)) <= TOLERANCE
+    placed = Placed(backend, layers.AdaptiveAvgPool2d(size))
+    assert max_error(placed(LAYOUTS[layout](x)), pooling.adaptive_avg_pool(x, size)) <= TOLERANCE
     dy = random_array(2, 3, *size, seed=1)
-    assert max_error(layer.backward(dy), pooling.adaptive_avg_pool_backward(dy, (8, 7))) <= TOLERANCE
+    assert max_error(placed.backward(dy), pooling.adaptive_avg_pool_backward(dy, (8, 7))) <= TOLERANCE
 
 
+@BACKENDS
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_batch_norm2d(layout):
+def test_batch_norm2d(backend, layout):
     x, dy = random_array(3, 4, 5, 2) * 3 + 7, random_array(3, 4, 5, 2, seed=1)
     layer = layers.BatchNorm2d(4, eps=1e-3, momentum=0.3).to(dtype=numpy.float64)
     layer.weight.data[...], layer.bias.data[...] = random_array(4, seed=2), random_array(4, seed=3)
-    expected, mean, _ = normalization.batch_norm(x, layer.weight.data, layer.bias.data, 1e-3)
-    assert max_error(layer(LAYOUTS[layout](x)), expected) <= 1e-11
-    dx, dweight, dbias = normalization.batch_norm_backward(dy, x, layer.weight.data, 1e-3)
-    assert max_error(layer.backward(LAYOUTS[layout](dy)), dx) <= 1e-11
-    assert max_error(layer.weight.gradient, dweight) <= 1e-11
-    assert max_error(layer.bias.gradient, dbias) <= 1e-11
-    assert max_error(layer.running_mean, 0.3 * numpy.asarray(mean)) <= TOLERANCE
-    running = layer.running_mean.copy(), layer.running_var.copy()
-    expected = normalization.batch_norm_inference(x, layer.weight.data, layer.bias.data, *running, 1e-3)
-    assert max_error(layer.eval()(LAYOUTS[layout](x)), expected) <= 1e-11
+    placed = Placed(backend, layer)
+    expected, mean, _ = normalization.batch_norm(x, placed.value("weight"), placed.value("bias"), 1e-3)
+    assert max_error(placed(LAYOUTS[layout](x)), expected) <= 1e-11
+    dx, dweight, dbias = normalization.batch_norm_backward(dy, x, placed.value("weight"), 1e-3)
+    assert max_error(placed.backward(LAYOUTS[layout](dy)), dx) <= 1e-11
+    assert max_error(placed.gradient("weight"), dweight) <= 1e-11
+    assert max_error(placed.gradient("bias"), dbias) <= 1e-11
+    assert max_error(placed.value("running_mean"), 0.3 * numpy.asarray(mean)) <= TOLERANCE
+    running = placed.value("running_mean").copy(), placed.value("running_var").copy()
+    expected = normalization.batch_norm_inference(x, placed.value("weight"), placed.value("bias"), *running, 1e-3)
+    assert max_error(placed.eval()(LAYOUTS[layout](x)), expected) <= 1e-11
 
 
 def relu6(x):
@@ -147,30 +157,33 @@ ELEMENTWISE = {
 }
 
 
+@BACKENDS
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ELEMENTWISE)
-def test_activations(name, layout):
+def test_activations(backend, name, layout):
     make, function, derivative = ELEMENTWISE[name]
     x, dy = random_array(2, 3, 4, 5) * 4, random_array(2, 3, 4, 5, seed=1)
-    layer = make()
-    assert max_error(layer(LAYOUTS[layout](x)), activations.elementwise(function, x)) <= TOLERANCE
+    placed = Placed(backend, make())
+    assert max_error(placed(LAYOUTS[layout](x)), activations.elementwise(function, x)) <= TOLERANCE
     expected = dy * activations.elementwise(derivative, x)
-    assert max_error(layer.backward(LAYOUTS[layout](dy)), expected) <= TOLERANCE
+    assert max_error(placed.backward(LAYOUTS[layout](dy)), expected) <= TOLERANCE
 
 
+@BACKENDS
 @pytest.mark.parametrize("make", [layers.ReLU, layers.ReLU6])
-def test_infinite_gradients_vanish_where_the_value_was_clipped(make):
-    layer = make()
-    layer(numpy.array([[-1.0, 0.0, 3.0, 5.0]], numpy.float32))
-    dx = layer.backward(numpy.array([[numpy.inf, numpy.nan, -numpy.inf, 2.0]], numpy.float32))
+def test_infinite_gradients_vanish_where_the_value_was_clipped(backend, make):
+    placed = Placed(backend, make())
+    placed(numpy.array([[-1.0, 0.0, 3.0, 5.0]], numpy.float32))
+    dx = placed.backward(numpy.array([[numpy.inf, numpy.nan, -numpy.inf, 2.0]], numpy.float32))
     assert dx.dtype == numpy.float32
     assert dx.tolist() == [[0.0, 0.0, -numpy.inf, 2.0]]
 
 
-def test_infinite_gradients_vanish_above_six():
-    layer = layers.ReLU6()
-    layer(numpy.array([[6.0, 9.0, numpy.inf, 5.5]]))
-    assert layer.backward(numpy.array([[numpy.inf, -numpy.inf, numpy.nan, 1.0]])).tolist() == [
+@BACKENDS
+def test_infinite_gradients_vanish_above_six(backend):
+    placed = Placed(backend, layers.ReLU6())
+    placed(numpy.array([[6.0, 9.0, numpy.inf, 5.5]]))
+    assert placed.backward(numpy.array([[numpy.inf, -numpy.inf, numpy.nan, 1.0]])).tolist() == [
         [0.0, 0.0, 0.0, 1.0]
     ]
 
@@ -183,24 +196,26 @@ def test_activations_of_any_numbers(values):
         assert max_error(make()(x.copy()), activations.elementwise(function, x)) <= 1e-12 * max(1.0, abs(x).max())
 
 
+@BACKENDS
 @pytest.mark.parametrize("axis", [1, -1])
-def test_softmax(axis):
+def test_softmax(backend, axis):
     x, dy = random_array(3, 4, 5), random_array(3, 4, 5, seed=1)
-    layer = layers.Softmax(axis)
-    assert max_error(layer(x), activations.softmax(x, axis)) <= TOLERANCE
-    assert max_error(layer.backward(dy), activations.softmax_backward(dy, x, axis)) <= TOLERANCE
+    placed = Placed(backend, layers.Softmax(axis))
+    assert max_error(placed(x), activations.softmax(x, axis)) <= TOLERANCE
+    assert max_error(placed.backward(dy), activations.softmax_backward(dy, x, axis)) <= TOLERANCE
 
 
+@BACKENDS
 @pytest.mark.parametrize("transposed", [False, True])
-def test_linear(transposed):
+def test_linear(backend, transposed):
     x, dy = random_array(5, 7), random_array(5, 3, seed=1)
-    layer = layers.Linear(7, 3).to(dtype=numpy.float64)
+    placed = Placed(backend, layers.Linear(7, 3).to(dtype=numpy.float64))
     given_x = numpy.asfortranarray(x) if transposed else x
-    assert max_error(layer(given_x), linear.forward(x, layer.weight.data, layer.bias.data)) <= TOLERANCE
-    dx, dweight, dbias = linear.backward(dy, x, layer.weight.data)
-    assert max_error(layer.backward(dy), dx) <= TOLERANCE
-    assert max_error(layer.weight.gradient, dweight) <= TOLERANCE
-    assert max_error(layer.bias.gradient, dbias) <= TOLERANCE
+    assert max_error(placed(given_x), linear.forward(x, placed.value("weight"), placed.value("bias"))) <= TOLERANCE
+    dx, dweight, dbias = linear.backward(dy, x, placed.value("weight"))
+    assert max_error(placed.backward(dy), dx) <= TOLERANCE
+    assert max_error(placed.gradient("weight"), dweight) <= TOLERANCE
+    assert max_error(placed.gradient("bias"), dbias) <= TOLERANCE
 
 
 def test_dropout_keeps_what_the_stream_says():
