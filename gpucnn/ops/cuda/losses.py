@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import gpucnn_kernels as kernels
+from gpucnn.device import module_of
 from gpucnn.errors import ShapeError
 from gpucnn.ops.checks import check_broadcast, check_classification, check_loss_pair
 from gpucnn.ops.contract import Array
@@ -94,9 +95,17 @@ def softmax_cross_entropy_backward(
 # ---------------------------------------------------------------- binary cross-entropy
 
 
+_MOST_AXES = 4  # along which the kernels follow a weight that broadcasts
+
+
 def _factor(factor: Array | None, name: str, first: Array) -> Array | None:
     check_broadcast(factor, first.shape, name)
-    return None if factor is None else contiguous(factor, accumulating_dtype(first.dtype))
+    if factor is None:
+        return None
+    wide = accumulating_dtype(first.dtype)
+    if first.ndim > _MOST_AXES and factor.size > 1:
+        return laid_out_as(first, module_of(factor).broadcast_to(factor, first.shape), wide)
+    return contiguous(factor, wide)
 
 
 def _binary(
