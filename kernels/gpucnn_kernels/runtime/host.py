@@ -24,11 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpucnn_kernels.runtime.host_build import HostCompileError, build, title_of
+from gpucnn_kernels.runtime.host_build import HostCompileError, HostUnavailableError, build, title_of
 
 __all__ = [
     "HostCompileError",
     "HostModule",
+    "HostUnavailableError",
     "KernelFault",
     "Memory",
     "order",

@@ -77,6 +77,10 @@ class HostCompileError(RuntimeError):
     """The text does not compile for the host, or there is no compiler; the message says what to do."""
 
 
+class HostUnavailableError(HostCompileError):
+    """Nothing can be compiled for this machine: there is no compiler, or the system is not Linux."""
+
+
 def build(text: str, kernels: Sequence[str], sanitize: bool) -> Path:
     """The shared library of this text, from the cache or compiled now. Raises HostCompileError."""
     if not kernels:
@@ -232,17 +236,19 @@ def _first_bracket(part: str) -> int:
 
 
 def find_compiler() -> str:
-    """The path of ``$CXX``, g++ or clang++. Raises HostCompileError where there is none."""
+    """The path of ``$CXX``, g++ or clang++. Raises HostUnavailableError where there is none."""
     if platform.system() != "Linux":
-        raise HostCompileError(f"the host runtime works on Linux, this is {platform.system()}")
+        raise HostUnavailableError(f"the host runtime works on Linux, this is {platform.system()}")
     asked = os.environ.get("CXX")
     for name in [asked] if asked else ["g++", "clang++", "c++"]:
         found = shutil.which(name)
         if found:
             return found
     if asked:
-        raise HostCompileError(f"the C++ compiler that CXX names is not there: '{asked}'; unset CXX or correct it")
-    raise HostCompileError(
+        raise HostUnavailableError(
+            f"the C++ compiler that CXX names is not there: '{asked}'; unset CXX or correct it"
+        )
+    raise HostUnavailableError(
         "no C++ compiler is there; install g++ (apt install g++, dnf install gcc-c++) or clang++"
     )
 
