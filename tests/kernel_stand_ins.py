@@ -8,11 +8,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import sys
+import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy
 import pytest
@@ -128,10 +130,10 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> RecordingRuntime:
 class StandInArray:
     """cupy.ndarray as far as the launcher asks; its memory is NumPy's."""
 
-    def __init__(self, memory: numpy.ndarray[Any, Any], device: int = 0) -> None:
+    def __init__(self, memory: numpy.ndarray[Any, Any], device: int = 0, address: int | None = None) -> None:
         self.memory = memory
         self.shape, self.strides, self.dtype = memory.shape, memory.strides, memory.dtype
-        self.data = SimpleNamespace(ptr=memory.ctypes.data)
+        self.data = SimpleNamespace(ptr=memory.ctypes.data if address is None else address)
         self.device = SimpleNamespace(id=device)
         self.flags = SimpleNamespace(c_contiguous=memory.flags.c_contiguous)  # CuPy's flags know no writeable
 
@@ -150,9 +152,20 @@ class StandInStream:
     """cupy.cuda.Stream: making it current is remembered."""
 
     current: Any = None
+    synchronized: ClassVar[list[int]] = []
 
     def __init__(self, pointer: int = 0) -> None:
         self.ptr = pointer
+
+    @classmethod
+    def from_external(cls, stream: Any) -> StandInStream:
+        """As CuPy: by the protocol alone."""
+        version, pointer = stream.__cuda_stream__()
+        assert version == 0
+        return cls(pointer)
+
+    def synchronize(self) -> None:
+        StandInStream.synchronized.append(self.ptr)
 
     def __enter__(self) -> None:
         self.before, StandInStream.current = StandInStream.current, self
@@ -162,11 +175,12 @@ class StandInStream:
 
 
 class StandInExternalStream(StandInStream):
-    """cupy.cuda.ExternalStream."""
+    """cupy.cuda.ExternalStream, which is deprecated in CuPy 14: it warns, and warnings are errors here."""
 
-    def __init__(self, pointer: int, device: int) -> None:
+    def __init__(self, pointer: int, device: int = -1) -> None:
         super().__init__(pointer)
         self.device = device
+        warnings.warn("ExternalStream is deprecated", DeprecationWarning, stacklevel=2)
 
 
 class CompileException(Exception):
@@ -224,8 +238,12 @@ class StandInCupy(ModuleType):
         self.kernels: dict[str, StandInKernel] = {}
         self.devices: list[int] = []
         self.sizes = list(sizes)  # bytes of each argument of the next launches
-        self.fails: str | None = None
+        self.fails: str | None = None  # what the compiler says
+        self.refuses: str | None = None  # what CuPy or the driver says
+        self.threads = threading.local()  # which of them have a context
+        self.places: dict[int, int] = {}  # the device of memory that other libraries own, by address
         runtime_module = SimpleNamespace(
+            pointerGetAttributes=lambda address: SimpleNamespace(device=self.places[address]),
             getDeviceCount=lambda: 2,
             getDevice=lambda: 1,
             getDeviceProperties=lambda number: {"name": b"NVIDIA Stand-in"},
@@ -238,26 +256,33 @@ class StandInCupy(ModuleType):
             Device=self._device,
             Stream=StandInStream,
             ExternalStream=StandInExternalStream,
-            get_current_stream=lambda: StandInStream.current or SimpleNamespace(ptr=0),
+            get_current_stream=lambda: StandInStream.current or StandInStream(),
         )
+        self.device_now = 0
 
     @contextlib.contextmanager
     def _entered(self, number: int) -> Iterator[None]:
         self.devices.append(number)
+        before, self.device_now = self.device_now, number
         yield
+        self.device_now = before
 
     def _device(self, number: int = 0) -> Any:
         context: Any = self._entered(number)
         context.attributes = {"MaxSharedMemoryPerBlockOptin": StandInKernel.most}
+        context.use = lambda: setattr(self.threads, "has_context", True)
         return context
 
     def empty(self, shape: Sequence[int], dtype: Any) -> StandInArray:
         return StandInArray(numpy.empty(shape, dtype), self.devices[-1])
 
     def asarray(self, value: Any) -> StandInArray:
-        """Of something that has ``__cuda_array_interface__``."""
+        """Of something that has ``__cuda_array_interface__``: a copy, unless its device is the current one."""
         described = value.__cuda_array_interface__
-        return StandInArray(numpy.empty(described["shape"], described["typestr"]))
+        address = described["data"][0]
+        shared = self.places.get(address, self.device_now) == self.device_now
+        memory = numpy.empty(described["shape"], described["typestr"])
+        return StandInArray(memory, self.device_now, address if shared else None)
 
     def from_dlpack(self, value: Any) -> StandInArray:
         """Of something whose ``__dlpack_device__`` says CUDA."""
@@ -272,6 +297,8 @@ class StandInCupy(ModuleType):
         def get_function(name: str) -> StandInKernel:
             if self.fails is not None:
                 raise CompileException(self.fails)
+            if self.refuses is not None:
+                raise RuntimeError(self.refuses)
             return self.kernels.setdefault(name, StandInKernel(name))
 
         return SimpleNamespace(get_function=get_function)
@@ -279,6 +306,8 @@ class StandInCupy(ModuleType):
     def _launch(self, function: int, *numbers: int) -> None:
         gx, gy, gz, bx, by, bz, shared, stream, parameters, extra = numbers
         assert extra == 0
+        if not getattr(self.threads, "has_context", False):
+            raise CUDADriverError("CUDA_ERROR_INVALID_CONTEXT: invalid device context")
         pointers = (ctypes.c_void_p * max(len(self.sizes), 1)).from_address(parameters)
         values = [ctypes.string_at(pointers[index] or 0, size) for index, size in enumerate(self.sizes)]
         self.launches.append(DriverLaunch(function, (gx, gy, gz), (bx, by, bz), shared, stream, values))

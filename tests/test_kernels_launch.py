@@ -532,8 +532,8 @@ def test_numpy_arrays_on_the_cuda_runtime() -> None:
 
 @pytest.mark.usefixtures("stand_in_cupy")
 def test_arrays_of_other_libraries_on_the_cuda_runtime() -> None:
-    numba = SimpleNamespace(__cuda_array_interface__={"shape": (3,), "typestr": "<f4"})
-    assert gpucnn_kernels.relu_forward(numba).shape == (3,)
+    numba = SimpleNamespace(__cuda_array_interface__={"shape": (0,), "typestr": "<f4", "data": (0, False)})
+    assert gpucnn_kernels.relu_forward(numba).shape == (0,)
     on_gpu = SimpleNamespace(__dlpack__=None, __dlpack_device__=lambda: (2, 1), shape=(3,))
     assert gpucnn_kernels.relu_forward(on_gpu).device.id == 1
     on_cpu = SimpleNamespace(__dlpack__=None, __dlpack_device__=lambda: (1, 0), shape=(3,))
@@ -544,6 +544,13 @@ def test_arrays_of_other_libraries_on_the_cuda_runtime() -> None:
         gpucnn_kernels.relu_forward(elsewhere)
 
 
+class Handle:
+    """A stream's handle as NVIDIA's Python bindings have it."""
+
+    def __int__(self) -> int:
+        return 77
+
+
 def test_streams(stand_in_cupy: StandInCupy) -> None:
     x = gpu(numpy.ones(4, numpy.float32), 1)
     handle = ctypes.c_void_p
@@ -551,12 +558,14 @@ def test_streams(stand_in_cupy: StandInCupy) -> None:
         StandInStream(77),
         SimpleNamespace(cuda_stream=77),
         SimpleNamespace(handle=handle(77)),
+        SimpleNamespace(handle=Handle()),
+        SimpleNamespace(__cuda_stream__=lambda: (0, 77)),
         77,
         SimpleNamespace(handle=handle(0)),
         None,
     ):
         gpucnn_kernels.relu_forward(x, stream=stream)
-    assert [made.stream for made in stand_in_cupy.launches] == [77, 77, 77, 77, 0, 0]
+    assert [made.stream for made in stand_in_cupy.launches] == [77, 77, 77, 77, 77, 77, 0, 0]
     for stream in ("77", True, object()):
         with pytest.raises(
             DtypeError, match="stream must be a CuPy, PyTorch or Numba stream or the address of one"

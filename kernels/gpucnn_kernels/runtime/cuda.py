@@ -164,22 +164,27 @@ class CudaRuntime:
     @contextlib.contextmanager
     def on(self, device: int, stream: Any) -> Iterator[Any]:
         """Make the device and the stream current: CuPy's stream, PyTorch's, Numba's, or a pointer."""
-        with self._cupy.cuda.Device(device):
+        place = self._cupy.cuda.Device(device)
+        with place:
+            place.use()  # even where it is current: a new thread has no context, which the driver wants to launch
             if stream is None:
                 yield None
             else:
-                with self._stream(stream, device):
+                with self._stream(stream):
                     yield None
 
-    def _stream(self, stream: Any, device: int) -> Any:
+    def _stream(self, stream: Any) -> Any:
         cupy = self._cupy
         if isinstance(stream, (cupy.cuda.Stream, cupy.cuda.ExternalStream)):
             return stream
         pointer = getattr(stream, "cuda_stream", None)  # PyTorch
-        if pointer is None and hasattr(
-            getattr(stream, "handle", None), "value"
-        ):  # Numba; None is its default stream
-            pointer = stream.handle.value or 0
+        handle: Any = getattr(stream, "handle", None)
+        if pointer is None and hasattr(handle, "value"):  # Numba upon ctypes; None is its default stream
+            pointer = handle.value or 0
+        elif pointer is None and hasattr(handle, "__int__"):  # Numba upon NVIDIA's bindings
+            pointer = int(handle)
+        if pointer is None and hasattr(stream, "__cuda_stream__"):  # the protocol of cuda.core and others
+            pointer = stream.__cuda_stream__()[1]
         if pointer is None and isinstance(stream, int) and not isinstance(stream, bool):
             pointer = stream
         if pointer is None:
@@ -187,7 +192,17 @@ class CudaRuntime:
                 "stream must be a CuPy, PyTorch or Numba stream or the address of one, got "
                 f"{type(stream).__module__}.{type(stream).__qualname__}"
             )
-        return cupy.cuda.ExternalStream(int(pointer), device)
+        return cupy.cuda.Stream.from_external(_ForeignStream(int(pointer), stream))
+
+
+class _ForeignStream:
+    """Another library's stream by the protocol that CuPy takes one by; it lives as long as CuPy uses it."""
+
+    def __init__(self, pointer: int, owner: Any) -> None:
+        self._pointer, self._owner = pointer, owner
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._pointer
 
 
 class _CudaModule:
@@ -204,6 +219,8 @@ class _CudaModule:
                 self._functions = {name: kernel.kernel for name, kernel in self._kernels.items()}
         except cupy.cuda.compiler.CompileException as error:
             raise CompileError(f"{source.title} does not compile for this GPU:\n{error}") from error
+        except RuntimeError as error:  # no CUDA headers, no NVRTC, or a driver that does not load the binary
+            raise DeviceError(f"{source.title} cannot be made ready for this GPU: {_first_line(error)}") from error
         finally:
             timer.cancel()
         self.seconds = time.perf_counter() - began
