@@ -65,6 +65,8 @@ class DeviceArray:
         flags = getattr(self.array, "flags", None)
         if writable and not getattr(flags, "writeable", True):
             raise DtypeError(f"{self.name} is read-only; pass a writable array")
+        if writable and library_of(self.given) in JAX:
+            raise DtypeError(f"{self.name} is a JAX array, which never changes; take the result that is returned")
         if any(stride < 0 for length, stride in zip(self.shape, self.strides, strict=True) if length > 1):
             raise LayoutError(
                 f"{self.name} has a negative stride {self.strides}; copy it first (ascontiguousarray)"
@@ -143,20 +145,29 @@ def image_layout(array: DeviceArray) -> str:
     )
 
 
+JAX = ("jax", "jaxlib")
+"""The packages whose arrays are JAX's."""
+
+
+def library_of(given: Any) -> str:
+    """The package that the type of ``given`` comes from, such as "torch"."""
+    return type(given).__module__.partition(".")[0]
+
+
 def in_kind(array: Any, given: Any) -> Any:
     """A new array as the library of ``given`` would hand it out, on the same memory.
 
     PyTorch, JAX and Numba arrays are answered with their own kind, CuPy and NumPy ones as they are; for any other
     library the answer is CuPy's (on the host runtime NumPy's), which speaks DLPack.
     """
-    kind = type(given).__module__.split(".")[0]
+    kind = library_of(given)
     if kind == "torch":
         import torch
 
         if str(array.dtype) == "bfloat16":
             return torch.from_dlpack(array.view("int16")).view(torch.bfloat16)
         return torch.from_dlpack(array)
-    if kind in ("jax", "jaxlib"):
+    if kind in JAX:
         import jax
 
         return jax.dlpack.from_dlpack(array)

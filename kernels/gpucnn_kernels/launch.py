@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from gpucnn_kernels import source as sources
-from gpucnn_kernels.arrays import DeviceArray, device_array, image_layout, in_kind
+from gpucnn_kernels.arrays import JAX, DeviceArray, device_array, image_layout, in_kind, library_of
 from gpucnn_kernels.errors import ArgumentError, DeviceError, DtypeError, LayoutError
 from gpucnn_kernels.runtime import Pointer, current
 
@@ -68,6 +68,8 @@ class Call:
 
     def __enter__(self) -> Self:
         self._context.enter_context(self._runtime.on(self._first.device, self._stream))
+        if any(array is not None and library_of(array.given) in JAX for array in self._arrays.values()):
+            self._context.callback(self._runtime.wait)  # JAX does not know who reads the memory it hands out again
         return self
 
     def __exit__(
@@ -182,6 +184,7 @@ class Call:
         if array is None:
             return self.empty(shape, dtype, like=like, name=name)
         self.require(name, dtype, shape)
+        array.pointer(writable=True)  # raises for one that must not be written
         if not array.dense:
             raise LayoutError(f"{name} has strides {array.strides} (in elements), with gaps; pass a dense array")
         return array

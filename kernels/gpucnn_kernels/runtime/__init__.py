@@ -69,6 +69,9 @@ class Runtime(Protocol):
     def on(self, device: int, stream: Any) -> contextlib.AbstractContextManager[Any]:
         """A context in which allocations and launches go to this device and stream."""
 
+    def wait(self) -> None:
+        """Inside that context: wait until all that the stream was given is done."""
+
 
 _chosen: list[str] = []
 _runtimes: dict[str, Runtime] = {}

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy
 
-from gpucnn_kernels.arrays import numpy_dtype
+from gpucnn_kernels.arrays import JAX, library_of, numpy_dtype
 from gpucnn_kernels.errors import ArgumentError, CompileError, DeviceError, DtypeError
 from gpucnn_kernels.runtime import Module, Pointer
 from gpucnn_kernels.source import Source
@@ -119,12 +119,15 @@ class CudaRuntime:
             if kind.startswith("torch.") and str(value.dtype) == "torch.bfloat16":
                 import torch
 
-                return cupy.asarray(value.detach().view(torch.int16)).view(numpy_dtype("bfloat16"))
+                return self._shared(value.detach().view(torch.int16)).view(numpy_dtype("bfloat16"))
             if kind.startswith("torch."):
-                return cupy.asarray(value.detach())
-            if hasattr(value, "__cuda_array_interface__"):
-                return cupy.asarray(value)
+                return self._shared(value.detach())
+            # Not JAX's: it names no stream, so nothing would wait for the computation that makes the array.
+            if hasattr(value, "__cuda_array_interface__") and library_of(value) not in JAX:
+                return self._shared(value)
             if hasattr(value, "__dlpack__"):
+                if hasattr(value, "block_until_ready"):  # JAX's computation is ordered with no stream of ours
+                    value.block_until_ready()
                 return cupy.from_dlpack(value)
         except (TypeError, ValueError, RuntimeError, BufferError, AttributeError) as error:
             raise DtypeError(f"{name}, a {kind}, cannot share its memory with CuPy: {error}") from error
@@ -132,6 +135,22 @@ class CudaRuntime:
             f"{name} must be a cupy.ndarray or another array on the GPU (__cuda_array_interface__ or DLPack), got "
             f"{kind}"
         )
+
+    def _shared(self, value: Any) -> Any:
+        """What has ``__cuda_array_interface__`` as a cupy.ndarray: made on another device than its own, a copy."""
+        cupy = self._cupy
+        pointer = int(value.__cuda_array_interface__["data"][0])
+        place = getattr(getattr(value, "device", None), "index", None)  # PyTorch's; empty tensors have it, too
+        if pointer and not isinstance(place, int):
+            cupy.cuda.Device().use()  # the driver is asked, and wants a context
+            place = cupy.cuda.runtime.pointerGetAttributes(pointer).device
+        if not isinstance(place, int):
+            return cupy.asarray(value)
+        with cupy.cuda.Device(place):
+            array = cupy.asarray(value)
+        if pointer and int(array.data.ptr) != pointer:
+            raise ValueError("CuPy made a copy of it")
+        return array
 
     def address(self, array: Any) -> int:
         """The device pointer."""
@@ -172,6 +191,10 @@ class CudaRuntime:
             else:
                 with self._stream(stream):
                     yield None
+
+    def wait(self) -> None:
+        """Wait until all that the current stream was given is done."""
+        self._cupy.cuda.get_current_stream().synchronize()
 
     def _stream(self, stream: Any) -> Any:
         cupy = self._cupy

@@ -84,6 +84,9 @@ class HostRuntime:
         del device, stream
         return contextlib.nullcontext()
 
+    def wait(self) -> None:
+        """Nothing: what was launched is done."""
+
 
 class _HostLaunchModule:
     def __init__(self, source: Source) -> None:
