@@ -22,6 +22,7 @@ from gpucnn.ops.checks import (
     require_floating,
 )
 from gpucnn.ops.cpu import (
+    conv2d_bands,
     conv2d_data,
     conv2d_depthwise,
     conv2d_im2col,
@@ -42,6 +43,7 @@ Backward = Callable[
 _FORWARD: dict[str, Forward] = {
     "im2col": conv2d_im2col.forward,
     "rows": conv2d_rows.forward,
+    "bands": conv2d_bands.forward,
     "tensordot": conv2d_positions.forward,
     "depthwise": conv2d_depthwise.forward,
     "winograd": conv2d_winograd.forward,
@@ -56,6 +58,7 @@ _BACKWARD_DATA: dict[str, Backward] = {
 _BACKWARD_FILTER: dict[str, Backward] = {
     "im2col": conv2d_im2col.backward_filter,
     "rows": conv2d_rows.backward_filter,
+    "bands": conv2d_bands.backward_filter,
     "tensordot": conv2d_positions.backward_filter,
     "depthwise": conv2d_depthwise.backward_filter,
     "winograd": conv2d_winograd.backward_filter,
@@ -94,7 +97,8 @@ def conv2d_choose(direction: str, problem: Conv2dProblem, dtype: DTypeLike) -> s
     backward_data      any other                                    phases
     forward, _filter   one channel a group, more than one group     depthwise
     forward, _filter   1x1 kernel                                   im2col
-    forward, _filter   depth < 24, or < 96 and stride > 1           im2col
+    forward, _filter   depth < 32                                   bands
+    forward, _filter   depth < 96 and stride > 1                    im2col
     forward, _filter   3x3 of stride 1, wide enough (see            winograd
                        conv2d_winograd.pays), no float64
     forward, _filter   any other                                    rows
@@ -110,7 +114,10 @@ def conv2d_choose(direction: str, problem: Conv2dProblem, dtype: DTypeLike) -> s
         return "winograd" if conv2d_winograd.pays(direction, problem, dtype) else "phases"
     if conv2d_depthwise.is_depthwise(problem) and problem.groups > 1:
         return "depthwise"
-    if pointwise or channels * problem.S < (96 if strided else 24):
+    depth = channels * problem.S
+    if depth < 32 and not pointwise:
+        return "bands"
+    if pointwise or (depth < 96 and strided):
         return "im2col"
     return "winograd" if conv2d_winograd.pays(direction, problem, dtype) else "rows"
 
