@@ -20,7 +20,7 @@ import pytest
 from gpucnn.data import ArrayDataset, Loader, Preprocessing
 from gpucnn.data import loader as loader_module
 from gpucnn.data.transfer import CudaMemory, HostMemory, Transfer
-from gpucnn.errors import DataError
+from gpucnn.errors import DataError, DeviceError
 
 
 class Simulation:
@@ -58,6 +58,8 @@ class Event:
 
 
 class Stream:
+    ptr = 77
+
     def __init__(self, gpu: Gpu, copies: bool) -> None:
         self.gpu, self.copies = gpu, copies
         self.queue: list = []
@@ -243,6 +245,13 @@ def test_no_copy_is_under_way_once_an_epoch_is_left(monkeypatch, closed):
     gc.collect()
     copies = next(stream for stream in gpu.simulation.streams if stream.copies)
     assert not copies.queue
+
+
+def test_a_stream_that_other_threads_do_not_have():
+    gpu = Gpu(0)
+    gpu.compute.ptr = 2
+    with pytest.raises(DeviceError, match=r"PER_THREAD_DEFAULT_STREAM=1.*unset the variable, or train inside"):
+        CudaMemory(gpu, 0)
 
 
 def test_what_fails_in_a_worker_arrives(monkeypatch):

@@ -21,8 +21,10 @@ import numpy
 from numpy.typing import NDArray
 
 from gpucnn.device import Device, is_host_runtime, split_name, to_device
+from gpucnn.errors import DeviceError
 
 _ALIGNMENT = 256  # of each array in a buffer, as device memory has it
+_PER_THREAD = 2  # cudaStreamPerThread, the handle that is another stream in every thread
 
 
 class Memory(Protocol):
@@ -125,12 +127,21 @@ class _Buffer:
 
 
 class CudaMemory:
-    """A GPU through CuPy, with a copy stream beside the stream that is current where this is made."""
+    """A GPU through CuPy, with a copy stream beside the stream that is current where this is made.
+
+    Raises DeviceError where that is CuPy's per-thread default stream: the loader's threads have other ones.
+    """
 
     def __init__(self, cupy: Any, index: int) -> None:
         self._cupy, self._device = cupy, cupy.cuda.Device(index)
         with self._device:
             self._compute = cupy.cuda.get_current_stream()
+            if self._compute.ptr == _PER_THREAD:
+                raise DeviceError(
+                    "the current stream is CuPy's per-thread default stream "
+                    "(CUPY_CUDA_PER_THREAD_DEFAULT_STREAM=1), for which threads that load batches cannot wait; "
+                    "unset the variable, or train inside 'with cupy.cuda.Stream():'"
+                )
             self._stream = cupy.cuda.Stream(non_blocking=True)
 
     def pinned(self, size: int) -> NDArray[numpy.uint8]:
