@@ -334,7 +334,10 @@ def to_cpu(array: Any) -> Any:
     """
     if type(array) is numpy.ndarray:
         return array
-    return array.get() if is_device_array(array) else numpy.asarray(array)
+    if not is_device_array(array):
+        return numpy.asarray(array)
+    with on_device(device_of(array)):  # CuPy copies on the current device's stream, whatever GPU the array is on
+        return array.get()
 
 
 def to_device(array: Any, device: str | Device) -> Any:

@@ -239,6 +239,7 @@ class Gpus:
                 self.values, self.device = numpy.array(values), types.SimpleNamespace(id=gpus.current[-1])
 
             def get(self):
+                assert gpus.current[-1] == self.device.id, "CuPy takes the current device's stream"
                 return self.values.copy()
 
             def copy(self):
