@@ -10,7 +10,6 @@ import zlib
 from typing import Any
 
 import numpy
-import pytest
 from numpy.typing import DTypeLike, NDArray
 
 from gpucnn_kernels.problem import Conv2dProblem
@@ -102,6 +101,8 @@ ALL = SMALL | LARGE
 
 def parameters(problems: dict[str, Conv2dProblem]) -> list[Any]:
     """The problems as pytest parameters, with their names as ids."""
+    import pytest  # here, so that the list itself can be read where pytest is not installed
+
     return [pytest.param(problem, id=name) for name, problem in problems.items()]
 
 

@@ -1,0 +1,304 @@
+"""Convolutions, transposed convolutions, and the columns that some of them are made of."""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import product
+from typing import Any
+
+import numpy
+
+import gpucnn_kernels as kernels
+from gpucnn_kernels.problem import Conv2dProblem
+from scripts.gpu_validation.bench import LAYOUTS, Bench, Numbers, accumulated, by_comparison, rounding
+from tests.oracles import activations as activation_oracle
+from tests.oracles import convolution as oracle
+from tests.oracles.im2col import sources
+from tests.problems import ALL, SMALL, geometry, options
+
+Array = numpy.ndarray[Any, Any]
+
+REDUCED = ("k3-same", "k3-d2-s2", "groups-3-s2", "depthwise-s2", "padding-0-1-2-3", "k1-strided")
+MIXED = ("k3-s2", "groups-2", "rectangular-2x5", "depthwise-s2", "k1", "resnet-down", "lenet-2")
+ATOMIC = ("scatter",)
+COLUMN_LIMIT = 300_000  # elements of columns that are followed one by one
+
+
+# Larger than any of the shared list: they fill enough of the large tiles for those to be taken.
+WIDE = {
+    "many-outputs": Conv2dProblem.from_shapes((9, 5, 31, 30), (72, 5, 3, 3), padding=1),
+    "many-inputs": Conv2dProblem.from_shapes((9, 72, 31, 30), (5, 72, 3, 3), padding=1),
+    "groups-2-of-70": Conv2dProblem.from_shapes((2, 140, 21, 33), (140, 70, 3, 2), stride=2, padding=1, groups=2),
+}
+
+
+def problems(bench: Bench) -> dict[str, Conv2dProblem]:
+    """The shared list and the wide ones, or for a rehearsal a few of them."""
+    every = ALL | WIDE
+    return every if bench.whole else {name: every[name] for name in REDUCED}
+
+
+def takes(algorithm: str, problem: Conv2dProblem) -> bool:
+    """Whether the algorithm is for such a problem."""
+    depth = problem.C // problem.groups
+    return depth <= {"direct": 4, "depthwise": 1}.get(algorithm, depth)
+
+
+def layouts(name: str) -> list[tuple[str, str]]:
+    """(of the image, of the filter): alike, and for some problems every combination."""
+    return list(product(LAYOUTS, LAYOUTS)) if name in MIXED else [(layout, layout) for layout in LAYOUTS]
+
+
+class Expectations:
+    """What a problem's three directions give, exactly and plainly computed."""
+
+    def __init__(self, name: str, problem: Conv2dProblem, numbers: Numbers) -> None:
+        self.problem, self.where = problem, geometry(problem)
+        self.loops = name in SMALL
+        self.x = numbers.normal(*problem.input_shape)
+        self.weight = numbers.normal(*problem.weight_shape)
+        self.bias = numbers.normal(problem.K)
+        self.dy = numbers.normal(*problem.output_shape)
+
+    @cache  # noqa: B019  (an object lives as long as its problem is looked at)
+    def truth(self, direction: str) -> Array:
+        """In float64, for small problems without any rounding."""
+        if direction == "bias":
+            return self.dy.sum(axis=(0, 2, 3), dtype=numpy.longdouble).astype(numpy.float64)
+        if not self.loops:
+            return self.plain(direction, "longdouble").astype(numpy.float64)
+        if direction == "forward":
+            return oracle.forward_loops(self.x, self.weight, self.where, self.bias)
+        if direction == "data":
+            return oracle.backward_data_loops(self.dy, self.weight, self.x.shape, self.where)
+        return oracle.backward_filter_loops(self.dy, self.x, self.weight.shape, self.where)
+
+    @cache  # noqa: B019
+    def plain(self, direction: str, dtype: str) -> Array:
+        """One product added after the other, in ``dtype``."""
+        if direction == "forward":
+            return oracle.plain_forward(self.x, self.weight, self.where, self.bias, dtype)
+        if direction == "data":
+            return oracle.plain_backward_data(self.dy, self.weight, self.x.shape, self.where, dtype)
+        if direction == "filter":
+            return oracle.plain_backward_filter(self.dy, self.x, self.weight.shape, self.where, dtype)
+        terms = self.dy.astype(dtype).transpose(1, 0, 2, 3).reshape(self.dy.shape[1], -1)
+        return numpy.cumsum(terms, axis=1, dtype=dtype)[:, -1]
+
+    def bound(self, direction: str, dtype: str) -> float:
+        """Twice the error of the plain sum."""
+        problem, places = self.problem, self.problem.P * self.problem.Q
+        taps = problem.R * problem.S
+        terms = {
+            "forward": problem.C // problem.groups * taps,
+            "data": problem.K // problem.groups * taps,
+            "filter": problem.N * places,
+            "bias": problem.N * places,
+        }[direction]
+        return by_comparison(dtype, self.truth(direction), self.plain(direction, accumulated(dtype)), terms)
+
+
+def check_convolution(bench: Bench) -> None:
+    """Every algorithm of every direction."""
+    for numbers in bench.numbers():
+        for name, problem in problems(bench).items():
+            wanted = Expectations(name, problem, numbers)
+            for dtype, (layout, filter_layout) in product(numbers.dtypes, layouts(name)):
+                check_directions(bench, name, wanted, dtype, layout, filter_layout)
+
+
+def check_directions(
+    bench: Bench, name: str, wanted: Expectations, dtype: str, layout: str, filter_layout: str
+) -> None:
+    """The four functions on one problem, dtype and layout."""
+    problem = wanted.problem
+    given, size = options(problem), (problem.H, problem.W)
+    where = f"{name}, {layout}" + (f", filter {filter_layout}" if filter_layout != layout else "")
+
+    def put(values: Array, which: str = layout) -> Any:
+        return bench.put(values, dtype, which)
+
+    def check(direction: str, operation: str, algorithm: str, run: Any) -> None:
+        bench.check(
+            operation, where, dtype, run, [wanted.truth(direction)], [wanted.bound(direction, dtype)],
+            algorithm=algorithm, repeatable=algorithm not in ATOMIC,
+        )  # fmt: skip
+
+    for algorithm in ("auto", *kernels.conv2d_algorithms("forward")):
+        if takes(algorithm, problem):
+            check(
+                "forward", "conv2d_forward", algorithm,
+                lambda: kernels.conv2d_forward(
+                    put(wanted.x), put(wanted.weight, filter_layout), bench.put(wanted.bias, dtype),
+                    algorithm=algorithm, **given,
+                ),
+            )  # fmt: skip
+    for algorithm in ("auto", *kernels.conv2d_algorithms("backward_data")):
+        if takes(algorithm, problem):
+            check(
+                "data", "conv2d_backward_data", algorithm,
+                lambda: kernels.conv2d_backward_data(
+                    put(wanted.dy), put(wanted.weight, filter_layout), input_size=size, algorithm=algorithm,
+                    **given,
+                ),
+            )  # fmt: skip
+    for algorithm in ("auto", *kernels.conv2d_algorithms("backward_filter")):
+        if takes(algorithm, problem):
+            check(
+                "filter", "conv2d_backward_filter", algorithm,
+                lambda: kernels.conv2d_backward_filter(
+                    put(wanted.dy), put(wanted.x, filter_layout), kernel_size=(problem.R, problem.S),
+                    algorithm=algorithm, **given,
+                ),
+            )  # fmt: skip
+    check("bias", "conv2d_backward_bias", "", lambda: kernels.conv2d_backward_bias(put(wanted.dy)))
+
+
+FUNCTIONS = {
+    "relu": activation_oracle.relu,
+    "leaky_relu": lambda x: activation_oracle.leaky_relu(x, 0.2),
+    "sigmoid": activation_oracle.sigmoid,
+    "tanh": numpy.tanh,
+    "gelu": activation_oracle.gelu,
+    "gelu_tanh": activation_oracle.gelu_tanh,
+    "silu": activation_oracle.silu,
+}
+
+
+def check_epilogue(bench: Bench) -> None:
+    """Activations made before the sum is stored, by every algorithm."""
+    for numbers in bench.numbers():
+        for name in ("k3-same", "depthwise-s2"):
+            wanted = Expectations(name, ALL[name], numbers)
+            for function, by_definition in FUNCTIONS.items():
+                expected = activation_oracle.elementwise(by_definition, wanted.truth("forward"))
+                for dtype, algorithm in product(numbers.dtypes, kernels.conv2d_algorithms("forward")):
+                    if not takes(algorithm, wanted.problem):
+                        continue
+                    bench.check(
+                        "conv2d_forward, activation", f"{name}, {function}", dtype,
+                        lambda: (
+                            kernels.conv2d_forward(
+                                *(bench.put(part, dtype) for part in (wanted.x, wanted.weight, wanted.bias)),
+                                algorithm=algorithm, activation=function, negative_slope=0.2,
+                                **options(wanted.problem),
+                            )
+                        ),
+                        [expected],
+                        # No activation is steeper than 1.13; its own rounding is that of its result.
+                        [1.2 * wanted.bound("forward", dtype) + rounding(dtype, expected, 1 + abs(expected), 8)],
+                        algorithm=algorithm,
+                    )  # fmt: skip
+
+
+TRANSPOSED = {
+    "k2-s2": ((2, 3, 4, 5), (3, 4, 2, 2), {"stride": 2}),
+    "k4-s2-p1": ((2, 4, 5, 4), (4, 3, 4, 4), {"stride": 2, "padding": 1}),
+    "k3-s2-output-padding": ((1, 4, 5, 6), (4, 2, 3, 3), {"stride": 2, "padding": 1, "output_padding": 1}),
+    "k3-d2-groups-2": ((2, 4, 5, 5), (4, 3, 3, 3), {"dilation": 2, "padding": (1, 2), "groups": 2}),
+    "k3x2-s1x3": ((2, 2, 4, 4), (2, 5, 3, 2), {"stride": (1, 3)}),
+}
+
+
+def check_transposed(bench: Bench) -> None:
+    """Transposed convolution: the input gradient of the convolution from its output to its input."""
+    for numbers, (name, (x_shape, weight_shape, given)) in product(bench.numbers(), TRANSPOSED.items()):
+        outputs = weight_shape[1] * given.get("groups", 1)
+        extra = given.get("output_padding", 0)
+        pairs = {key: value if isinstance(value, tuple) else (value, value) for key, value in given.items()}
+        stride, dilation = pairs.get("stride", (1, 1)), pairs.get("dilation", (1, 1))
+        pad_h, pad_w = pairs.get("padding", (0, 0))
+        height, width = (
+            (x_shape[2 + axis] - 1) * stride[axis]
+            - 2 * (pad_h, pad_w)[axis]
+            + dilation[axis] * (weight_shape[2 + axis] - 1)
+            + extra
+            + 1
+            for axis in (0, 1)
+        )
+        where = oracle.Geometry(stride, (pad_h, pad_h, pad_w, pad_w), dilation, given.get("groups", 1))
+        x, weight, bias = numbers.normal(*x_shape), numbers.normal(*weight_shape), numbers.normal(outputs)
+        shape = (x_shape[0], outputs, height, width)
+        dy = numbers.normal(*shape)
+        y = oracle.backward_data_loops(x, weight, shape, where) + bias[:, None, None]
+        dx = oracle.forward_loops(dy, weight, where)
+        dweight = oracle.backward_filter_loops(x, dy, weight_shape, where)
+        plain = {key: value for key, value in given.items() if key != "output_padding"}
+        for dtype, layout in product(numbers.dtypes, LAYOUTS):
+            as_computed = accumulated(dtype)
+            sums = {
+                "forward": oracle.plain_backward_data(x, weight, shape, where, as_computed)
+                + bias[:, None, None].astype(as_computed),
+                "data": oracle.plain_forward(dy, weight, where, None, as_computed),
+                "filter": oracle.plain_backward_filter(x, dy, weight_shape, where, as_computed),
+            }
+
+            def put(values: Array, dtype: str = dtype, layout: str = layout) -> Any:
+                return bench.put(values, dtype, layout)
+
+            for operation, direction, expected, run in (
+                (
+                    "conv_transpose2d_forward", "forward", y,
+                    lambda: kernels.conv_transpose2d_forward(put(x), put(weight), put(bias), **given),
+                ),
+                (
+                    "conv_transpose2d_backward_data", "data", dx,
+                    lambda: kernels.conv_transpose2d_backward_data(put(dy), put(weight), **plain),
+                ),
+                (
+                    "conv_transpose2d_backward_filter", "filter", dweight,
+                    lambda: kernels.conv_transpose2d_backward_filter(
+                        put(dy), put(x), kernel_size=weight_shape[2:], **plain
+                    ),
+                ),
+            ):  # fmt: skip
+                bound = by_comparison(dtype, expected, sums[direction], max(weight.size, dy.size / outputs))
+                bench.check(operation, f"{name}, {layout}", dtype, run, [expected], [bound])
+
+
+def check_columns(bench: Bench) -> None:
+    """im2col exactly; col2im by gathering, and by atomics."""
+    for numbers, (name, problem) in product(bench.numbers(), problems(bench).items()):
+        places = problem.P * problem.Q
+        rows = problem.C * problem.R * problem.S
+        if problem.N * rows * places > COLUMN_LIMIT:
+            continue
+        origin = sources(problem.input_shape, (problem.R, problem.S), (problem.P, problem.Q), geometry(problem))
+        x, values = numbers.normal(*problem.input_shape), numbers.normal(problem.N, rows, places)
+        expected = numpy.append(x.ravel(), 0.0)[origin]  # the index -1 is the 0 at the end
+        inside = origin >= 0
+        size = x.size
+        image, magnitude = (
+            numpy.bincount(origin[inside], terms[inside], size).reshape(x.shape)
+            for terms in (values, numpy.abs(values))
+        )
+        windows = {
+            "kernel_size": (problem.R, problem.S),
+            "stride": problem.stride,
+            "padding": problem.padding,
+            "dilation": problem.dilation,
+        }
+        for dtype in numbers.dtypes:
+            for layout in LAYOUTS:
+                bench.check(
+                    "im2col", f"{name}, {layout}", dtype,
+                    lambda: kernels.im2col(bench.put(x, dtype, layout), **windows),
+                    [expected], [0.0],
+                )  # fmt: skip
+            for algorithm in ("gather", "scatter"):
+                bench.check(
+                    "col2im", name, dtype,
+                    lambda: kernels.col2im(
+                        bench.put(values, dtype), input_size=(problem.H, problem.W), algorithm=algorithm, **windows
+                    ),
+                    [image], [rounding(dtype, image, magnitude, problem.R * problem.S)],
+                    algorithm=algorithm, repeatable=algorithm not in ATOMIC,
+                )  # fmt: skip
+
+
+CHECKS = {
+    "convolution": check_convolution,
+    "convolution with activation": check_epilogue,
+    "transposed convolution": check_transposed,
+    "columns": check_columns,
+}

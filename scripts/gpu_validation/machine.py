@@ -1,0 +1,129 @@
+"""What the run was on: GPU, driver, libraries; and NVIDIA's compute-sanitizer, where it is installed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+SANITIZED = (
+    "convolution",
+    "columns",
+    "pooling",
+    "batch norm",
+    "softmax",
+    "cross-entropy",
+    "optimizers",
+    "layouts",
+)
+"""The families that compute-sanitizer looks at: those with shared memory, barriers or uneven edges."""
+
+
+def facts(runtime: str) -> dict[str, Any]:
+    """Names and versions."""
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "numpy": importlib.metadata.version("numpy"),
+        "checkout": commit(),
+    }
+    if runtime == "host":
+        return found | {"gpu": "none: the host runtime"}
+    import cupy
+
+    properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())
+    free, total = cupy.cuda.runtime.memGetInfo()
+    return found | {
+        "gpu": properties["name"].decode(),
+        "compute_capability": f"{properties['major']}.{properties['minor']}",
+        "multiprocessors": properties["multiProcessorCount"],
+        "memory_gib": round(total / 2**30, 1),
+        "free_gib": round(free / 2**30, 1),
+        "gpus": cupy.cuda.runtime.getDeviceCount(),
+        "driver": driver_version(),
+        "cuda_of_driver": version(cupy.cuda.runtime.driverGetVersion()),
+        "cuda_of_cupy": version(cupy.cuda.runtime.runtimeGetVersion()),
+        "nvrtc": ".".join(map(str, cupy.cuda.nvrtc.getVersion())),
+        "cublas": cupy.cuda.cublas.getVersion(cupy.cuda.device.get_cublas_handle()),
+        "cupy": cupy.__version__,
+    }
+
+
+def version(number: int) -> str:
+    """CUDA's 12090 as 12.9."""
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def driver_version() -> str:
+    """As nvidia-smi says."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"not known ({error})"
+    return (answer.stdout.strip().splitlines() or ["not known"])[0]
+
+
+def commit() -> str:
+    """The commit of the checkout, and whether files differ from it."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--match="]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return "not known"
+    return answer.stdout.strip() or "not known"
+
+
+def find_sanitizer() -> str | None:
+    """The path of compute-sanitizer, or None: it comes with the CUDA toolkit, not with the packages from PyPI."""
+    found = shutil.which("compute-sanitizer")
+    if found is not None:
+        return found
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    for home in filter(None, homes):
+        for place in ("bin", "compute-sanitizer"):
+            path = Path(home) / place / "compute-sanitizer"
+            if path.is_file():
+                return str(path)
+    return None
+
+
+def sanitize(seed: int, seconds: float) -> list[dict[str, Any]]:
+    """Run a few problems of each family under memcheck and racecheck, ``seconds`` in all; what each found."""
+    tool = find_sanitizer()
+    if tool is None:
+        return []
+    results = []
+    until = time.monotonic() + seconds
+    for check in ("memcheck", "racecheck"):
+        command = [
+            tool, "--tool", check, "--error-exitcode", "86", "--print-limit", "5",
+            sys.executable, str(ROOT / "scripts" / "validate_gpu.py"), "--reduced", "--no-training",
+            "--no-sanitizer", "--exact-allocations", "--dtypes", "float32,bfloat16", "--seed", str(seed),
+            "--families", ",".join(SANITIZED),
+        ]  # fmt: skip
+        left = until - time.monotonic()
+        began = time.monotonic()
+        result: dict[str, Any] = {"tool": check, "families": list(SANITIZED)}
+        if left < 20:
+            results.append({**result, "finished": False, "passed": False, "output": "no time was left"})
+            continue
+        try:
+            answer = subprocess.run(command, capture_output=True, text=True, timeout=left, cwd=ROOT)
+        except subprocess.TimeoutExpired:
+            results.append({**result, "finished": False, "passed": False, "output": f"stopped after {left:.0f} s"})
+            continue
+        lines = [line for line in (answer.stdout + answer.stderr).splitlines() if line.startswith("=====")]
+        passed = answer.returncode == 0
+        results.append({
+            **result, "finished": True, "passed": passed, "seconds": time.monotonic() - began,
+            "output": "\n".join(lines[-12:] if passed else (lines or answer.stderr.splitlines())[:40]),
+        })  # fmt: skip
+    return results
