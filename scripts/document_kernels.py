@@ -1,0 +1,199 @@
+"""Writes docs/kernels/registers.json and docs/kernels.md: what each kernel takes of a GPU, on seven architectures.
+
+    .venv/bin/python scripts/document_kernels.py             compile what has changed, write both
+    .venv/bin/python scripts/document_kernels.py --all       compile everything anew
+    .venv/bin/python scripts/document_kernels.py --check     only say whether the page is the table's
+
+It needs no GPU, but the packages nvidia-cuda-nvrtc-cu12 and nvidia-cuda-runtime-cu12, which the extra "test"
+brings on Linux.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from gpucnn_kernels import catalog
+from gpucnn_kernels.runtime import nvrtc
+
+DOCUMENTS = Path(__file__).resolve().parent.parent / "docs"
+TABLE = DOCUMENTS / "kernels" / "registers.json"
+PAGE = DOCUMENTS / "kernels.md"
+
+Table = dict[str, Any]
+
+# Of a multiprocessor, by architecture: warps, blocks, bytes of shared memory, and how many of these the system
+# takes for each block. All have 65,536 registers, given to warps in units of 256. From CUDA's programming guide.
+LIMITS = {
+    "sm_75": (32, 16, 64 << 10, 0),
+    "sm_80": (64, 32, 164 << 10, 1024),
+    "sm_86": (48, 16, 100 << 10, 1024),
+    "sm_89": (48, 24, 100 << 10, 1024),
+    "sm_90": (64, 32, 228 << 10, 1024),
+    "sm_100": (64, 32, 228 << 10, 1024),
+    "sm_120": (48, 24, 100 << 10, 1024),
+}
+REGISTERS, UNIT, WARP = 65536, 256, 32
+
+INTRODUCTION = """# The kernels
+
+`gpucnn_kernels` is a package of its own: functions on device arrays, no model classes, nothing of `gpucnn`.
+
+```python
+import cupy, gpucnn_kernels
+
+x = cupy.random.standard_normal((64, 3, 224, 224), dtype="float32")
+weight = cupy.random.standard_normal((16, 3, 3, 3), dtype="float32")
+y = gpucnn_kernels.conv2d_forward(x, weight, stride=2)
+```
+
+- Arrays: CuPy's; PyTorch's, JAX's and Numba's on the GPU too (results come back in their kind). float32, float16,
+  bfloat16 and float64; images contiguous or channels-last. Nothing is converted or copied unasked: what does not
+  fit is an error that names the argument, what came and what was expected.
+- `out=` takes the result, `stream=` a stream of any of these libraries.
+- Sums are in float32 (float64 for float64).
+- A kernel compiles when it is first used and is kept on disk. `gpucnn_kernels.warm_up(("float32", "float16"))` or
+  `gpucnn warm-up` compiles all of them ahead.
+- `GPUCNN_KERNELS_RUNTIME=host` runs the same source on the CPU, on NumPy arrays: for tests, not for speed.
+- Kernels of your own: `gpucnn_kernels.source.source_from_text` and `gpucnn_kernels.launch.Call` give them the same
+  compiler, cache and checks.
+
+`tests/outside_project` is a project that uses the package in this way, with tests of its own.
+
+Whether the kernels work on your GPU: `python3 scripts/validate_gpu.py`, see [gpu/README.md](gpu/README.md).
+
+## What each kernel takes
+
+Compiled by NVRTC {version}, with no GPU at hand: registers a thread for each architecture (75 is sm_75), static
+shared memory in bytes a block. No kernel spills registers to memory or needs a stack frame. Occupancy is the share
+of a multiprocessor's warps that are at work with the largest block allowed, on an H100 or H200 (sm_90) and the
+least of all seven; it is arithmetic, not a measurement. This page is written by `scripts/document_kernels.py`, and
+a test holds the numbers to the compiler's: exactly for NVRTC {version}, within a quarter or 8 registers for
+others.
+"""
+
+
+def occupancy(architecture: str, threads: int, registers: int, shared_bytes: int) -> float:
+    """The share of a multiprocessor's warps that are resident with blocks of ``threads`` threads."""
+    most_warps, most_blocks, most_shared, reserved = LIMITS[architecture]
+    warps = -(-threads // WARP)
+    registers_a_warp = -(-registers * WARP // UNIT) * UNIT
+    blocks = min(
+        most_blocks,
+        most_warps // warps,
+        REGISTERS // registers_a_warp // warps,
+        most_shared // (shared_bytes + reserved) if shared_bytes + reserved else most_blocks,
+    )
+    return blocks * warps / most_warps
+
+
+def compile_all(known: Table | None) -> Table:
+    """The table of all kernels; forms whose text is that of ``known``'s are taken from there."""
+    usable, version = nvrtc.available()
+    if not usable:
+        sys.exit(f"document_kernels.py: {version}")
+    architectures = list(nvrtc.ARCHITECTURES)
+    same = known is not None and (known["nvrtc"], known["architectures"]) == (version, architectures)
+    old = known["sources"] if known is not None and same else {}
+    sources = catalog.variants()
+    fresh = [made for made in sources if old.get(made.title, {}).get("fingerprint") != made.fingerprint]
+    print(f"{version}: compiling {len(fresh)} of {len(sources)} sources for {len(architectures)} architectures")
+    found = nvrtc.resources_of(fresh, architectures)
+    table: Table = {"nvrtc": version, "architectures": architectures, "sources": {}}
+    for made in sources:
+        if made not in fresh:
+            table["sources"][made.title] = old[made.title]
+            continue
+        kernels = {}
+        for name, kernel in made.kernels.items():
+            reports = [found[made.title, architecture][name] for architecture in architectures]
+            kernels[name] = {
+                "threads": kernel.max_threads,
+                "registers": [report.registers for report in reports],
+                "shared_bytes": [report.shared_bytes for report in reports],
+            }
+            for architecture, report in zip(architectures, reports, strict=True):
+                if report.spill_store_bytes or report.spill_load_bytes or report.stack_bytes:
+                    sys.exit(f"document_kernels.py: {made.title}: {name} on {architecture}: {report}")
+        table["sources"][made.title] = {"fingerprint": made.fingerprint, "kernels": kernels}
+    return table
+
+
+def render(table: Table) -> str:
+    """The page."""
+    architectures = table["architectures"]
+    parts = [INTRODUCTION.format(version=table["nvrtc"].removeprefix("NVRTC "))]
+    section = ""
+    for title, source in table["sources"].items():
+        name, _, form = title.partition(" ")
+        if name != section:
+            section = name
+            head = " | ".join(name.removeprefix("sm_") for name in architectures)
+            parts.append(
+                f"\n### {name}\n\n| kernel | form | threads | {head} | shared | occupancy, least |\n"
+                f"|---|---|---|{'---|' * len(architectures)}---|---|\n"
+            )
+        form = form.replace("(SCALAR ", "(").replace(") (", ", ").strip("()")
+        parts += [row(kernel, form, numbers, architectures) for kernel, numbers in source["kernels"].items()]
+    return "".join(parts)
+
+
+def row(kernel: str, form: str, numbers: Table, architectures: list[str]) -> str:
+    """A kernel's line."""
+    shares = {
+        architecture: occupancy(architecture, numbers["threads"], registers, shared)
+        for architecture, registers, shared in zip(
+            architectures, numbers["registers"], numbers["shared_bytes"], strict=True
+        )
+    }
+    cells = [
+        f"`{kernel}`",
+        form,
+        f"{numbers['threads']}",
+        *map(str, numbers["registers"]),
+        f"{max(numbers['shared_bytes'])}",
+        f"{shares['sm_90']:.0%}, {min(shares.values()):.0%}",
+    ]
+    return f"| {' | '.join(cells)} |\n"
+
+
+def read() -> Table | None:
+    """The table as it was written last, or None."""
+    return json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.exists() else None
+
+
+def written(table: Table) -> str:
+    """The table as text, a kernel a line so that changes are seen."""
+    lines = [
+        f'{{"nvrtc": {json.dumps(table["nvrtc"])},',
+        f' "architectures": {json.dumps(table["architectures"])},',
+    ]
+    lines.append(' "sources": {')
+    sources = list(table["sources"].items())
+    for index, (title, source) in enumerate(sources):
+        lines.append(f'  {json.dumps(title)}: {{"fingerprint": "{source["fingerprint"]}", "kernels": {{')
+        kernels = [f"   {json.dumps(name)}: {json.dumps(numbers)}" for name, numbers in source["kernels"].items()]
+        lines.append(",\n".join(kernels))
+        lines.append("  }}" + ("," if index + 1 < len(sources) else ""))
+    return "\n".join([*lines, " }", "}"]) + "\n"
+
+
+def main(arguments: list[str]) -> int:
+    """Write table and page, or check the page; the exit status."""
+    if arguments == ["--check"]:
+        table = read()
+        return 0 if table is not None and PAGE.read_text(encoding="utf-8") == render(table) else 1
+    if arguments not in ([], ["--all"]):
+        print(__doc__, file=sys.stderr)
+        return 2
+    table = compile_all(None if arguments else read())
+    TABLE.parent.mkdir(parents=True, exist_ok=True)
+    TABLE.write_text(written(table), encoding="utf-8")
+    PAGE.write_text(render(table), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
