@@ -71,9 +71,9 @@ def test_the_table_of_choices() -> None:
     assert choices("bottleneck") == ["im2col", "col2im", "im2col"]
     assert choices("resnet-shortcut") == ["im2col", "col2im", "im2col"]
     assert choices("resnet-stem") == ["bands", "col2im", "bands"]
-    assert choices("lenet-1") == ["bands", "phases", "bands"]
+    assert choices("lenet-1") == ["bands", "col2im", "bands"]
     assert choices("resnet-block") == ["rows", "phases", "rows"]
-    assert choices("resnet-down") == ["im2col", "phases", "im2col"]
+    assert choices("resnet-down") == ["im2col", "col2im", "im2col"]
 
 
 def test_the_table_of_choices_on_a_gpu() -> None:

@@ -23,6 +23,7 @@ from gpucnn.ops.checks import (
 )
 from gpucnn.ops.cpu import (
     conv2d_bands,
+    conv2d_col2im,
     conv2d_data,
     conv2d_depthwise,
     conv2d_im2col,
@@ -49,7 +50,7 @@ _FORWARD: dict[str, Forward] = {
     "winograd": conv2d_winograd.forward,
 }
 _BACKWARD_DATA: dict[str, Backward] = {
-    "col2im": conv2d_data.col2im,
+    "col2im": conv2d_col2im.backward_data,
     "dilated": conv2d_data.dilated,
     "phases": conv2d_data.phases,
     "scatter": conv2d_positions.backward_data,
@@ -92,7 +93,7 @@ def conv2d_choose(direction: str, problem: Conv2dProblem, dtype: DTypeLike) -> s
     direction          problem                                      algorithm
     =================  ===========================================  ==========
     backward_data      1x1 kernel                                   col2im
-    backward_data      stride > 1, 1 group of < 16 channels         col2im
+    backward_data      1 group: stride > 1, or < 16 channels        col2im
     backward_data      as "winograd" below                          winograd
     backward_data      any other                                    phases
     forward, _filter   one channel a group, more than one group     depthwise
@@ -109,7 +110,7 @@ def conv2d_choose(direction: str, problem: Conv2dProblem, dtype: DTypeLike) -> s
     strided = problem.stride != (1, 1)
     channels = problem.C // problem.groups
     if direction == "backward_data":
-        if pointwise or (strided and problem.groups == 1 and channels < 16):
+        if pointwise or (problem.groups == 1 and (strided or channels < 16)):
             return "col2im"
         return "winograd" if conv2d_winograd.pays(direction, problem, dtype) else "phases"
     if conv2d_depthwise.is_depthwise(problem) and problem.groups > 1:

@@ -1,6 +1,4 @@
-"""The input gradient: col2im, and the convolution of the dilated gradient.
-
-"col2im": columns (CRS, PQ) = w^T (CRS, K) @ dy (K, PQ), then added up where windows overlap.
+"""The input gradient as a convolution: of the dilated gradient, or without the dilation's zeros.
 
 "dilated": dy with stride - 1 zeros between its elements, padded by k - p - 1 (k dilated), convolved at stride 1
 with the kernel rotated by 180 degrees and its input and output channels exchanged.
@@ -16,40 +14,7 @@ import numpy
 from numpy.typing import NDArray
 
 from gpucnn.ops.cpu import conv2d_depthwise, conv2d_im2col, conv2d_rows
-from gpucnn.ops.cpu.conv2d_blocks import SMALL_FLOPS
-from gpucnn.ops.cpu.conv2d_im2col import is_pointwise
-from gpucnn.ops.cpu.im2col import Overlaps, positions
-from gpucnn.ops.cpu.threads import parallel_for, scratch
 from gpucnn_kernels.problem import Conv2dProblem
-
-_BLOCK_BYTES = 768 << 10
-
-
-def col2im(problem: Conv2dProblem, dy: NDArray[Any], weight: NDArray[Any], out: NDArray[Any]) -> None:
-    """Dx (N, C, H, W) into ``out``: one GEMM for the columns of a few output rows, which are then added up."""
-    g, k = problem.groups, problem.K // problem.groups
-    depth = problem.C // g * problem.R * problem.S
-    matrix = weight.reshape(g, k, depth).transpose(0, 2, 1)
-    rows = max(_BLOCK_BYTES // (problem.C * problem.R * problem.S * problem.Q * dy.itemsize), 1)
-
-    def add_image(n: int) -> None:
-        if is_pointwise(problem):
-            numpy.matmul(matrix, dy[n].reshape(g, k, -1), out=out[n].reshape(g, depth, -1))
-            return
-        overlaps = Overlaps(problem, out[n])
-        for top in range(0, problem.P, rows):
-            part = dy[n, :, top : top + rows]
-            gradient = part.reshape(g, k, -1)
-            columns = scratch("columns", (g, depth, gradient.shape[2]), dy.dtype)
-            numpy.matmul(matrix, gradient, out=columns)
-            windows = columns.reshape(problem.C, problem.R, problem.S, *part.shape[1:])
-            for r in range(problem.R):
-                for s in range(problem.S):
-                    where = positions(problem, r, s, (top, top + part.shape[1]))
-                    overlaps.total[:, *where] += windows[:, r, s]
-        overlaps.finish()
-
-    parallel_for(problem.N, add_image, small=problem.flops < SMALL_FLOPS)
 
 
 def rotated(weight: NDArray[Any], groups: int) -> NDArray[Any]:
