@@ -9,7 +9,7 @@ from test_device_training import digits, untimed  # noqa: F401  # a fixture
 from test_resume import StopAt, assert_same_end, crash
 
 import gpucnn
-from gpucnn import device, losses, models, optimizers
+from gpucnn import device, layers, losses, models, optimizers
 from gpucnn.gradient_check import check_gradients
 from gpucnn.random import manual_seed
 from gpucnn.training import RunFolder
@@ -148,3 +148,13 @@ def test_grad_cam():
     image = numpy.random.default_rng(0).standard_normal((1, 16, 16)).astype(numpy.float32)
     expected = grad_cam(here, image, 1)
     assert numpy.abs(grad_cam(here.cuda(), image, 1) - expected).max() <= 1e-4
+
+
+def test_relu6_in_bfloat16():
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    layer, x = layers.ReLU6(), numpy.array([[-1, 0.5, 6, 9, numpy.nan]], ml_dtypes.bfloat16)
+    y = layer(host_arrays.asarray(x))
+    assert numpy.array_equal(y.get().astype(float), [[0, 0.5, 6, 6, numpy.nan]], equal_nan=True)
+    dx = layer.backward(host_arrays.asarray(numpy.full((1, 5), 2, ml_dtypes.bfloat16)))
+    assert dx.dtype == ml_dtypes.bfloat16
+    assert dx.get()[:, :4].astype(float).tolist() == [[0, 2, 0, 0]]

@@ -170,6 +170,17 @@ def test_single_values_come_out_as_numbers(host):
     assert host[0, 0].item() == 8, "an element is a view, as CuPy's"
 
 
+@pytest.mark.parametrize("name", ["argmax", "argmin", "clip"])
+def test_what_cupy_lacks_in_bfloat16(name):
+    import ml_dtypes
+
+    array = host_arrays.asarray(numpy.array([1.0, 3.0], ml_dtypes.bfloat16))
+    arguments = (None, 2) if name == "clip" else ()
+    with pytest.raises(TypeError, match=rf"{name} of bfloat16: CuPy 14 has none; convert"):
+        getattr(array, name)(*arguments)
+    assert type(getattr(array.astype("float32"), name)(*arguments)) is HostArray
+
+
 def test_views_know_their_owner():
     for owner in (host_arrays.empty(10), host_arrays.asarray(numpy.zeros(10))):
         assert owner[2:8].reshape(2, 3).base is owner

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gpucnn.errors import ArgumentError
 from gpucnn.layers.layer import Layer, check_gradient
-from gpucnn.ops import Array, backend_of
+from gpucnn.ops import Array, array_module, backend_of
 
 
 class ReLU(Layer):
@@ -39,7 +39,7 @@ class ReLU6(Layer):
     def forward(self, x: Array) -> Array:
         """Clip x to 0 .. 6."""
         y = backend_of(x).relu_forward(x, out=x if self.inplace else None)
-        y = y.clip(None, 6, out=y)
+        y = array_module(y).minimum(y, 6, out=y)  # clip's half, which CuPy has in bfloat16, too
         self._save(y)
         return y
 

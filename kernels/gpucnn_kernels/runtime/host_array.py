@@ -1,9 +1,9 @@
 """Arrays that stand for device memory where kernels run on the host runtime.
 
 A :class:`HostArray` is a numpy.ndarray that behaves as a cupy.ndarray does where the two differ and programs go
-wrong: it does not mix with plain NumPy arrays, reductions and single elements are 0-d arrays, and only ``get``
-and ``host_arrays.asnumpy`` lead back to NumPy. A transfer that a program forgot is then an error on a machine
-without a GPU too.
+wrong: it does not mix with plain NumPy arrays, reductions and single elements are 0-d arrays, some methods do not
+know bfloat16, and only ``get`` and ``host_arrays.asnumpy`` lead back to NumPy. A transfer that a program forgot is
+then an error on a machine without a GPU too.
 
 What a subclass cannot refuse, because NumPy does not ask it: ``numpy.asarray(host)``, ``numpy.array(host)`` and
 their like give a plain view of the same memory, ``plain[...] = host`` and ``plain[host]`` work.
@@ -82,11 +82,16 @@ class HostArray(PlainArray):
         super().__setitem__(index, value)
 
 
+_NOT_IN_BFLOAT16 = ("argmax", "argmin", "clip")
+
+
 def _method(name: str) -> Callable[..., Any]:
     """The method ``name`` of numpy.ndarray, for methods that NumPy does not run through a ufunc."""
     plain_method = getattr(numpy.ndarray, name)
 
     def method(self: HostArray, *arguments: Any, **options: Any) -> Any:
+        if name in _NOT_IN_BFLOAT16 and str(self.dtype) == "bfloat16":
+            raise TypeError(f"{name} of bfloat16: CuPy 14 has none; convert with .astype('float32') first")
         out = options.get("out")
         result = plain_method(self.view(numpy.ndarray), *_plain(arguments), **_plain(options))
         return out if isinstance(out, HostArray) else _host(result)
@@ -104,6 +109,7 @@ for _name in (
         "argmin",
         "argsort",
         "choose",
+        "clip",
         "compress",
         "cumprod",
         "cumsum",
