@@ -1,4 +1,23 @@
-"""Activations and softmax. ``out`` may be the input itself: each block is read before it is written."""
+"""Activations and softmax. ``out`` may be the input itself: each block is read before it is written.
+
+exp(-x) is taken as 2^(-x log2 e): NumPy's exp2 is twice as fast as its exp, and the factor costs no pass, as it
+takes the sign's place. Its rounding moves the power by |x| roundings, as does a rounding of x itself.
+
+Limit: reading the inputs and writing the result, 0.27 ns a number forward and 0.45 backward at the speed of a copy.
+A pass costs some 0.1 ns, exp2 0.23, exp 0.44, a division 0.19. Measured on one thread, in turns, ns a number of 3.2
+million in float32, forward and backward, with exp and more passes before, and as now:
+
+========  ==========  ==========
+function  before      now
+========  ==========  ==========
+sigmoid   1.5   1.2   1.2   1.2
+silu      1.6   2.8   1.4   2.3
+gelu      5.1   5.7   3.7   4.4
+========  ==========  ==========
+
+Sigmoid as (1 + tanh(x / 2)) / 2 has as many passes and loses the digits of small results. GELU's polynomial as powers
+times coefficients, a matrix product, was no faster than Horner's rule.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +29,7 @@ from gpucnn.ops.checks import check_axis, check_gradient, require_floating, requ
 from gpucnn.ops.cpu.blocks import elementwise
 from gpucnn.ops.cpu.memory import FloatArray, calculation_dtype, result_array
 from gpucnn.ops.cpu.selection import choose, keep
+from gpucnn.ops.cpu.threads import scratch
 
 _FAR = 1000.0
 """Below minus this, exp(-x) is infinite in every dtype; SiLU cuts its input there, as inf / inf is NaN."""
@@ -76,29 +96,39 @@ def leaky_relu_backward(
     return backward(kernel, dy, x, out)
 
 
+_MINUS_LOG2_E = -1.4426950408889634
+
+
+def exp_of_minus(x: FloatArray, out: FloatArray) -> FloatArray:
+    """Out = exp(-x); ``out`` may be x."""
+    numpy.multiply(x, _MINUS_LOG2_E, out=out)
+    return numpy.exp2(out, out=out)  # type: ignore[no-any-return]
+
+
 def sigmoid_in_place(out: FloatArray, x: FloatArray) -> None:
     """Out = 1 / (1 + exp(-x)): exp may reach infinity, whose reciprocal is the right 0."""
-    numpy.negative(x, out=out)
-    numpy.exp(out, out=out)
+    exp_of_minus(x, out)
     numpy.add(out, 1, out=out)
-    numpy.reciprocal(out, out=out)
+    numpy.divide(1, out, out=out)
 
 
-def clipped(x: FloatArray) -> FloatArray:
+def clipped(x: FloatArray, out: FloatArray) -> FloatArray:
     """X cut to where exp(-x) is finite: beyond, sigmoid is 0 or 1 to rounding, and inf * 0 cannot arise."""
     limit = 80 if x.dtype == numpy.float32 else 700
-    near = numpy.maximum(x, -limit)
-    return numpy.minimum(near, limit, out=near)
+    return numpy.clip(x, -limit, limit, out=out)  # type: ignore[no-any-return]
 
 
-def sigmoid_and_rest(x: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """(s, 1 - s) with s = sigmoid(x), both with all their digits, for x within :func:`clipped`."""
-    power = numpy.negative(x)
-    numpy.exp(power, out=power)
-    gate = power + 1
-    numpy.reciprocal(gate, out=gate)
-    power *= gate
-    return gate, power
+def gated_slope(slope: FloatArray, power: FloatArray) -> FloatArray:
+    """S + slope * s * (1 - s) in ``slope``, s = 1 / (1 + power); ``power`` becomes 1 / s.
+
+    It is (1 + power + slope * power) / (1 + power)^2, divided one at a time: the square may be infinite.
+    """
+    slope *= power
+    power += 1
+    slope += power
+    slope /= power
+    slope /= power
+    return slope
 
 
 def sigmoid_forward(x: FloatArray, *, out: FloatArray | None = None) -> FloatArray:
@@ -110,7 +140,7 @@ def sigmoid_backward(dy: FloatArray, y: FloatArray, *, out: FloatArray | None = 
     """Dy * y * (1 - y)."""
 
     def kernel(out: FloatArray, dy: FloatArray, y: FloatArray) -> None:
-        slope = numpy.subtract(1, y)
+        slope = numpy.subtract(1, y, out=scratch("slope", y.shape, y.dtype))
         slope *= y
         numpy.multiply(dy, slope, out=out)
 
@@ -131,8 +161,8 @@ def tanh_backward(dy: FloatArray, y: FloatArray, *, out: FloatArray | None = Non
 
     def kernel(out: FloatArray, dy: FloatArray, y: FloatArray) -> None:
         # (1 - y)(1 + y) keeps its digits where y is near 1; 1 - y * y does not.
-        slope = numpy.subtract(1, y)
-        slope *= 1 + y
+        slope = numpy.subtract(1, y, out=scratch("slope", y.shape, y.dtype))
+        slope *= numpy.add(1, y, out=scratch("power", y.shape, y.dtype))
         numpy.multiply(dy, slope, out=out)
 
     return backward(kernel, dy, y, out)
@@ -142,11 +172,10 @@ def silu_forward(x: FloatArray, *, out: FloatArray | None = None) -> FloatArray:
     """X * sigmoid(x); its limit 0 at minus infinity."""
 
     def kernel(out: FloatArray, x: FloatArray) -> None:
-        numpy.maximum(x, -_FAR, out=out)
-        power = numpy.negative(out)
-        numpy.exp(power, out=power)
+        near = numpy.maximum(x, -_FAR, out=out)
+        power = exp_of_minus(near, scratch("power", x.shape, x.dtype))
         power += 1
-        numpy.divide(out, power, out=out)
+        numpy.divide(near, power, out=out)
 
     return forward(kernel, x, out)
 
@@ -155,12 +184,9 @@ def silu_backward(dy: FloatArray, x: FloatArray, *, out: FloatArray | None = Non
     """Dy * s * (1 + x * (1 - s)) with s = sigmoid(x)."""
 
     def kernel(out: FloatArray, dy: FloatArray, x: FloatArray) -> None:
-        near = clipped(x)
-        gate, rest = sigmoid_and_rest(near)
-        near *= rest
-        near += 1
-        near *= gate
-        numpy.multiply(dy, near, out=out)
+        near = clipped(x, scratch("slope", x.shape, x.dtype))
+        power = exp_of_minus(near, scratch("power", x.shape, x.dtype))
+        numpy.multiply(dy, gated_slope(near, power), out=out)
 
     return backward(kernel, dy, x, out)
 
