@@ -99,7 +99,7 @@ def conv2d_choose(direction: str, problem: Conv2dProblem, dtype: DTypeLike) -> s
     forward, _filter   one channel a group, more than one group     depthwise
     forward, _filter   1x1 kernel                                   im2col
     forward, _filter   depth < 32                                   bands
-    forward, _filter   depth < 96 and stride > 1                    im2col
+    forward, _filter   stride > 1                                   im2col
     forward, _filter   3x3 of stride 1, wide enough (see            winograd
                        conv2d_winograd.pays), no float64
     forward, _filter   any other                                    rows
@@ -118,7 +118,7 @@ def conv2d_choose(direction: str, problem: Conv2dProblem, dtype: DTypeLike) -> s
     depth = channels * problem.S
     if depth < 32 and not pointwise:
         return "bands"
-    if pointwise or (depth < 96 and strided):
+    if pointwise or strided:
         return "im2col"
     return "winograd" if conv2d_winograd.pays(direction, problem, dtype) else "rows"
 
