@@ -181,6 +181,12 @@ class Optimizer(ABC):
                 backend_of(part).scale(part, factor)
         return norm
 
+    def scale_gradients(self, factor: float) -> None:
+        """Multiply all gradients that the next step would use."""
+        self._follow()
+        for part in self._gradients():
+            backend_of(part).scale(part, factor)
+
     def _gradients(self) -> Iterator[Array]:
         for slab in self._slabs:
             for _, elements in slab.runs():

@@ -1,4 +1,8 @@
-"""Parameters: trainable arrays with their gradients, as views in one flat buffer a dtype."""
+"""Parameters: trainable arrays with their gradients, as views in one flat buffer a dtype.
+
+A network that computes in 16 bits keeps its parameters in float32, and beside each a copy in 16 bits, which its
+convolutions and linear layers read; :func:`refresh_narrow_copies` brings the copies up to date.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +27,11 @@ class Parameter:
         gradient: an array of the same shape and dtype that ``backward`` adds to and ``zero_grad`` clears.
         requires_grad: False freezes it; layers then leave its gradient alone and optimizers skip it.
         path: where it is in its model ("features.0.weight"), for messages.
-        buffer_number: of the flat buffer that it was last laid into; 0 for none, or none since it was moved.
+        buffer: the flat buffer that it was last laid into; None for none, or none since it was moved.
+        narrow_copy: the values in 16 bits as they were at the last refresh, where a model computes in them.
     """
 
-    __slots__ = ("buffer_number", "data", "gradient", "path", "requires_grad")
+    __slots__ = ("buffer", "data", "gradient", "narrow_copy", "path", "requires_grad")
 
     def __init__(self, data: Array, requires_grad: bool = True) -> None:
         self.data = data
@@ -34,7 +39,8 @@ class Parameter:
             self.gradient = array_module(data).zeros_like(data)
         self.requires_grad = requires_grad
         self.path = ""
-        self.buffer_number = 0
+        self.buffer: FlatBuffer | None = None
+        self.narrow_copy: Array | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -52,6 +58,16 @@ class Parameter:
         return self.data.dtype
 
     @property
+    def working(self) -> Array:
+        """What convolutions and linear layers compute with: the copy in 16 bits where there is one, else data."""
+        return self.data if self.narrow_copy is None else self.narrow_copy
+
+    @property
+    def buffer_number(self) -> int:
+        """The number of its flat buffer, 0 for none: buffers are told apart by it."""
+        return 0 if self.buffer is None else self.buffer.number
+
+    @property
     def device(self) -> str:
         """Where the values are: "cpu", "cuda:0", ..."""
         return device_of(self.data)
@@ -67,10 +83,11 @@ class Parameter:
         if device is not None:
             data, gradient = to_device(data, device), to_device(gradient, device)
         if data is not self.data:
-            self.data, self.gradient, self.buffer_number = data, gradient, 0
+            self.data, self.gradient = data, gradient
+            self.buffer = self.narrow_copy = None
 
     def add_gradient(self, gradient: Array) -> None:
-        """Add to the gradient, unless the parameter is frozen."""
+        """Add to the gradient, unless the parameter is frozen; what comes in 16 bits is added in the own dtype."""
         if self.requires_grad:
             self.gradient += gradient
 
@@ -102,6 +119,14 @@ class Parameter:
             )
         return numpy.array(self.data, dtype=dtype, copy=copy)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Parameter:
+        """A parameter of its own: values and gradient copied, in no flat buffer."""
+        twin = Parameter(self.data.copy(), self.requires_grad)
+        twin.gradient[...] = self.gradient
+        twin.path = self.path
+        memo[id(self)] = twin
+        return twin
+
     def __repr__(self) -> str:
         return f"Parameter({self.path or 'unnamed'}, shape={self.shape}, dtype={self.dtype})"
 
@@ -109,13 +134,15 @@ class Parameter:
 class FlatBuffer:
     """Parameters of one dtype laid end to end: ``data`` and ``gradient`` are 1-d, each parameter a view of both.
 
-    An optimizer step, a clearing or a reduction is then one operation on one array.
+    An optimizer step, a clearing or a reduction is then one operation on one array, and so is the conversion to
+    16 bits: ``narrow``, where a model computes in them, has the same layout.
     """
 
     def __init__(self, parameters: Iterable[Parameter]) -> None:
         self.parameters = list(parameters)
         first = self.parameters[0].data
         self.device, self.number = device_of(first), next(_buffer_numbers)
+        self.narrow: Array | None = None
         size = sum(parameter.size for parameter in self.parameters)
         with on_device(self.device):
             self.data = array_module(first).empty(size, first.dtype)
@@ -132,7 +159,7 @@ class FlatBuffer:
             gradient[...] = parameter.gradient.reshape(-1)
             parameter.data = view.reshape(parameter.shape)
             parameter.gradient = gradient.reshape(parameter.shape)
-            parameter.buffer_number = self.number
+            parameter.buffer, parameter.narrow_copy = self, None
             self.offsets.append(start)
             start = stop
 
@@ -142,6 +169,41 @@ class FlatBuffer:
             parameter.data.base is self.data and parameter.gradient.base is self.gradient
             for parameter in self.parameters
         )
+
+    def refresh_narrow(self, dtype: str) -> None:
+        """Convert all values to the 16-bit ``dtype``; the parameters' narrow copies are views of the result."""
+        if self.narrow is None or self.narrow.dtype != dtype:
+            self.narrow = array_module(self.data).empty(self.data.size, dtype)
+            for parameter, start in zip(self.parameters, self.offsets, strict=True):
+                if parameter.buffer is self:
+                    view = self.narrow[start : start + parameter.size]
+                    parameter.narrow_copy = view.reshape(parameter.shape)
+        self.narrow[...] = self.data
+
+
+def refresh_narrow_copies(parameters: Iterable[Parameter], dtype: str) -> None:
+    """Bring the parameters' copies in the 16-bit ``dtype`` up to date: one conversion a flat buffer.
+
+    Parameters that lie in no buffer, or left theirs, are converted one by one. Values too large for ``dtype``
+    become infinite.
+    """
+    done: set[int] = set()
+    with numpy.errstate(over="ignore"):
+        for parameter in parameters:
+            buffer = parameter.buffer
+            if buffer is None or parameter.data.base is not buffer.data:
+                parameter.narrow_copy = parameter.data.astype(dtype)
+            elif buffer.number not in done:
+                done.add(buffer.number)
+                buffer.refresh_narrow(dtype)
+
+
+def drop_narrow_copies(parameters: Iterable[Parameter]) -> None:
+    """Forget the copies: the parameters are computed with as they are."""
+    for parameter in parameters:
+        parameter.narrow_copy = None
+        if parameter.buffer is not None:
+            parameter.buffer.narrow = None
 
 
 def flatten(parameters: Iterable[Parameter]) -> list[FlatBuffer]:

@@ -12,7 +12,7 @@ from threadpoolctl import threadpool_info
 
 import gpucnn
 from gpucnn import models
-from gpucnn.cli.precision import DTYPES
+from gpucnn.cli.precision import precisions_of
 from gpucnn.cli.recipes import FOLDER, RECIPES
 from gpucnn.cli.report import print_json, table
 from gpucnn.cli.settings import Settings
@@ -73,6 +73,7 @@ def describe_cuda(facts: dict[str, Any]) -> list[str]:
 
 def collect(settings: Settings) -> dict[str, Any]:
     """Everything that ``info`` tells, fit for JSON."""
+    device = _device(settings)
     return {
         "gpucnn": gpucnn.__version__,
         "path": str(Path(gpucnn.__file__).parent),
@@ -86,9 +87,9 @@ def collect(settings: Settings) -> dict[str, Any]:
             if library["user_api"] == "blas"
         ],
         "threads": thread_count(),
-        "device": _device(settings),
+        "device": device,
         "cuda": cuda_facts(),
-        "precisions": list(DTYPES),
+        "precisions": list(precisions_of(device["name"] or "cpu")),
         "models": [_model(name) for name in models.available()],
         "data": {name: _data(name, settings["data-dir"]) for name in RECIPES if name != FOLDER},
     }

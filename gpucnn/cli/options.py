@@ -266,7 +266,8 @@ TRAIN_OPTIONS = (
            choice("monitor", ("accuracy", "loss")), "NAME", default="accuracy"),
     Option("seed", "decides the weights, splits, order, augmentation and dropout", whole_number(0, 2**64 - 1), "N",
            default=0),
-    Option("precision", "float32 or float64", choice("precision", PRECISIONS), "NAME", default="float32"),
+    Option("precision", "float32 or float64; on a GPU also bfloat16 or float16", choice("precision", PRECISIONS),
+           "NAME", default="float32"),
     Option("output", "run folder (default: runs/DATA-MODEL, numbered)", path, "DIR"),
     Option("resume", "go on with a run that was stopped: the one in RUN, or in --output", path, "RUN",
            optional_value=True),
@@ -303,7 +304,13 @@ INFO_OPTIONS = (
 
 WARM_UP_OPTIONS = (
     Option("device", "cuda, or cuda:N for one of several GPUs", device_name, "NAME", default="cuda"),
-    Option("precision", "float32 or float64", choice("precision", PRECISIONS), "NAME", default="float32"),
+    Option(
+        "precision",
+        "float32 or float64; on a GPU also bfloat16 or float16",
+        choice("precision", PRECISIONS),
+        "NAME",
+        default="float32",
+    ),
     Option("quiet", "print results and errors only", switch, default=False),
 )
 

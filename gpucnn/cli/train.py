@@ -8,7 +8,7 @@ from typing import Any, TextIO, cast
 
 import gpucnn
 from gpucnn import models
-from gpucnn.cli.precision import choose_dtype
+from gpucnn.cli.precision import choose_precision, input_dtype
 from gpucnn.cli.recipes import RECIPES, with_recipe
 from gpucnn.cli.report import describe_data, describe_model, note
 from gpucnn.cli.results import CurvesCallback, finish
@@ -70,13 +70,13 @@ def run(settings: Settings, arguments: dict[str, Any]) -> int:
     folder, settings, resumes = _place(settings)
     quiet = settings["quiet"]
     _note_without_effect(settings)
-    dtype = choose_dtype(settings["precision"], device)
+    choose_precision(settings["precision"], device)
     models.describe(settings["model"])  # an unknown name is said before any data are read
     splits = load_data(settings)
     note(f"data: {describe_data(splits)}", quiet=quiet)
     verify_images(splits)
     gpucnn.manual_seed(settings["seed"])
-    model = _make_model(settings, splits).to(device, dtype=dtype)
+    model = _make_model(settings, splits).to(device)
     note(f"model: {describe_model(model)}", quiet=quiet)
     note(f"device: {device} ({device.reason}), precision {settings['precision']}", quiet=quiet)
     trainer = _make_trainer(settings, splits, model, folder)
@@ -165,7 +165,7 @@ def _make_model(settings: Settings, splits: DataSplits) -> Model:
 def _make_trainer(settings: Settings, splits: DataSplits, model: Model, folder: RunFolder) -> Trainer:
     shape = model.input_shape
     assert shape is not None, "models of the registry know their input"
-    preprocessing = Preprocessing.for_dataset(splits.train, shape[1:], settings["precision"])
+    preprocessing = Preprocessing.for_dataset(splits.train, shape[1:], input_dtype(settings["precision"]))
     augmentation = parse_augmentation(settings["augment"], (shape[1], shape[2], shape[0]))
     options = TrainingOptions(
         epochs=settings["epochs"],
@@ -200,6 +200,7 @@ def _make_trainer(settings: Settings, splits: DataSplits, model: Model, folder: 
         run=folder,
         callbacks=[EpochsCallback(folder, settings), CurvesCallback(folder)],
         progress=_progress(quiet=settings["quiet"]),
+        precision=settings["precision"],
     )
 
 

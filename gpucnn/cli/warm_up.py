@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from gpucnn.cli.precision import choose_dtype
+from gpucnn.cli.precision import choose_precision
 from gpucnn.cli.report import note
 from gpucnn.cli.runs import requested_device
 from gpucnn.cli.settings import Settings
 from gpucnn.device import on_device
 from gpucnn.errors import ArgumentError
+from gpucnn.layers.precision import WIDE
 
 
 def run(settings: Settings, arguments: dict[str, Any]) -> int:
@@ -21,7 +22,7 @@ def run(settings: Settings, arguments: dict[str, Any]) -> int:
             f"warm-up compiles kernels for a GPU, and the device is '{device}' ({device.reason}); the CPU needs "
             "none"
         )
-    choose_dtype(settings["precision"], device)
+    precision = choose_precision(settings["precision"], device)
     from gpucnn_kernels import warm_up
 
     quiet = settings["quiet"]
@@ -32,6 +33,8 @@ def run(settings: Settings, arguments: dict[str, Any]) -> int:
 
     began = time.perf_counter()
     with on_device(device):
-        count = warm_up(dtypes=(settings["precision"],), progress=progress)
+        # Beside 16-bit activations the weights, the optimizer and the loss are float32.
+        dtypes = (precision,) if precision in WIDE else ("float32", precision)
+        count = warm_up(dtypes=dtypes, progress=progress)
     print(f"{count} modules compiled in {time.perf_counter() - began:.1f} seconds")
     return 0

@@ -95,13 +95,13 @@ class Conv2d(Layer):
 
     def forward(self, x: Array) -> Array:
         """Convolve x (N, in_channels, H, W)."""
-        check_input(x, 4, f"(N, {self.in_channels}, H, W)", self.weight.data)
+        check_input(x, 4, f"(N, {self.in_channels}, H, W)", self.weight.working)
         if x.shape[1] != self.in_channels:
             raise ShapeError(f"expected {self.in_channels} input channels, got {x.shape[1]} (shape {x.shape})")
         y = backend_of(x).conv2d_forward(
             x,
-            self.weight.data,
-            None if self.bias is None else self.bias.data,
+            self.weight.working,
+            None if self.bias is None else self.bias.working,
             stride=self.stride,
             padding=self.padding,
             dilation=self.dilation,
@@ -135,7 +135,7 @@ class Conv2d(Layer):
             return None
         return ops.conv2d_backward_data(
             dy,
-            self.weight.data,
+            self.weight.working,
             input_size=x.shape[2:],
             stride=self.stride,
             padding=self.padding,
@@ -195,13 +195,13 @@ class ConvTranspose2d(Layer):
 
     def forward(self, x: Array) -> Array:
         """Spread x (N, in_channels, H, W) through the kernel."""
-        check_input(x, 4, f"(N, {self.in_channels}, H, W)", self.weight.data)
+        check_input(x, 4, f"(N, {self.in_channels}, H, W)", self.weight.working)
         if x.shape[1] != self.in_channels:
             raise ShapeError(f"expected {self.in_channels} input channels, got {x.shape[1]} (shape {x.shape})")
         y = backend_of(x).conv_transpose2d_forward(
             x,
-            self.weight.data,
-            None if self.bias is None else self.bias.data,
+            self.weight.working,
+            None if self.bias is None else self.bias.working,
             stride=self.stride,
             padding=self.padding,
             output_padding=self.output_padding,
@@ -234,7 +234,7 @@ class ConvTranspose2d(Layer):
             return None
         return ops.conv_transpose2d_backward_data(
             dy,
-            self.weight.data,
+            self.weight.working,
             stride=self.stride,
             padding=self.padding,
             dilation=self.dilation,

@@ -38,6 +38,8 @@ class Layer:
     well stay on the CPU wherever the layer goes: counters that Python looks at.
 
     Attributes:
+        narrow_dtype: "bfloat16" or "float16" where it computes in these, its weights staying float32; see
+            :mod:`gpucnn.layers.precision`. None computes in the parameters' dtype.
         training: whether ``forward`` saves for backward and dropout and batch norm behave as in training.
         path: the layer's name inside its model ("features.3"), empty for the model itself.
         input_needs_gradient: whether ``backward`` computes the gradient for the input, or returns None.
@@ -46,6 +48,7 @@ class Layer:
     buffer_names: ClassVar[tuple[str, ...]] = ()
     cpu_buffer_names: ClassVar[tuple[str, ...]] = ()
 
+    narrow_dtype: str | None = None
     training: bool = True
     path: str = ""
     input_needs_gradient: bool = True
@@ -331,17 +334,20 @@ def _as_array(value: Any) -> Any:
     return numpy.asarray(value)
 
 
-def check_input(x: Any, dimensions: int, meaning: str, weight: Array | None = None) -> None:
+def check_input(
+    x: Any, dimensions: int, meaning: str, weight: Array | None = None, *, narrow_too: bool = False
+) -> None:
     """Raise DtypeError or ShapeError unless x is a floating-point array of that many dimensions.
 
-    With ``weight``, x must have its dtype and be on its device: DtypeError and DeviceError otherwise.
+    With ``weight``, x must have its dtype and be on its device: DtypeError and DeviceError otherwise. With
+    ``narrow_too``, x may be a device array in 16 bits where the weight is float32.
     """
     shape, kind = getattr(x, "shape", None), getattr(getattr(x, "dtype", None), "kind", "")
     if shape is None or not kind:
         raise DtypeError(
             f"expected an array of shape {meaning}, got {type(x).__name__}; use numpy.asarray(..., numpy.float32)"
         )
-    if kind != "f":
+    if kind != "f" and not (str(x.dtype) == "bfloat16" and is_device_array(x)):
         raise DtypeError(
             f"expected floating-point numbers, got dtype {x.dtype}; convert with x.astype(numpy.float32)"
         )
@@ -349,7 +355,8 @@ def check_input(x: Any, dimensions: int, meaning: str, weight: Array | None = No
         raise ShapeError(f"expected {dimensions} dimensions {meaning}, got shape {tuple(shape)}")
     if weight is None:
         return
-    if x.dtype != weight.dtype:
+    narrow = narrow_too and x.dtype.itemsize == 2 and weight.dtype == numpy.float32 and is_device_array(x)
+    if x.dtype != weight.dtype and not narrow:
         raise DtypeError(
             f"the input is {x.dtype} but the parameters are {weight.dtype}; convert the input with "
             f"x.astype('{weight.dtype}') or the model with model.to(dtype='{x.dtype}')"

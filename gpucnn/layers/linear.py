@@ -30,13 +30,13 @@ class Linear(Layer):
 
     def forward(self, x: Array) -> Array:
         """Apply to x (N, in_features)."""
-        check_input(x, 2, f"(N, {self.in_features})", self.weight.data)
+        check_input(x, 2, f"(N, {self.in_features})", self.weight.working)
         if x.shape[1] != self.in_features:
             raise ShapeError(
                 f"expected {self.in_features} input features, got {x.shape[1]} (shape {x.shape}); an image of "
                 "another size than the network was made for does this"
             )
-        y = backend_of(x).linear_forward(x, self.weight.data, None if self.bias is None else self.bias.data)
+        y = backend_of(x).linear_forward(x, self.weight.working, None if self.bias is None else self.bias.working)
         self._save(x)
         return y
 
@@ -51,7 +51,7 @@ class Linear(Layer):
             self.weight.add_gradient(ops.linear_backward_weight(dy, x))
         if not self.input_needs_gradient:
             return None
-        return ops.linear_backward_data(dy, self.weight.data)
+        return ops.linear_backward_data(dy, self.weight.working)
 
     def skip_input_gradient(self, skip: bool = True) -> None:
         """Leave the gradient for x out of backward (or, with False, compute it again)."""

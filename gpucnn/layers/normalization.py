@@ -47,7 +47,8 @@ class _BatchNorm(Layer):
 
     def forward(self, x: Array) -> Array:
         """Normalize each channel of x: by the batch in training, by the running statistics in evaluation."""
-        check_input(x, self.dimensions, self.meaning, None if self.weight is None else self.weight.data)
+        weight = None if self.weight is None else self.weight.data
+        check_input(x, self.dimensions, self.meaning, weight, narrow_too=True)  # statistics are float32 then, too
         if self.running_mean is not None:
             check_device(x, self.running_mean)
         if x.shape[1] != self.num_features:

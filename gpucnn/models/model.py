@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ from gpucnn import layers
 from gpucnn.device import Device, on_device, to_cpu, to_device
 from gpucnn.errors import ArgumentError, CheckpointError, DtypeError, ShapeError
 from gpucnn.layers import Layer
+from gpucnn.layers.precision import forward_pass, set_precision
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -86,6 +87,16 @@ class Model(Layer):
         """The names of the classes; numbers where there are no names yet, so that a class may have no image."""
         return self.classes or [str(number) for number in range(self.num_classes or 0)]
 
+    def compute_in(self, precision: str) -> Self:
+        """Train, evaluate and predict in ``precision`` from now on; returns itself.
+
+        "float32" and "float64" are on every device; "bfloat16" and "float16", on a GPU, store activations and
+        compute in 16 bits beside float32 weights, see :mod:`gpucnn.layers.precision`. Move the model to its device
+        first. Raises ArgumentError where the device does not compute in it.
+        """
+        set_precision(self, precision)
+        return self
+
     # ------------------------------------------------------------ training
 
     def fit(
@@ -102,6 +113,7 @@ class Model(Layer):
         verbose: bool = True,
         callbacks: Sequence[Callback] = (),
         device: str | Device | None = None,
+        precision: str | None = None,
         **options: Any,
     ) -> History:
         """Train on labelled images; returns the history, one record an epoch.
@@ -121,6 +133,7 @@ class Model(Layer):
             verbose: show progress.
             callbacks: called as the training goes.
             device: "auto", "cpu", "cuda" or "cuda:1", where the model is moved and stays; where it is by default.
+            precision: what to compute in, see :meth:`compute_in`; what it does already by default.
             options: the other fields of :class:`gpucnn.training.TrainingOptions`: optimizer="adamw", lr=...,
                 schedule="one-cycle", label_smoothing=..., seed=...
 
@@ -153,6 +166,7 @@ class Model(Layer):
             callbacks=callbacks,
             progress=make_progress(quiet=not verbose),
             device=device,
+            precision=precision,
         )
         # Before the training, so that a callback, or a run that was interrupted, can predict.
         self.preprocessing, self.classes = preprocessing, list(train_set.classes)
@@ -201,7 +215,7 @@ class Model(Layer):
                 batch = inputs[start : start + batch_size]
                 if self.preprocessing is not None and batch.dtype == numpy.uint8:
                     batch = self.preprocessing.apply(batch)
-                logits = self(to_device(batch.astype(self._dtype(), copy=False), self.device))
+                logits = forward_pass(self, to_device(batch.astype(self._dtype(), copy=False), self.device))
                 probabilities.append(to_cpu(backend_of(logits).softmax_forward(logits, axis=1)))
         return numpy.concatenate(probabilities)
 

@@ -55,6 +55,7 @@ class Position:
         loss_sum: the sum of the losses of the epoch's images so far.
         correct: how many of them were classified rightly.
         images: how many there were.
+        skipped: steps of the epoch that loss scaling left out.
         train_seconds: the time that the steps took.
         seconds: the wall-clock time of the epoch so far.
         finished: whether the run has ended, by its last epoch or by early stopping.
@@ -66,6 +67,7 @@ class Position:
     loss_sum: float = 0.0
     correct: int = 0
     images: int = 0
+    skipped: int = 0
     train_seconds: float = 0.0
     seconds: float = 0.0
     finished: bool = False
@@ -73,7 +75,7 @@ class Position:
     def next_epoch(self) -> None:
         """Begin the next epoch with empty sums."""
         self.epoch, self.batch = self.epoch + 1, 0
-        self.loss_sum, self.correct, self.images = 0.0, 0, 0
+        self.loss_sum, self.correct, self.images, self.skipped = 0.0, 0, 0, 0
         self.train_seconds, self.seconds = 0.0, 0.0
 
 
@@ -92,6 +94,7 @@ class Checkpoint:
         generators: where the random generators are, by name.
         history: the finished epochs.
         stopped_early: whether early stopping ended the run.
+        loss_scaling: the loss scaler's ``state_dict``, where the run has one.
     """
 
     model: dict[str, NDArray[Any]]
@@ -104,6 +107,7 @@ class Checkpoint:
     generators: dict[str, dict[str, int]] = field(default_factory=dict)
     history: list[EpochRecord] = field(default_factory=list)
     stopped_early: bool = False
+    loss_scaling: dict[str, Any] = field(default_factory=dict)
 
     @property
     def evaluation_state(self) -> dict[str, NDArray[Any]]:
@@ -136,6 +140,7 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "generators": checkpoint.generators,
         "history": [{name: getattr(record, name) for name in EpochRecord.__slots__} for record in history],
         "stopped_early": checkpoint.stopped_early,
+        "loss_scaling": checkpoint.loss_scaling,
     }
     write_tensors(path, tensors, {"format": FORMAT, "version": str(VERSION), "gpucnn": _to_json(metadata)})
 
@@ -174,6 +179,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             generators=stored["generators"],
             history=records_from(stored["history"]),
             stopped_early=stored["stopped_early"],
+            loss_scaling=stored.get("loss_scaling", {}),  # earlier versions had none
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is a damaged gpucnn checkpoint ({error!r}); use an earlier one") from error

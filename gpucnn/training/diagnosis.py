@@ -10,6 +10,7 @@ import numpy
 
 from gpucnn.data.loader import Batch
 from gpucnn.layers import Layer
+from gpucnn.layers.precision import backward_pass, forward_pass
 from gpucnn.losses import CrossEntropyLoss
 from gpucnn.ops import Array, array_module
 
@@ -30,14 +31,14 @@ def find_first_non_finite(model: Layer, loss: CrossEntropyLoss, images: Array, l
     buffers = [(array, array.copy()) for _, array in model.named_buffers()]
     try:
         with _observed(model):
-            logits = model(images)
+            logits = forward_pass(model, images)
             value = loss(logits, labels)
             if not numpy.isfinite(value):
                 return f"every layer's output is finite, but their loss is {value}"
             gradient = loss.backward()
             if not _is_finite(gradient):
                 return f"the loss's gradient is the first that is not finite ({_count(gradient)})"
-            model.backward(gradient)
+            backward_pass(model, gradient)
     except _FoundError as found:
         return str(found)
     finally:
@@ -91,7 +92,7 @@ def _observed(model: Layer) -> Iterator[None]:
 
 def _watch_forward(name: str, layer: Layer, forward: Callable[[Array], Array]) -> Callable[[Array], Array]:
     def watched(x: Array) -> Array:
-        largest = float(abs(x).max()) if x.size else 0.0
+        largest = float(abs(x.astype("float32")).max()) if x.size else 0.0
         y = forward(x)
         if not _is_finite(y):
             raise _FoundError(

@@ -16,6 +16,7 @@ from gpucnn.data.transforms import Preprocessing
 from gpucnn.device import on_device, to_cpu
 from gpucnn.errors import ArgumentError, DataError, ShapeError
 from gpucnn.layers import Layer
+from gpucnn.layers.precision import forward_pass
 from gpucnn.metrics import confusion_matrix, f1, per_class_accuracy, precision
 from gpucnn.ops import backend_of
 
@@ -103,7 +104,7 @@ def evaluate(
     probabilities: list[NDArray[numpy.float32]] = []
     with on_device(model.device), evaluation_mode(model), contextlib.closing(loader.epoch(0)) as batches:
         for batch in batches:
-            logits = model(batch.images)
+            logits = forward_pass(model, batch.images)
             if done == 0:
                 check_logits(logits, dataset)
             batch_loss, shares = backend_of(logits).softmax_cross_entropy_forward(

@@ -29,6 +29,8 @@ class EpochRecord:
         validation_accuracy: the share of those that were classified rightly; None without a validation set.
         seconds: wall-clock time, validation included.
         images_per_second: training images over the time spent in training steps.
+        skipped_steps: steps of the epoch that changed no weight, because float16 could not hold their gradients.
+        loss_scale: what the loss is multiplied by after the epoch; 1 but in float16, see ``LossScaler``.
     """
 
     epoch: int
@@ -40,6 +42,8 @@ class EpochRecord:
     validation_accuracy: float | None
     seconds: float
     images_per_second: float
+    skipped_steps: int = 0
+    loss_scale: float = 1.0
 
     def score(self, monitor: str) -> tuple[float, ...]:
         """What makes an epoch better: larger wins, place by place.

@@ -12,16 +12,20 @@ from gpucnn.data.transforms import Preprocessing
 from gpucnn.device import Device, choose_device, on_device
 from gpucnn.errors import ArgumentError, DataError, ShapeError
 from gpucnn.layers import BatchNorm1d, BatchNorm2d, Layer
+from gpucnn.layers.precision import forward_pass, set_precision
 from gpucnn.training.evaluation import check_class_labels, check_logits, evaluation_mode, input_dtype
 
 
-def place_model(model: Layer, device: str | Device | None) -> None:
-    """Move ``model`` to ``device`` ("auto" chooses); None leaves it where it is.
+def place_model(model: Layer, device: str | Device | None, precision: str | None = None) -> None:
+    """Move ``model`` to ``device`` ("auto" chooses) and let it compute in ``precision``; None leaves it as it is.
 
-    Raises DeviceError, with the reason, where the device cannot be used.
+    Raises DeviceError, with the reason, where the device cannot be used, ArgumentError where it does not compute
+    in the precision.
     """
     if device is not None:
         model.to(choose_device(device) if isinstance(device, str) else device)
+    if precision is not None:
+        set_precision(model, precision)
 
 
 def default_preprocessing(model: Layer, dataset: Dataset) -> Preprocessing | None:
@@ -95,7 +99,7 @@ def check_model(model: Layer, dataset: Dataset, preprocessing: Preprocessing | N
             f"{images.shape[1]}; make the model with in_channels={images.shape[1]}"
         )
     with on_device(model.device), evaluation_mode(model):
-        check_logits(model(images), dataset)
+        check_logits(forward_pass(model, images), dataset)
 
 
 def leaves_single_image(model: Layer, images: int, batch_size: int) -> bool:

@@ -35,6 +35,7 @@ def describe_data(
         "train_images": len(train),
         "label_checksum": zlib.crc32(labels.data),
         "dtype": ", ".join(sorted({str(parameter.dtype) for parameter in model.parameters()})),
+        "narrow_dtype": model.narrow_dtype,
         "preprocessing": None if preprocessing is None else preprocessing.to_dict(),
         "augmentation": None if augmentation is None else augmentation.to_text(),
     }

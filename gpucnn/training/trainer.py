@@ -16,6 +16,7 @@ from gpucnn.data.transforms import Augmentation, Preprocessing
 from gpucnn.device import Device, on_device, to_cpu
 from gpucnn.errors import ArgumentError, NonFiniteError
 from gpucnn.layers import Layer
+from gpucnn.layers.precision import backward_pass, forward_pass
 from gpucnn.losses import CrossEntropyLoss
 from gpucnn.optimizers import Optimizer
 from gpucnn.random import default_generator
@@ -28,6 +29,7 @@ from gpucnn.training.diagnosis import advice_on, find_first_non_finite, find_non
 from gpucnn.training.evaluation import EvaluationResult, evaluate, input_dtype
 from gpucnn.training.history import EpochRecord, History
 from gpucnn.training.interruption import InterruptWatch, TrainingInterrupted
+from gpucnn.training.loss_scaling import LossScaler
 from gpucnn.training.options import TrainingOptions
 from gpucnn.training.preparation import (
     check_data,
@@ -64,6 +66,8 @@ class Trainer:
         callbacks: hooks, see :class:`~gpucnn.training.Callback`.
         progress: what to show while training; nothing unless given. See ``make_progress``.
         device: where to move the model: "auto", "cpu", "cuda" or "cuda:1"; by default it trains where it is.
+        precision: what the model computes in, from now on: "float32", "float64", or, on a GPU, "bfloat16" or
+            "float16", see :mod:`gpucnn.layers.precision`; by default what it does.
 
     Attributes:
         history: the epochs so far.
@@ -78,7 +82,8 @@ class Trainer:
     in the last digits. A run may be resumed on another device.
 
     Raises DataError for labels that are no classes, ShapeError where the model's output does not fit the classes,
-    DeviceError where the device cannot be used, all before the first step.
+    DeviceError where the device cannot be used, ArgumentError for a precision that it does not compute in, all
+    before the first step.
     """
 
     def __init__(
@@ -94,13 +99,14 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
         progress: Progress | None = None,
         device: str | Device | None = None,
+        precision: str | None = None,
     ) -> None:
         self.model, self.train, self.validation = model, train, validation
         self.options = options or TrainingOptions()
         self.augmentation = augmentation or None
         self.run, self.callbacks, self.progress = run, tuple(callbacks), progress or Progress()
         check_data(train, validation)
-        place_model(model, device)
+        place_model(model, device, precision)
         self.preprocessing = preprocessing or default_preprocessing(model, train)
         self._leaves_out_last = leaves_single_image(model, len(train), self.options.batch_size)
         self.loader = Loader(
@@ -123,6 +129,7 @@ class Trainer:
         self.optimizer: Optimizer
         self.schedule: Schedule
         self._average: WeightAverage | None = None
+        self._scaler: LossScaler | None = None
         self._buffers: BufferCopy
         self._data = describe_data(model, train, self.preprocessing, self.augmentation)
         self._random = RandomState(model)
@@ -187,6 +194,7 @@ class Trainer:
         self.optimizer = options.make_optimizer(self.model)  # moves the weights to its buffers
         self.schedule = options.make_schedule(len(self.loader))
         self._average = None if options.ema_decay is None else WeightAverage(self.model, options.ema_decay)
+        self._scaler = LossScaler() if self.model.narrow_dtype == "float16" else None
         self._buffers = BufferCopy(self.model)
         self.model.train()
         self.model.skip_input_gradient()
@@ -239,25 +247,41 @@ class Trainer:
                 began = time.perf_counter()
 
     def _step(self, batch: Batch) -> tuple[float, int]:
-        """(loss, images classified rightly) of a batch, after the optimizer's step."""
-        optimizer, images, labels = self.optimizer, batch.images, batch.labels
+        """(loss, images classified rightly) of a batch, after the optimizer's step.
+
+        The numbers stay arrays until the gradient's norm is known: reading each at once would make Python wait
+        for the GPU, and the GPU for Python, three times.
+        """
+        optimizer, scaler = self.optimizer, self._scaler
         random_states = self._random.capture()
         self._buffers.take()  # batch norm's forward changes its statistics before the loss can be looked at
         optimizer.zero_grad()
-        logits = self.model(images)
-        loss: float = self.loss(logits, labels)
-        if not math.isfinite(loss):
-            raise self._non_finite("loss", loss, batch, random_states)
-        self.model.backward(self.loss.backward())
+        logits = forward_pass(self.model, batch.images)
+        loss_array = self.loss.forward(logits, batch.labels)
+        correct = (logits.argmax(axis=1) == batch.labels).sum()
+        gradient = self.loss.backward()
+        if scaler is not None:
+            scaler.scale_up(gradient)
+        backward_pass(self.model, gradient)
+        if scaler is not None:
+            scaler.scale_down(optimizer)
         clip = self.options.clip_norm
         norm = optimizer.gradient_norm() if clip is None else optimizer.clip_gradient_norm(clip)
-        if not math.isfinite(norm):
-            raise self._non_finite("gradient's norm", norm, batch, random_states)
+        loss = float(loss_array)
+        if not math.isfinite(loss):
+            raise self._non_finite("loss", loss, batch, random_states)
         optimizer.lr = self.schedule(self._position.step)
-        optimizer.step()
-        if self._average is not None:
-            self._average.update(self._position.step + 1)
-        return loss, int((logits.argmax(axis=1) == labels).sum())
+        if math.isfinite(norm):
+            optimizer.step()
+            if self._average is not None:
+                self._average.update(self._position.step + 1)
+        elif scaler is not None and scaler.can_shrink:
+            self._position.skipped += 1
+        else:
+            raise self._non_finite("gradient's norm", norm, batch, random_states)
+        if scaler is not None:
+            scaler.update(finite=math.isfinite(norm))
+        return loss, int(correct)
 
     def _end_epoch(self, watch: InterruptWatch) -> None:
         position, options = self._position, self.options
@@ -274,6 +298,8 @@ class Trainer:
             validation_accuracy=None if result is None else result.accuracy,
             seconds=position.seconds,
             images_per_second=position.images / max(position.train_seconds, 1e-9),
+            skipped_steps=position.skipped,
+            loss_scale=1.0 if self._scaler is None else self._scaler.scale,
         )
         self.history.records.append(record)
         position.next_epoch()
@@ -352,6 +378,8 @@ class Trainer:
             return
         checkpoint = self._checkpoint()
         checkpoint.optimizer = self.optimizer.state_dict()
+        if self._scaler is not None:
+            checkpoint.loss_scaling = self._scaler.state_dict()
         if self._average is not None:
             checkpoint.ema = {name: to_cpu(array) for name, array in self._average.average.items()}
         write_checkpoint(self.run.last_path, checkpoint)
@@ -387,6 +415,8 @@ class Trainer:
         self.optimizer.load_state_dict(checkpoint.optimizer)
         if self._average is not None:
             self._average.load(checkpoint.ema)
+        if self._scaler is not None:
+            self._scaler.load_state_dict(checkpoint.loss_scaling)
         self._position = checkpoint.position
         self._position.finished = checkpoint.stopped_early or self._position.epoch >= self.options.epochs
         self.history = History(checkpoint.history, self.options.monitor, checkpoint.stopped_early)
