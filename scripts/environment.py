@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any, Self
 
-import nvidia
+import gpu_detection
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = ROOT / ".venv"
@@ -245,13 +245,13 @@ def set_up(extras: tuple[str, ...], gpu: str | None) -> None:
     if gpu is not None and gpu != stamp["gpu"]:
         stamp = {**stamp, "gpu": gpu}
         write_stamp(stamp)
-    installed = [extra for extra in nvidia.EXTRAS if extra in stamp["extras"]]
+    installed = [extra for extra in gpu_detection.EXTRAS if extra in stamp["extras"]]
     wanted = stamp["gpu"]
     if wanted == "auto" and not installed:
-        wanted, reason = nvidia.choose_extra(nvidia.detect())
+        wanted, reason = gpu_detection.choose_extra(gpu_detection.detect())
         if fresh or wanted != "none":
             say(f"GPU: {reason}.")
-    if wanted not in nvidia.EXTRAS or wanted in installed:
+    if wanted not in gpu_detection.EXTRAS or wanted in installed:
         return
     if installed:
         raise SetupError(

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-# In place of this script's folder, whose nvidia.py would stand before the packages that NVIDIA's libraries are in.
+# In place of this script's folder, whose modules are other programs' parts.
 sys.path[:1] = [str(ROOT), str(ROOT / "kernels")]
 _FOR_TRAINING_SECONDS = 60.0
 _FOR_SANITIZER_SECONDS = 90.0

@@ -26,7 +26,17 @@ def pytest_runtest_call() -> Generator[None]:
         pytest.skip(f"the kernels cannot run here: {cause}")
 
 
-pytest_runtest_setup = pytest_runtest_call
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None]:
+    """The same for what a test's fixtures need, and what it is marked to need."""
+    if item.get_closest_marker("compiler") is not None:
+        from gpucnn_kernels.runtime.host_build import HostUnavailableError, find_compiler
+
+        try:
+            find_compiler()
+        except HostUnavailableError as error:
+            pytest.skip(f"the kernels cannot run here: {error}")
+    return (yield from pytest_runtest_call())
 
 
 @cache

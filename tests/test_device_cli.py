@@ -164,6 +164,7 @@ def test_warm_up_needs_a_gpu(capsys, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.compiler
 def test_warm_up_compiles_the_kernels_themselves(capsys):
     answer = call(capsys, "warm-up", "--quiet")
     assert answer.status == 0, answer.errors

@@ -57,6 +57,7 @@ def test_every_page_is_in_the_index() -> None:
     ]
 
 
+@pytest.mark.compiler
 def test_the_readmes_kernels_run(tmp_path: Path) -> None:
     """On the host runtime, where NumPy stands in for the two names that the example takes of CuPy."""
     _, example = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

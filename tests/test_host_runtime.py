@@ -489,6 +489,7 @@ def test_unknown_kernels_and_bad_orders():
         ('extern "C" __global__ void k() { asm volatile("bar.sync 0;"); }', "inline PTX is for NVRTC alone"),
     ],
 )
+@pytest.mark.compiler
 def test_compile_errors_say_where_and_what_to_do(text, says):
     with pytest.raises(HostCompileError) as caught:
         HostModule(text, ["k"], sanitize=False)
@@ -519,6 +520,7 @@ def run_small(environment, folder):
     return done.stdout.strip(), done.stderr.strip()
 
 
+@pytest.mark.compiler
 def test_libraries_are_kept_on_disk(tmp_path):
     cache = {"GPUCNN_KERNELS_CACHE": str(tmp_path / "cache")}
     out, _ = run_small(cache, tmp_path)
@@ -534,6 +536,7 @@ def test_libraries_are_kept_on_disk(tmp_path):
     assert len(list((tmp_path / "cache" / "host").glob("small-*.so"))) == 2
 
 
+@pytest.mark.compiler
 def test_a_cache_that_cannot_be_written_is_replaced_with_one_line(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     out, errors = run_small({"GPUCNN_KERNELS_CACHE": str(tmp_path / "file")}, tmp_path)
@@ -549,6 +552,7 @@ def test_a_missing_compiler_is_explained(tmp_path):
     assert "install g++" in errors
 
 
+@pytest.mark.compiler
 def test_the_order_comes_from_the_environment(tmp_path):
     _, errors = run_small({"GPUCNN_KERNELS_HOST_ORDER": "many"}, tmp_path)
     assert "GPUCNN_KERNELS_HOST_ORDER must be a whole number, got 'many'" in errors

@@ -628,6 +628,7 @@ def test_assertions_and_traps(name, says):
 # ---- a whole command ----
 
 
+@pytest.mark.compiler
 def test_a_command_runs_sanitized(tmp_path):
     kernels = str(Path(__file__).resolve().parent.parent / "kernels")
     program = (

@@ -125,6 +125,7 @@ def test_beside_the_package_called_kernels_neither_is_disturbed(
     assert name == "mine"
 
 
+@pytest.mark.compiler
 def test_another_project_runs_its_tests_on_the_wheel(wheels: tuple[Path, Path], tmp_path: Path) -> None:
     environment, project = Environment(tmp_path / "environment"), tmp_path / "project"
     for wheel in wheels:

@@ -80,6 +80,7 @@ def test_what_is_no_array():
         cuda.relu_forward(on_device(3), out=[0.0] * 3)
 
 
+@pytest.mark.compiler
 def test_neither_cupy_nor_a_gpu_is_needed():
     program = (
         "import sys; sys.modules['cupy'] = None\n"

@@ -20,21 +20,21 @@ SCRIPTS = ROOT / "scripts"
 
 @pytest.fixture
 def scripts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, ModuleType]:
-    """The modules nvidia, environment and run of a checkout of its own, whose path has a space."""
+    """The modules gpu_detection, environment and run of a checkout of its own, whose path has a space."""
     checkout = tmp_path / "a checkout"
     (checkout / "scripts").mkdir(parents=True)
-    for name in ("nvidia", "environment", "run"):
+    for name in ("gpu_detection", "environment", "run"):
         (checkout / "scripts" / f"{name}.py").write_bytes((SCRIPTS / f"{name}.py").read_bytes())
     (checkout / "pyproject.toml").write_text("[project]\n")
     modules: dict[str, ModuleType] = {}
-    for name in ("nvidia", "environment", "run"):
+    for name in ("gpu_detection", "environment", "run"):
         spec = importlib.util.spec_from_file_location(name, checkout / "scripts" / f"{name}.py")
         assert spec is not None
         assert spec.loader is not None
         modules[name] = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, name, modules[name])
         spec.loader.exec_module(modules[name])
-    monkeypatch.setattr(modules["nvidia"], "detect", lambda: None)
+    monkeypatch.setattr(modules["gpu_detection"], "detect", lambda: None)
     return modules
 
 
@@ -93,11 +93,11 @@ def tools(scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> To
 def test_driver_and_gpu_decide_the_extra(
     scripts: dict[str, ModuleType], driver: int, capability: tuple[int, int] | None, extra: str
 ) -> None:
-    nvidia = scripts["nvidia"]
-    chosen, reason = nvidia.choose_extra(nvidia.Found(driver, capability))
+    gpu_detection = scripts["gpu_detection"]
+    chosen, reason = gpu_detection.choose_extra(gpu_detection.Found(driver, capability))
     assert chosen == extra
     assert f"NVIDIA driver {driver}" in reason
-    assert nvidia.choose_extra(None) == ("none", "no NVIDIA driver found")
+    assert gpu_detection.choose_extra(None) == ("none", "no NVIDIA driver found")
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_driver_and_gpu_decide_the_extra(
     ],
 )
 def test_nvidia_smi_is_understood(scripts: dict[str, ModuleType], text: str, found: Any) -> None:
-    assert scripts["nvidia"].parse_nvidia_smi(text) == found
+    assert scripts["gpu_detection"].parse_nvidia_smi(text) == found
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the stand-in is a shell script")
@@ -123,11 +123,11 @@ def test_nvidia_smi_is_asked(
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     tool.write_text('#!/bin/sh\ncase "$1" in *compute_cap*) exit 2;; esac\necho 470.1\n')  # as old ones answer
     tool.chmod(0o755)
-    assert scripts["nvidia"].ask_nvidia_smi() == (470, None)
+    assert scripts["gpu_detection"].ask_nvidia_smi() == (470, None)
     tool.write_text("#!/bin/sh\necho 581.2, 8.9\n")
-    assert scripts["nvidia"].ask_nvidia_smi() == (581, (8, 9))
+    assert scripts["gpu_detection"].ask_nvidia_smi() == (581, (8, 9))
     tool.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
-    assert scripts["nvidia"].ask_nvidia_smi() is None
+    assert scripts["gpu_detection"].ask_nvidia_smi() is None
 
 
 class DriverLibrary:
@@ -170,8 +170,8 @@ class DriverLibrary:
 def test_the_drivers_library_is_asked(
     scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, library: DriverLibrary | None, found: Any
 ) -> None:
-    monkeypatch.setattr(scripts["nvidia"], "load_driver_library", lambda: library)
-    assert scripts["nvidia"].ask_driver_library() == found
+    monkeypatch.setattr(scripts["gpu_detection"], "load_driver_library", lambda: library)
+    assert scripts["gpu_detection"].ask_driver_library() == found
 
 
 # ---------------------------------------------------------------- setting up
@@ -321,8 +321,8 @@ def test_the_gpu_extra_is_picked_said_and_remembered(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    environment, nvidia = scripts["environment"], scripts["nvidia"]
-    monkeypatch.setattr(nvidia, "detect", lambda: nvidia.Found(580, (9, 0)))
+    environment, gpu_detection = scripts["environment"], scripts["gpu_detection"]
+    monkeypatch.setattr(gpu_detection, "detect", lambda: gpu_detection.Found(580, (9, 0)))
     environment.set_up(("images",), "none")
     environment.set_up(("images",), None)  # remembered
     assert tools.installs() == ["images"]

@@ -21,6 +21,8 @@ from scripts.gpu_validation import bench as benches
 from scripts.gpu_validation import convolution, layers, machine, report, steps, training
 from scripts.gpu_validation.bench import Bench, Numbers, OutOfTimeError
 
+pytestmark = pytest.mark.compiler
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "validate_gpu.py"
 
