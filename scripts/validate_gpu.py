@@ -73,9 +73,9 @@ def requirements(runtime: str) -> str | None:
 
 def families() -> dict[str, Any]:
     """The checks by name, in their order."""
-    from scripts.gpu_validation import convolution, layers, steps
+    from scripts.gpu_validation import convolution, layers, steps, surroundings
 
-    return {**layers.CHECKS, **steps.CHECKS, **convolution.CHECKS}
+    return {**layers.CHECKS, **steps.CHECKS, **convolution.CHECKS, **surroundings.CHECKS}
 
 
 def chosen(wanted: str | None, known: Any, what: str) -> list[str]:

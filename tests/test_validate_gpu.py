@@ -18,7 +18,7 @@ import gpucnn_kernels
 from gpucnn_kernels import runtime
 from gpucnn_kernels.arrays import numpy_dtype
 from scripts.gpu_validation import bench as benches
-from scripts.gpu_validation import convolution, layers, machine, report, steps, training
+from scripts.gpu_validation import convolution, layers, machine, report, steps, surroundings, training
 from scripts.gpu_validation.bench import Bench, Numbers, OutOfTimeError
 
 pytestmark = pytest.mark.compiler
@@ -315,7 +315,7 @@ def test_families_and_dtypes_that_there_are_not() -> None:
         assert answer.returncode == 1
         assert words in answer.stderr
     listed = start("--runtime", "host", "--families", "?").stdout.split("\n")
-    assert listed[:-1] == list({**layers.CHECKS, **steps.CHECKS, **convolution.CHECKS})
+    assert listed[:-1] == list({**layers.CHECKS, **steps.CHECKS, **convolution.CHECKS, **surroundings.CHECKS})
 
 
 def test_the_sanitizer_is_run_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -239,9 +239,9 @@ class Bench:
 
 def poison(array: Any) -> Any:
     """Fill every byte of a new, contiguous array with 0xFF."""
-    if hasattr(array, "get") and hasattr(array.data, "memset"):
+    if hasattr(array, "get") and hasattr(array.data, "memset_async"):
         if array.nbytes:
-            array.data.memset(0xFF, array.nbytes)
+            array.data.memset_async(0xFF, array.nbytes)  # on the stream of the call
     else:
         array.reshape(-1).view(numpy.uint8).fill(0xFF)
     return array

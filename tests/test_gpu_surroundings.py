@@ -1,0 +1,75 @@
+"""The checks of what lies around the kernels, as far as they run without a GPU: they pass, and they can fail."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy
+import pytest
+
+from gpucnn.data.transfer import HostMemory
+from gpucnn_kernels import runtime
+from gpucnn_kernels.runtime.host_array import HostArray, host_arrays
+from scripts.gpu_validation import surroundings
+from scripts.gpu_validation.bench import Bench
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv(runtime.VARIABLE, "host")
+    return Bench("host", seed=5, dtypes=("float32", "bfloat16"), whole=False, deadline=math.inf)
+
+
+def failures(bench: Bench) -> list[str]:
+    assert bench.outcomes
+    return [failure for outcome in bench.outcomes.values() for failure in outcome.failures]
+
+
+def test_they_pass_on_the_host_runtime(bench: Bench) -> None:
+    surroundings.check_threads(bench)
+    surroundings.check_batches(bench, HostMemory())
+    surroundings.check_bfloat16(bench, host_arrays)
+    assert failures(bench) == []
+    assert sum(outcome.runs for outcome in bench.outcomes.values()) == 4
+
+
+def test_without_a_gpu_there_is_nothing_to_check(bench: Bench) -> None:
+    surroundings.check_surroundings(bench)
+    assert bench.outcomes == {}
+
+
+def test_a_batch_that_comes_too_late_is_seen(bench: Bench) -> None:
+    class Late(HostMemory):
+        before: list[Any] | None = None
+
+        def start(self, sources: list[Any]) -> tuple[list[Any], Any]:
+            arrays, event = super().start(sources)
+            late, self.before = self.before or arrays, arrays
+            return late, event
+
+    surroundings.check_batches(bench, Late())
+    assert any("numbers are over the bound" in failure for failure in failures(bench))
+
+
+def test_a_thread_that_cannot_launch_is_seen(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(x: Any) -> Any:
+        raise RuntimeError("CUDA_ERROR_INVALID_CONTEXT: invalid device context")
+
+    monkeypatch.setattr(surroundings.kernels, "relu_forward", fail)
+    surroundings.check_threads(bench)
+    assert any("INVALID_CONTEXT" in failure for failure in failures(bench))
+
+
+def test_wrong_bfloat16_is_seen(bench: Bench) -> None:
+    class Truncating:
+        asarray = staticmethod(host_arrays.asarray)
+        isfinite = staticmethod(host_arrays.isfinite)
+        concatenate = staticmethod(host_arrays.concatenate)
+
+        @staticmethod
+        def minimum(y: Any, most: Any) -> Any:
+            return numpy.minimum(y.view(numpy.ndarray), most + 1).view(HostArray)
+
+    surroundings.check_bfloat16(bench, Truncating())
+    assert any("numbers are over the bound" in failure for failure in failures(bench))
