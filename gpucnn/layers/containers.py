@@ -77,6 +77,10 @@ class Sequential(Layer):
             dy = layer.backward(dy)
         return dy
 
+    def chains(self) -> tuple[tuple[str, ...], ...]:
+        """All layers in their order."""
+        return (tuple(name for name, _ in self.children()),)
+
     def skip_input_gradient(self, skip: bool = True) -> None:
         """Hand the call to the first layer."""
         for layer in self:

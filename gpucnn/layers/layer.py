@@ -123,6 +123,14 @@ class Layer:
             if isinstance(value, Layer):
                 yield name, value
 
+    def chains(self) -> tuple[tuple[str, ...], ...]:
+        """Names of children that ``forward`` calls one after another, each on nothing but the output before.
+
+        Inference folds a batch norm and an activation into the convolution before them along such a chain; what
+        is in none stays as it is.
+        """
+        return ()
+
     def named_layers(self, prefix: str = "") -> Iterator[tuple[str, Layer]]:
         """(path, layer) of this layer and all below it, outermost first."""
         yield prefix, self

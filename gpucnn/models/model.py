@@ -219,6 +219,16 @@ class Model(Layer):
                 probabilities.append(to_cpu(backend_of(logits).softmax_forward(logits, axis=1)))
         return numpy.concatenate(probabilities)
 
+    def compile_for_inference(self) -> Model:
+        """A copy that only predicts, faster: batch norms and activations folded into the layers before them.
+
+        It is on this model's device and computes in its precision; this model stays as it is. See
+        :mod:`gpucnn.models.inference`.
+        """
+        from gpucnn.models.inference import compile_for_inference
+
+        return compile_for_inference(self)
+
     # ------------------------------------------------------------ files
 
     def save(self, path: str | Path) -> None:

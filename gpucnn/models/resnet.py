@@ -69,6 +69,10 @@ class BasicBlock(Layer):
         """The batch norm before the sum."""
         return self.bn2
 
+    def chains(self) -> tuple[tuple[str, ...], ...]:
+        """Up to the sum with the shortcut."""
+        return ("conv1", "bn1", "relu1"), ("conv2", "bn2")
+
     def forward(self, x: Array) -> Array:
         """relu(body(x) + shortcut(x))."""
         y = self.relu1(self.bn1(self.conv1(x)))
@@ -107,6 +111,10 @@ class Bottleneck(Layer):
     def last_norm(self) -> BatchNorm2d:
         """The batch norm before the sum."""
         return self.bn3
+
+    def chains(self) -> tuple[tuple[str, ...], ...]:
+        """Up to the sum with the shortcut."""
+        return ("conv1", "bn1", "relu1"), ("conv2", "bn2", "relu2"), ("conv3", "bn3")
 
     def forward(self, x: Array) -> Array:
         """relu(body(x) + shortcut(x))."""
@@ -182,6 +190,10 @@ class ResNet(Model):
             for _, layer in self.named_layers():
                 if isinstance(layer, (BasicBlock, Bottleneck)) and layer.last_norm.weight is not None:
                     layer.last_norm.weight.data.fill(0)
+
+    def chains(self) -> tuple[tuple[str, ...], ...]:
+        """The stem."""
+        return (("conv1", "bn1", "relu", "maxpool"),)
 
     def forward(self, x: Array) -> Array:
         """Logits (N, num_classes) of x (N, in_channels, H, W)."""
