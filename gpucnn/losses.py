@@ -99,7 +99,13 @@ class CrossEntropyLoss(Loss):
         weight: a weight for each class, (C,).
         label_smoothing: the share e of the target spread evenly: (1 - e) * one_hot + e / C (Szegedy et al. 2016).
         reduction: "mean", "sum" or "none".
+
+    Attributes:
+        check_targets: whether each forward looks for class numbers out of range, for which a GPU has to be waited
+            for. Who has looked at all labels before may set it to False: the loss of such a one is then NaN.
     """
+
+    check_targets: bool = True
 
     def __init__(self, weight: Any | None = None, label_smoothing: float = 0.0, reduction: str = "mean") -> None:
         super().__init__(reduction)
@@ -121,7 +127,12 @@ class CrossEntropyLoss(Loss):
         _check_target(prediction, target)
         weight = None if self._weight is None else self._weight.like(prediction)
         loss, probabilities = ops.softmax_cross_entropy_forward(
-            prediction, target, weight=weight, label_smoothing=self.label_smoothing, reduction=self.reduction
+            prediction,
+            target,
+            weight=weight,
+            label_smoothing=self.label_smoothing,
+            reduction=self.reduction,
+            check_targets=self.check_targets,
         )
         self._saved = probabilities, target, weight
         return loss

@@ -16,6 +16,7 @@ import gpucnn
 from gpucnn import device, layers
 from gpucnn.data import ArrayDataset, Augmentation, Loader, load
 from gpucnn.errors import DeviceError, NonFiniteError
+from gpucnn.optimizers import Adam
 from gpucnn.training import (
     Callback,
     RunFolder,
@@ -248,3 +249,38 @@ def test_pictures_of_a_model_on_a_device(tmp_path):
 
 def test_a_summary_of_a_model_on_a_device():
     assert gpucnn.models.summary(lenet().cuda()).flops == gpucnn.models.summary(lenet()).flops
+
+
+def test_a_step_reads_nothing_before_its_gradient_is_known(monkeypatch):
+    """Each reading waits for the GPU: the norm is the first; loss and accuracy are there with it."""
+    events = []
+    monkeypatch.setattr(HostArray, "__float__", lambda array: events.append("read") or array.item())
+    monkeypatch.setattr(HostArray, "__int__", lambda array: events.append("read") or int(array.item()))
+    monkeypatch.setattr(HostArray, "__bool__", lambda array: events.append("read") or bool(array.item()))
+    trainer = make_trainer(None, epochs=1, checkpoint_steps=None)
+    backward, norm, step = trainer.model.backward, Adam.clip_gradient_norm, Adam.step
+
+    def watch(name, function):
+        def watched(*arguments):
+            events.append(f"{name} begins")
+            result = function(*arguments)
+            events.append(f"{name} ends")
+            return result
+
+        return watched
+
+    object.__setattr__(trainer.model, "backward", watch("backward", backward))
+    monkeypatch.setattr(Adam, "clip_gradient_norm", watch("norm", norm))
+    monkeypatch.setattr(Adam, "step", watch("step", step))
+    forward = trainer.model.forward
+    object.__setattr__(trainer.model, "forward", watch("forward", forward))
+    trainer.fit()
+    steps = " ".join(events).split("forward begins ")[1:19]
+    assert len(steps) == 18
+    for events_of_a_step in steps:
+        before = events_of_a_step.split("norm begins")[0]
+        assert "read" not in before, events_of_a_step
+        assert "backward ends" in before
+    assert all(
+        events_of_a_step.split("norm ends ")[1].startswith("read step begins") for events_of_a_step in steps
+    )

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gpucnn.errors import ArgumentError, DtypeError, ShapeError
 from tests.accuracy import awkward, error_bound, max_error
-from tests.backends import BACKENDS, CPU
+from tests.backends import BACKENDS, CPU, CUDA
 from tests.oracles import losses as oracle
 
 REDUCTIONS = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -356,3 +356,16 @@ def test_errors(backend):
         backend.binary_cross_entropy_with_logits_backward(x, x, positive_weight=numpy.ones(2))
     with pytest.raises(ArgumentError, match="reduction"):
         backend.mean_squared_error_backward(x, x, reduction="batchmean")
+
+
+def test_a_gpu_does_not_look_at_labels_that_were_looked_at():
+    logits, labels, weight = classification("float32", "labels", weighted=True)
+    expected, _ = CUDA.softmax_cross_entropy_forward(logits, labels, weight=weight)
+    found, _ = CUDA.softmax_cross_entropy_forward(logits, labels, weight=weight, check_targets=False)
+    assert float(found) == float(expected)
+    labels[3] = 5
+    with pytest.raises(ArgumentError, match="label 5 at position 3"):
+        CUDA.softmax_cross_entropy_forward(logits, labels)
+    assert math.isnan(CUDA.softmax_cross_entropy_forward(logits, labels, check_targets=False)[0])
+    with pytest.raises(ArgumentError, match="5"):
+        CPU.softmax_cross_entropy_forward(logits, labels, check_targets=False)

@@ -372,13 +372,15 @@ class Operations(Protocol):
         weight: Array | None = None,
         label_smoothing: float = 0.0,
         reduction: str = "mean",
+        check_targets: bool = True,
     ) -> tuple[Array, Array]:
         """(loss, probabilities) for logits (N, C) and targets (N,) of class numbers or (N, C) of probabilities.
 
         PyTorch's definition: with smoothing e, the target is (1 - e) * one_hot + e / C; a class weight
         multiplies each class's term, and for class numbers "mean" divides by the sum of the targets' weights.
         ``reduction`` is "mean", "sum" or "none" (loss then (N,)). Raises ArgumentError for a class number
-        outside 0 .. C - 1.
+        outside 0 .. C - 1; without ``check_targets``, which a GPU has to be waited for, it may make the loss NaN
+        instead.
         """
 
     def softmax_cross_entropy_backward(

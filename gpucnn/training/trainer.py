@@ -124,6 +124,7 @@ class Trainer:
         check_model(model, train, self.preprocessing)
         weights = class_weights(self.options.class_weights, train)
         self.loss = CrossEntropyLoss(weights, self.options.label_smoothing)
+        self.loss.check_targets = False  # check_data has looked at all labels, check_model at the model's classes
         self.history = History(monitor=self.options.monitor)
         self.best_state: dict[str, Any] | None = None
         self.optimizer: Optimizer

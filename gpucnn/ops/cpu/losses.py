@@ -63,13 +63,14 @@ def softmax_cross_entropy_forward(
     weight: FloatArray | None = None,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
+    check_targets: bool = True,
 ) -> tuple[FloatArray, FloatArray]:
     """(loss, probabilities) for logits (N, C) and targets (N,) of class numbers or (N, C) of probabilities.
 
     With smoothing e, the target is (1 - e) * one_hot + e / C; a class weight multiplies each class's term, and for
     class numbers "mean" divides by the sum of the targets' weights. ``reduction`` is "mean", "sum" or "none" (loss
     then (N,)). Raises ArgumentError for a class number outside 0 .. C - 1, DtypeError for targets that are neither
-    integers (N,) nor floating point (N, C).
+    integers (N,) nor floating point (N, C). ``check_targets`` changes nothing: here it costs no wait to look.
     """
     check_classification(logits, "the logits", targets, weight, label_smoothing, reduction)
     dtype = calculation_dtype(logits.dtype)

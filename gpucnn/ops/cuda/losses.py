@@ -1,7 +1,7 @@
 """Losses and their gradients.
 
 A reduced loss is a 0-d array on the device, and nothing waits for it, but that the class numbers of a softmax
-cross-entropy are checked: its forward pass waits once, its backward pass does not look at them again.
+cross-entropy are checked: its forward pass waits once, unless it is told not to look, its backward pass does not.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ def softmax_cross_entropy_forward(
     weight: Array | None = None,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
+    check_targets: bool = True,
 ) -> tuple[Array, Array]:
     """(loss, probabilities) for logits (N, C) and targets (N,) of class numbers or (N, C) of probabilities."""
     check_devices(logits=logits, targets=targets, weight=weight)
@@ -60,6 +61,7 @@ def softmax_cross_entropy_forward(
         weight=weights,
         label_smoothing=label_smoothing,
         reduction=reduction,
+        check_targets=check_targets,
     )
     return finish(loss, None, logits.dtype), finish(probabilities, None, logits.dtype)
 
