@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,13 +159,18 @@ def cuda_status(index: int = 0) -> tuple[bool, str]:
             f"{name} has compute capability {'.'.join(map(str, capability))}, and CUDA {generation} needs "
             f"{'.'.join(map(str, least))}; {advice}"
         )
-    try:
-        cupy.cuda.nvrtc.getVersion()
-    except Exception as error:
-        return False, (
-            f"NVRTC, the compiler of the kernels, cannot be loaded ({_first_line(error)}); it comes with the "
-            f"extra: pip install 'gpucnn[cuda{generation}]'"
-        )
+    libraries: dict[str, Callable[[], Any]] = {
+        "NVRTC, the compiler of the kernels": lambda: cupy.cuda.nvrtc.getVersion(),
+        "cuBLAS, which multiplies matrices": lambda: cupy.cuda.cublas,  # CuPy loads it here
+    }
+    for library, load in libraries.items():
+        try:
+            load()
+        except Exception as error:
+            return False, (
+                f"{library}, cannot be loaded ({_first_line(error)}); it comes with the extra: "
+                f"pip install 'gpucnn[cuda{generation}]'"
+            )
     return True, f"{name} found"
 
 

@@ -42,14 +42,21 @@ def installed(monkeypatch):
         runtime=12090,
         capability=(9, 0),
         nvrtc_error=None,
+        cublas_error=None,
     ):
         distributions = [types.SimpleNamespace(metadata={"Name": name}) for name in (*wheels, "numpy")]
         monkeypatch.setattr(importlib.metadata, "distributions", lambda: distributions)
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if found else None)
         properties = {"name": b"A GPU", "major": capability[0], "minor": capability[1]}
+
+        class Cuda(types.SimpleNamespace):
+            @property
+            def cublas(self):
+                return None if cublas_error is None else raises(cublas_error)()
+
         cupy = types.SimpleNamespace(
             __version__="14.2.0",
-            cuda=types.SimpleNamespace(
+            cuda=Cuda(
                 runtime=types.SimpleNamespace(
                     getDeviceCount=raises(count_error) if count_error else lambda: count,
                     getDeviceProperties=lambda index: properties,
@@ -117,6 +124,10 @@ DRIVER_ERROR = RuntimeError("cudaErrorInsufficientDriver: CUDA driver version is
         (
             {"nvrtc_error": RuntimeError("libnvrtc.so.12: cannot open")},
             r"NVRTC.* cannot be loaded \(libnvrtc\.so\.12: cannot open\).*pip install 'gpucnn\[cuda12\]'",
+        ),
+        (
+            {"cublas_error": ImportError("libcublas.so.12: cannot open"), "runtime": 13000, "driver": 13000},
+            r"cuBLAS.* cannot be loaded \(libcublas\.so\.12: cannot open\).*pip install 'gpucnn\[cuda13\]'",
         ),
     ],
 )

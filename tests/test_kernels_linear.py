@@ -257,6 +257,22 @@ def test_products_that_do_not_fit():
         matmul(a, numpy.ones((3, 3), numpy.float32), out=a)
 
 
+def test_no_cublas(monkeypatch):
+    class Cuda(types.ModuleType):
+        def __getattr__(self, name):
+            raise ImportError("libcublas.so.12: cannot open shared object file")
+
+    class Played(HostRuntime):
+        name = "cuda"
+
+    monkeypatch.setitem(sys.modules, "cupy", types.ModuleType("cupy"))
+    monkeypatch.setitem(sys.modules, "cupy.cuda", Cuda("cupy.cuda"))
+    monkeypatch.setattr(sys.modules["gpucnn_kernels.matmul"], "current", Played)
+    a = numpy.ones((2, 2), numpy.float32)
+    with pytest.raises(DeviceError, match=r"cuBLAS.*cannot be loaded \(libcublas.*gpucnn\[cuda12\]"):
+        matmul(a, a, out=a.copy())
+
+
 def test_a_product_too_large_for_cublas():
     # Nothing of this size is touched: strides alone say how far apart the rows are.
     array = device_array(runtime.current(), numpy.ones((1, 1), numpy.float32), "a")

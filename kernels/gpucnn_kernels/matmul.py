@@ -55,7 +55,13 @@ def matmul(a: Any, b: Any, *, out: Any = None, accumulate: bool = False) -> Any:
     elif runtime.name == "host":
         _multiply_on_host(left.array, right.array, target.array, accumulate)
     else:
-        from cupy.cuda import cublas, device
+        try:
+            from cupy.cuda import cublas, device
+        except ImportError as error:
+            raise DeviceError(
+                f"cuBLAS, which multiplies matrices, cannot be loaded ({error}); it comes with the extra: "
+                "pip install 'gpucnn[cuda12]' or 'gpucnn[cuda13]', whichever matches the driver"
+            ) from error
 
         capability = device.get_compute_capability()  # "75" is 7.5
         if left.dtype == "bfloat16" and int(capability) < 80:
