@@ -1,9 +1,14 @@
 """CUDA kernels for convolutional networks, for any project: functions on arrays, no model classes.
 
-Every function takes device arrays (CuPy, PyTorch, JAX, Numba: anything with ``__cuda_array_interface__`` or DLPack),
-keyword arguments, ``out=`` and ``stream=``, and answers in the kind of its first argument. Importing this package
-loads neither CuPy nor a compiler; a kernel compiles when it is first used. With ``GPUCNN_KERNELS_RUNTIME=host`` the
-same kernels run on NumPy arrays without a GPU, for tests.
+Every function takes device arrays (CuPy, PyTorch, JAX, Numba: anything with ``__cuda_array_interface__`` or
+DLPack), keyword arguments, ``out=`` and ``stream=``, and answers in the kind of its first argument. Importing this
+package loads neither CuPy nor a compiler; a kernel compiles when it is first used. With
+``GPUCNN_KERNELS_RUNTIME=host`` the same kernels run on NumPy arrays without a GPU, for tests.
+
+A stream is CuPy's, PyTorch's, Numba's, whatever has ``__cuda_stream__``, or an address; without one, work goes to
+PyTorch's current stream where the first argument is PyTorch's, else to CuPy's. Nothing waits for it, with two
+exceptions: functions that answer with a Python number or look at their labels, and calls with JAX arrays, whose
+memory JAX makes and reuses in an order of its own.
 
 This package never imports ``gpucnn``; ``gpucnn`` imports it.
 """
