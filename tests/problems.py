@@ -128,8 +128,9 @@ def can_do(algorithm: str, direction: str, problem: Conv2dProblem) -> bool:
     if algorithm == "direct":
         return problem.C // problem.groups <= 4
     if algorithm == "winograd":
-        settings = (problem.R, problem.S, *problem.stride, *problem.dilation, problem.groups)
-        return settings == (3, 3, 1, 1, 1, 1, 1) and (direction != "backward_data" or max(problem.padding) <= 2)
+        kernel, settings = (problem.R, problem.S), (*problem.stride, *problem.dilation, problem.groups)
+        limit = direction != "backward_data" or max(problem.padding) < problem.R
+        return kernel in ((3, 3), (5, 5)) and settings == (1, 1, 1, 1, 1) and limit
     return True
 
 

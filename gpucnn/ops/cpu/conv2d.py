@@ -100,7 +100,7 @@ def conv2d_choose(direction: str, problem: Conv2dProblem, dtype: DTypeLike) -> s
     forward, _filter   1x1 kernel                                   im2col
     forward, _filter   depth < 32                                   bands
     forward, _filter   stride > 1                                   im2col
-    forward, _filter   3x3 of stride 1, wide enough (see            winograd
+    forward, _filter   3x3 or 5x5 of stride 1, wide enough (see     winograd
                        conv2d_winograd.pays), no float64
     forward, _filter   any other                                    rows
     =================  ===========================================  ==========
@@ -131,8 +131,8 @@ def _resolve(direction: str, algorithm: str, problem: Conv2dProblem, dtype: DTyp
     if algorithm == "winograd" and not conv2d_winograd.is_possible(direction, problem):
         others = ", ".join(name for name in names if name not in ("depthwise", "winograd"))
         raise ArgumentError(
-            "algorithm 'winograd' needs a 3x3 kernel with stride 1, dilation 1, one group and, for backward_data, "
-            f"padding of at most 2, got {problem}; choose auto or one of {others}"
+            "algorithm 'winograd' needs a 3x3 or 5x5 kernel with stride 1, dilation 1, one group and, for "
+            f"backward_data, padding below the kernel's size, got {problem}; choose auto or one of {others}"
         )
     return algorithm
 
