@@ -3,9 +3,9 @@
 exp(-x) is taken as 2^(-x log2 e): NumPy's exp2 is twice as fast as its exp, and the factor costs no pass, as it
 takes the sign's place. Its rounding moves the power by |x| roundings, as does a rounding of x itself.
 
-Limit: reading the inputs and writing the result, 0.27 ns a number forward and 0.45 backward at the speed of a copy.
-A pass costs some 0.1 ns, exp2 0.23, exp 0.44, a division 0.19. Measured on one thread, in turns, ns a number of 3.2
-million in float32, forward and backward, with exp and more passes before, and as now:
+Limit: reading the inputs and writing the result, 0.27 ns a number forward and 0.45 backward at the speed of a
+copy. A pass costs some 0.1 ns, exp2 0.23, exp 0.44, a division 0.19. Measured on one thread, in turns, ns a number
+of 3.2 million in float32, forward and backward, with exp and more passes before, and as now:
 
 ========  ==========  ==========
 function  before      now
@@ -15,8 +15,8 @@ silu      1.6   2.8   1.4   2.3
 gelu      5.1   5.7   3.7   4.4
 ========  ==========  ==========
 
-Sigmoid as (1 + tanh(x / 2)) / 2 has as many passes and loses the digits of small results. GELU's polynomial as powers
-times coefficients, a matrix product, was no faster than Horner's rule.
+Sigmoid as (1 + tanh(x / 2)) / 2 has as many passes and loses the digits of small results. GELU's polynomial as
+powers times coefficients, a matrix product, was no faster than Horner's rule.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ _MINUS_LOG2_E = -1.4426950408889634
 def exp_of_minus(x: FloatArray, out: FloatArray) -> FloatArray:
     """Out = exp(-x); ``out`` may be x."""
     numpy.multiply(x, _MINUS_LOG2_E, out=out)
-    return numpy.exp2(out, out=out)  # type: ignore[no-any-return]
+    return numpy.exp2(out, out=out)
 
 
 def sigmoid_in_place(out: FloatArray, x: FloatArray) -> None:
@@ -115,7 +115,7 @@ def sigmoid_in_place(out: FloatArray, x: FloatArray) -> None:
 def clipped(x: FloatArray, out: FloatArray) -> FloatArray:
     """X cut to where exp(-x) is finite: beyond, sigmoid is 0 or 1 to rounding, and inf * 0 cannot arise."""
     limit = 80 if x.dtype == numpy.float32 else 700
-    return numpy.clip(x, -limit, limit, out=out)  # type: ignore[no-any-return]
+    return numpy.clip(x, -limit, limit, out=out)
 
 
 def gated_slope(slope: FloatArray, power: FloatArray) -> FloatArray:

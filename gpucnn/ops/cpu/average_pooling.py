@@ -1,4 +1,21 @@
-"""Average pooling, with fixed windows and adaptive. A window's sum is taken over its columns, then its rows."""
+"""Average pooling, with fixed windows and adaptive.
+
+A window's sum is taken over its rows, which are contiguous, then over its columns; the gradient goes the other way
+round. Where windows do not overlap, columns are added by a matrix product with ones.
+
+Limit: x and y once, 0.33 ns a number of x at the speed of a copy. Measured on one thread, in turns, 2 x 2 windows
+on images of 56 x 56, ns a number of x:
+
+===========================================  =======  ========
+                                             forward  backward
+===========================================  =======  ========
+columns first, added to zeros                1.0      1.4
+rows first, and as above (here)              0.6      1.1
+===========================================  =======  ========
+
+In the cache, rows take 0.24 forward, in pieces as short as theirs, strided columns 0.10, by the product 0.06; the
+gradient's columns 0.14, as pairs of 64 bits 0.11, its rows 0.16.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +27,9 @@ from numpy.typing import NDArray
 
 from gpucnn.ops.checks import check_adaptive, check_pixels, require_floating, require_shape
 from gpucnn.ops.cpu.blocks import SMALL, image_blocks
-from gpucnn.ops.cpu.memory import FloatArray, calculation_dtype, result_array
-from gpucnn.ops.cpu.threads import parallel_for
-from gpucnn.ops.cpu.windows import rows_and_columns
+from gpucnn.ops.cpu.memory import FloatArray, calculation_dtype, is_channels_last, result_array
+from gpucnn.ops.cpu.threads import parallel_for, scratch
+from gpucnn.ops.cpu.windows import Reach, readers, rows_and_columns
 from gpucnn_kernels.problem import IntOrPair, Pool2dProblem, pair
 
 
@@ -38,6 +55,46 @@ def _reciprocal_divisor(problem: Pool2dProblem, count_include_pad: bool, dtype: 
     return (1 / divisor).astype(dtype)
 
 
+def _scratch(name: str, shape: tuple[int, ...], dtype: Any, channels_last: bool) -> NDArray[Any]:
+    """Scratch memory (n, c, h, w) with the layout of the arrays at hand."""
+    n, c, h, w = shape
+    if channels_last:
+        return scratch(name, (n, h, w, c), dtype).transpose(0, 3, 1, 2)
+    return scratch(name, shape, dtype)
+
+
+def _covers(places: list[Reach], size: int) -> bool:
+    """Whether each pixel of an axis lies in exactly one window."""
+    return bool((readers(places, size) == 1).all())
+
+
+def _add_up(total: NDArray[Any], image: NDArray[Any], places: list[Reach]) -> None:
+    """The sums over each window's ``places`` along the last axis, into ``total``."""
+    count = total.shape[-1]
+    whole = [place for place in places if place.windows == slice(0, count)]
+    rest = [place for place in places if place.windows != slice(0, count)]
+    if len(whole) > 1:
+        numpy.add(image[..., whole[0].pixels], image[..., whole[1].pixels], out=total, dtype=total.dtype)
+    elif whole:
+        numpy.copyto(total, image[..., whole[0].pixels])
+    else:
+        total[...] = 0
+    for place in whole[2:] + rest:
+        total[..., place.windows] += image[..., place.pixels]
+
+
+def _hand_out(image: NDArray[Any], share: NDArray[Any], places: list[Reach]) -> None:
+    """Each window's share to its ``places`` along the last axis; to others 0."""
+    reached = readers(places, image.shape[-1])
+    if not (reached == 1).all():
+        image[...] = 0
+    for place in places:
+        if (reached > 1).any():
+            image[..., place.pixels] += share[..., place.windows]
+        else:
+            image[..., place.pixels] = share[..., place.windows]
+
+
 def avg_pool2d_forward(
     x: FloatArray,
     *,
@@ -60,16 +117,22 @@ def avg_pool2d_forward(
     rows, columns = rows_and_columns(problem)
     factor = _reciprocal_divisor(problem, count_include_pad, wide)
     blocks = image_blocks(x.shape, x.itemsize)
+    channels_last = is_channels_last(x)
+    # Columns lie side by side in memory, each in one window: rows of a matrix with a number of them a row.
+    tiled = not channels_last and problem.W == problem.Q * problem.S and _covers(columns, problem.W)
+    ones = numpy.ones(problem.S, wide)
 
     def task(number: int) -> None:
         image = x[blocks[number]]
+        n, c = image.shape[:2]
         with numpy.errstate(all="ignore"):
-            across = numpy.zeros((*image.shape[:3], problem.Q), wide)
-            for column in columns:
-                across[..., column.windows] += image[..., column.pixels]
-            total = numpy.zeros((*image.shape[:2], problem.P, problem.Q), wide)
-            for row in rows:
-                total[:, :, row.windows] += across[:, :, row.pixels]
+            down = _scratch("rows", (n, c, problem.P, problem.W), wide, channels_last)
+            _add_up(down.swapaxes(2, 3), image.swapaxes(2, 3), rows)
+            total = _scratch("windows", (n, c, problem.P, problem.Q), wide, channels_last)
+            if tiled:
+                numpy.matmul(down.reshape(-1, problem.S), ones, out=total.reshape(-1))
+            else:
+                _add_up(total, down, columns)
             numpy.multiply(total, factor, out=y[blocks[number]], casting="same_kind")
 
     parallel_for(len(blocks), task, small=x.size < SMALL)
@@ -98,17 +161,20 @@ def avg_pool2d_backward(
     rows, columns = rows_and_columns(problem)
     factor = _reciprocal_divisor(problem, count_include_pad, wide)
     blocks = image_blocks(problem.input_shape, dy.itemsize)
+    channels_last = is_channels_last(dy)
 
     def task(number: int) -> None:
+        gradient, target = dy[blocks[number]], dx[blocks[number]]
+        n, c = gradient.shape[:2]
         with numpy.errstate(all="ignore"):
-            share = dy[blocks[number]] * factor
-            down = numpy.zeros((*share.shape[:2], problem.H, problem.Q), wide)
-            for row in rows:
-                down[:, :, row.pixels] += share[:, :, row.windows]
-            total = numpy.zeros((*share.shape[:2], problem.H, problem.W), wide)
-            for column in columns:
-                total[..., column.pixels] += down[..., column.windows]
-            dx[blocks[number]] = total
+            share = _scratch("windows", gradient.shape, wide, channels_last)
+            numpy.multiply(gradient, factor, out=share)
+            across = _scratch("rows", (n, c, problem.P, problem.W), wide, channels_last)
+            _hand_out(across, share, columns)
+            total = target if wide == dx.dtype else _scratch("image", target.shape, wide, channels_last)
+            _hand_out(total.swapaxes(2, 3), across.swapaxes(2, 3), rows)
+            if total is not target:
+                target[...] = total
 
     parallel_for(len(blocks), task, small=dx.size < SMALL)
     return dx

@@ -24,7 +24,7 @@ A NumPy pass over a block there costs some 0.1 ns a number; half the size costs 
 SMALL = 1 << 17
 """Numbers below which an operation is done before another thread has woken up."""
 
-PLANE_BYTES = 1 << 18
+PLANE_BYTES = 1 << 19
 """Bytes of input in a block of whole images or channels."""
 
 

@@ -1,4 +1,5 @@
-"""Max pooling: one NumPy pass over all windows for each place in the window, on blocks that stay in the cache.
+"""Max pooling, on blocks that stay in the cache: contiguous images as :class:`WindowMaxima` says, others with one
+NumPy pass over all windows for each place in the window.
 
 The argmax is the place r * S + s in the window, one byte where it fits: a quarter of what an index into the image
 would take, and enough, with the shapes, for the backward pass.
@@ -15,10 +16,10 @@ from numpy.typing import NDArray
 from gpucnn.ops.checks import check_argmax, require_floating, require_shape
 from gpucnn.ops.cpu.blocks import SMALL, image_blocks
 from gpucnn.ops.cpu.memory import FloatArray, calculation_dtype, is_channels_last, result_array
-from gpucnn.ops.cpu.phases import Phases, add_by_phases, max_of_phases
 from gpucnn.ops.cpu.selection import keep
 from gpucnn.ops.cpu.threads import parallel_for
-from gpucnn.ops.cpu.windows import Reach, first_inside, rows_and_columns
+from gpucnn.ops.cpu.window_maxima import WindowMaxima
+from gpucnn.ops.cpu.windows import Reach, first_inside, readers, rows_and_columns
 from gpucnn_kernels.problem import IntOrPair, Pool2dProblem
 
 
@@ -55,7 +56,7 @@ def max_pool2d_forward(
     starts *= numpy.logical_and.outer(_any_inside(rows, problem.P), _any_inside(columns, problem.Q))
     blocks = image_blocks(x.shape, x.itemsize)
     channels_last = is_channels_last(x) and is_channels_last(y)  # slices are then long rows of channels
-    phases = Phases(problem)
+    maxima = WindowMaxima(problem)
 
     def scan(best: FloatArray, place: NDArray[Any], image: FloatArray, with_nan: bool) -> None:
         best[...] = -numpy.inf
@@ -78,7 +79,7 @@ def max_pool2d_forward(
         if channels_last:
             scan(best, place, image, False)
         else:
-            max_of_phases(phases, image, best, place)
+            maxima.find(image, best, place)
         if not best.min(initial=numpy.inf) > -numpy.inf:  # a NaN, or a window with nothing above minus infinity
             scan(best, place, image, True)
 
@@ -92,14 +93,6 @@ def _any_inside(places: list[Reach], count: int) -> NDArray[numpy.bool_]:
     for place in places:
         inside[place.windows] = True
     return inside
-
-
-def _readers(places: list[Reach], size: int) -> NDArray[numpy.int64]:
-    """How many windows read each row (or column) of the image."""
-    readers = numpy.zeros(size, numpy.int64)
-    for place in places:
-        readers[place.pixels] += 1
-    return readers
 
 
 def max_pool2d_backward(
@@ -127,23 +120,26 @@ def max_pool2d_backward(
     require_shape(dy, problem.output_shape, "the output gradient")
     check_argmax(argmax, problem.output_shape, argmax_dtype(problem))
     dx = result_array(out, problem.input_shape, dy.dtype, like=dy)
-    rows, columns = rows_and_columns(problem)
     blocks = image_blocks(problem.input_shape, dy.itemsize)
     wide = calculation_dtype(dy.dtype)
-    row_readers, column_readers = _readers(rows, problem.H), _readers(columns, problem.W)
+    rows, columns = rows_and_columns(problem)
+    row_readers, column_readers = readers(rows, problem.H), readers(columns, problem.W)
     overlapping = bool((row_readers > 1).any() or (column_readers > 1).any())
-    phases = Phases(problem) if overlapping and not is_channels_last(dy) else None
     # Only where every pixel lies in exactly one window does the loop below write all of them.
     tiling = bool((row_readers == 1).all() and (column_readers == 1).all())
+    channels_last = is_channels_last(dy)  # slices are then long rows of channels
+    maxima = WindowMaxima(problem)
+    planes = 0 if channels_last else max((dx[block][..., :1, :1].size for block in blocks), default=0)
+    addresses = maxima.addresses(planes)
 
     def task(number: int) -> None:
         block = blocks[number]
         place, gradient = argmax[block], dy[block].astype(wide, copy=False)
         total = dx[block] if wide == dx.dtype else numpy.empty(dx[block].shape, wide)
-        if phases is not None:
-            add_by_phases(phases, gradient, place, total)
-        else:
+        if channels_last:
             add_slices(total, gradient, place)
+        else:
+            maxima.add(gradient, place, addresses, total)
         if total.dtype != dx.dtype:
             dx[block] = total
 

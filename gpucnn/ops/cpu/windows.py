@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy
+from numpy.typing import NDArray
+
 from gpucnn_kernels.problem import Pool2dProblem
 
 
@@ -35,6 +38,14 @@ def rows_and_columns(problem: Pool2dProblem) -> tuple[list[Reach], list[Reach]]:
         for s in range(problem.S)
     ]
     return rows, columns
+
+
+def readers(places: list[Reach], size: int) -> NDArray[numpy.int64]:
+    """How many windows read each of ``size`` rows (or columns) of the image."""
+    found = numpy.zeros(size, numpy.int64)
+    for place in places:
+        found[place.pixels] += 1
+    return found
 
 
 def first_inside(places: list[Reach], count: int) -> list[int]:
