@@ -87,7 +87,7 @@ def tiles_of(
 def place(
     outputs: NDArray[Any], block: Block, wide: int, size: int, bias: NDArray[Any] | None, out: NDArray[Any]
 ) -> None:
-    """Write the block's ``outputs`` (size * size, K * T), plus ``bias``, where they belong in ``out`` (N, K, P, Q)."""
+    """Write the ``outputs`` (size * size, K * T), plus ``bias``, where they belong in ``out`` (N, K, P, Q)."""
     images, high = block.last - block.first, block.bottom - block.top
     places = outputs.reshape(size, size, out.shape[1], images, high, wide)
     target = out[block.images].transpose(1, 0, 2, 3)
