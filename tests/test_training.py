@@ -21,6 +21,7 @@ from gpucnn.errors import (
     StorageError,
 )
 from gpucnn.models.model import Sequential
+from gpucnn.optimizers import AdamW
 from gpucnn.random import Generator, manual_seed
 from gpucnn.training import (
     Callback,
@@ -32,6 +33,7 @@ from gpucnn.training import (
     read_checkpoint,
 )
 from gpucnn.training.averaging import WeightAverage
+from gpucnn.training.buffers import BufferCopy
 from gpucnn.training.diagnosis import find_first_non_finite
 from gpucnn.training.preparation import class_weights, default_preprocessing
 
@@ -253,6 +255,36 @@ def test_the_moving_average_is_its_formula() -> None:
     with average.in_use():
         assert numpy.array_equal(weight.data, average.average["0.weight"])
     assert numpy.array_equal(weight.data, before)
+
+
+def test_what_lies_in_flat_arrays_is_averaged_and_copied_as_a_whole() -> None:
+    apart, flat = small_model(batch_norm=True), small_model(batch_norm=True)
+    flat.load_state_dict(apart.state_dict())
+    AdamW(flat.parameters())
+    buffers = BufferCopy(flat)
+    assert [len(views) for _, views in buffers.flat] == [2, 1], "float32 statistics, and the counter"
+    averages = WeightAverage(apart, 0.5), WeightAverage(flat, 0.5, buffers)
+    assert len(averages[1]._pairs) == 3
+    for step in range(1, 4):
+        for model, average in zip((apart, flat), averages, strict=True):
+            for number, parameter in enumerate(model.parameters()):
+                parameter.data += 0.1 * number
+            model[1].running_mean += step  # type: ignore[union-attr]
+            model[1].num_batches_tracked += 1  # type: ignore[union-attr]
+            average.update(step)
+    assert averages[0].average.keys() == averages[1].average.keys() == flat.state_dict().keys()
+    for name, array in averages[0].average.items():
+        assert numpy.array_equal(array, averages[1].average[name]), name
+        assert array.shape == averages[1].average[name].shape
+    own = {name: array.tobytes() for name, array in flat.state_dict().items()}
+    with averages[1].in_use():
+        assert numpy.array_equal(flat[0].weight.data, averages[0].average["0.weight"])  # type: ignore[union-attr]
+        assert numpy.array_equal(flat[1].running_mean, averages[0].average["1.running_mean"])  # type: ignore[union-attr]
+    buffers.take()
+    for _, array in flat.named_buffers():
+        array[...] = 7
+    buffers.put_back()
+    assert {name: array.tobytes() for name, array in flat.state_dict().items()} == own
 
 
 def test_validation_and_the_best_checkpoint_take_the_average(tmp_path: Path) -> None:

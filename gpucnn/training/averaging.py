@@ -9,31 +9,44 @@ from typing import Any
 from gpucnn.device import copy_into
 from gpucnn.layers import Layer
 from gpucnn.ops import Array
+from gpucnn.training.buffers import BufferCopy
 
 
 class WeightAverage:
     """average = decay * average + (1 - decay) * weights, after every step.
 
     The decay starts low, min(decay, (1 + step) / (10 + step)), so that the random initial weights are soon
-    forgotten. Running statistics are averaged like weights; counters are copied.
+    forgotten. Running statistics are averaged like weights; counters are copied. What lies end to end in one flat
+    array is averaged in one operation.
 
     Args:
         model: its parameters and buffers are followed; their arrays must stay the same ones.
         decay: how slowly the average moves, 0 .. below 1.
+        buffers: how the model's buffers lie, where they lie in flat arrays.
+
+    Attributes:
+        average: the average of each parameter and buffer, by path.
     """
 
-    def __init__(self, model: Layer, decay: float) -> None:
+    def __init__(self, model: Layer, decay: float, buffers: BufferCopy | None = None) -> None:
         self.model, self.decay = model, decay
-        self._live: dict[str, Array] = {
-            name: parameter.data for name, parameter in model.named_parameters()
-        } | dict(model.named_buffers())
-        self.average: dict[str, Array] = {name: array.copy() for name, array in self._live.items()}
+        live = {name: parameter.data for name, parameter in model.named_parameters()} | dict(model.named_buffers())
+        self.average: dict[str, Array] = dict.fromkeys(live)
+        names = {id(array): name for name, array in live.items()}
+        self._pairs: list[tuple[Array, Array]] = []
+        for whole, parts in (*_parameter_arrays(model), *_buffer_arrays(model, buffers)):
+            average = whole.copy()
+            self._pairs.append((whole, average))
+            start = 0
+            for part in parts:
+                view = average.reshape(-1)[start : start + part.size]
+                self.average[names[id(part)]] = view.reshape(part.shape)
+                start += part.size
 
     def update(self, step: int) -> None:
         """Move towards the model's present weights; ``step`` counts from 1."""
         share = 1.0 - min(self.decay, (1.0 + step) / (10.0 + step))
-        for name, live in self._live.items():
-            average = self.average[name]
+        for live, average in self._pairs:
             if live.dtype.kind != "f":
                 average[...] = live
                 continue
@@ -44,22 +57,37 @@ class WeightAverage:
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
         """Inside the block the model computes with the average."""
-        own = {name: array.copy() for name, array in self._live.items()}
-        self._set(self.average)
+        own = [live.copy() for live, _ in self._pairs]
+        self.apply()
         try:
             yield
         finally:
-            self._set(own)
+            for (live, _), values in zip(self._pairs, own, strict=True):
+                live[...] = values
 
     def apply(self) -> None:
         """Give the model the average for good."""
-        self._set(self.average)
+        for live, average in self._pairs:
+            live[...] = average
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue from an earlier :attr:`average`, whose arrays may be on any device."""
         for name, array in self.average.items():
             copy_into(array, state[name])
 
-    def _set(self, values: Mapping[str, Array]) -> None:
-        for name, array in self._live.items():
-            array[...] = values[name]
+
+def _parameter_arrays(model: Layer) -> Iterator[tuple[Array, list[Array]]]:
+    """(array, its parts in their order): flat buffers of this model's parameters, and what lies in none."""
+    seen: set[int] = set()
+    own = set(map(id, model.parameters()))
+    for parameter in model.parameters():
+        buffer = parameter.buffer
+        if buffer is None or not (buffer.holds() and own.issuperset(map(id, buffer.parameters))):
+            yield parameter.data, [parameter.data]
+        elif buffer.number not in seen:
+            seen.add(buffer.number)
+            yield buffer.data, [part.data for part in buffer.parameters]
+
+
+def _buffer_arrays(model: Layer, buffers: BufferCopy | None) -> list[tuple[Array, list[Array]]]:
+    return [(array, [array]) for _, array in model.named_buffers()] if buffers is None else buffers.flat

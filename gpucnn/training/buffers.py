@@ -2,26 +2,57 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from gpucnn.device import device_of, on_device
 from gpucnn.layers import Layer
-from gpucnn.ops import Array
+from gpucnn.ops import Array, array_module
 
 
 class BufferCopy:
-    """Room for one copy of a model's buffers, made once so that a copy each step costs microseconds.
+    """Room for one copy of a model's buffers, and the buffers laid so that copying them is one operation.
+
+    The buffers of one dtype and device become views of one flat array, as an optimizer does with parameters.
 
     Args:
-        model: its buffers are copied; their arrays must stay the same ones.
+        model: its buffers are copied; their arrays must stay those that they are then.
+
+    Attributes:
+        flat: (flat array, its views in their order), one for each dtype and device.
     """
 
     def __init__(self, model: Layer) -> None:
-        self._pairs: list[tuple[Array, Array]] = [(array, array.copy()) for _, array in model.named_buffers()]
+        by_kind: dict[Any, list[tuple[Layer, str]]] = {}
+        for _, layer in model.named_layers():
+            for name in layer.buffer_names:
+                if (array := getattr(layer, name)) is not None:
+                    by_kind.setdefault((array.dtype, device_of(array)), []).append((layer, name))
+        self.flat: list[tuple[Array, list[Array]]] = []
+        for (_, device), places in by_kind.items():
+            with on_device(device):
+                self.flat.append(_lay(places))
+        self._copies = [flat.copy() for flat, _ in self.flat]
 
     def take(self) -> None:
         """Copy what the buffers hold now, over the copy before."""
-        for live, copy in self._pairs:
-            copy[...] = live
+        for (flat, _), copy in zip(self.flat, self._copies, strict=True):
+            copy[...] = flat
 
     def put_back(self) -> None:
         """Give the buffers the values of the last copy."""
-        for live, copy in self._pairs:
-            live[...] = copy
+        for (flat, _), copy in zip(self.flat, self._copies, strict=True):
+            flat[...] = copy
+
+
+def _lay(places: list[tuple[Layer, str]]) -> tuple[Array, list[Array]]:
+    """The buffers at ``places`` laid end to end, each then a view: (flat array, views)."""
+    arrays = [getattr(layer, name) for layer, name in places]
+    flat = array_module(arrays[0]).empty(sum(array.size for array in arrays), arrays[0].dtype)
+    views, start = [], 0
+    for (layer, name), array in zip(places, arrays, strict=True):
+        view = flat[start : start + array.size].reshape(array.shape)
+        view[...] = array
+        setattr(layer, name, view)
+        views.append(view)
+        start += array.size
+    return flat, views

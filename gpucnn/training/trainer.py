@@ -194,9 +194,11 @@ class Trainer:
                 raise ArgumentError(f"{run.path} already holds a run; resume it, or choose another folder")
         self.optimizer = options.make_optimizer(self.model)  # moves the weights to its buffers
         self.schedule = options.make_schedule(len(self.loader))
-        self._average = None if options.ema_decay is None else WeightAverage(self.model, options.ema_decay)
+        self._buffers = BufferCopy(self.model)  # and the running statistics to one of its own
+        self._average = None
+        if options.ema_decay is not None:
+            self._average = WeightAverage(self.model, options.ema_decay, self._buffers)
         self._scaler = LossScaler() if self.model.narrow_dtype == "float16" else None
-        self._buffers = BufferCopy(self.model)
         self.model.train()
         self.model.skip_input_gradient()
         if checkpoint is not None and run is not None:
