@@ -1,0 +1,90 @@
+"""CuPy itself has what is used of it: wherever it is installed, with a GPU or without."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import numpy
+import pytest
+
+from gpucnn.data import transfer
+from gpucnn_kernels.errors import CompileError
+from gpucnn_kernels.runtime.cuda import OPTIONS, _ForeignStream
+from gpucnn_kernels.source import Source, load
+
+cupy: Any = pytest.importorskip("cupy")
+pytestmark = pytest.mark.skipif(
+    not cupy.__version__.startswith("14."), reason="looks at what is private in CuPy 14, where there is no GPU"
+)
+
+
+def test_a_foreign_stream_is_taken() -> None:
+    owner = object()
+    stream = cupy.cuda.Stream.from_external(_ForeignStream(77, owner))
+    assert isinstance(stream, cupy.cuda.Stream)
+    assert (stream.ptr, stream.device_id) == (77, -1)
+    assert stream._foreign_stream_ref._owner is owner, "kept while CuPy uses it"
+
+
+def test_the_per_thread_stream_has_its_number() -> None:
+    assert cupy.cuda.runtime.streamPerThread == transfer._PER_THREAD
+
+
+def test_the_driver_is_called_with_as_many_numbers() -> None:
+    with pytest.raises(TypeError, match="exactly 11 positional arguments"):
+        cupy.cuda.driver.launchKernel()
+    assert issubclass(cupy.cuda.driver.CUDADriverError, RuntimeError)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtypes", "result"),
+    [
+        ("add", ("bfloat16", "bfloat16"), "bfloat16"),
+        ("add", ("float32", "bfloat16"), "float32"),
+        ("add", ("float32", "float16"), "float32"),
+        ("minimum", ("bfloat16", int), "bfloat16"),
+        ("minimum", ("float16", int), "float16"),
+        ("less", ("bfloat16", int), "bool"),
+        ("absolute", ("bfloat16",), "bfloat16"),
+        ("isfinite", ("bfloat16",), "bool"),
+        ("multiply", ("float32", float), "float32"),
+        ("sqrt", ("float32",), "float32"),
+    ],
+)
+def test_operations_of_layers_and_training_exist_in_these_dtypes(name: str, dtypes: Any, result: str) -> None:
+    pytest.importorskip("ml_dtypes")
+    weak = tuple(dtype if isinstance(dtype, type) else False for dtype in dtypes)
+    found = getattr(cupy, name)._ops._guess_routine_from_in_types(tuple(map(numpy.dtype, dtypes)), weak)
+    assert found is not None
+    assert [str(dtype) for dtype in found.out_types] == [result]
+
+
+def test_the_options_find_the_headers_and_the_compiler_takes_them() -> None:
+    """As CuPy compiles: its own options after ours, its bundled headers first. Without a GPU, for one of them."""
+    from cupy._core.core import assemble_cupy_compiler_options
+    from cupy.cuda import compiler
+
+    options = assemble_cupy_compiler_options(OPTIONS)
+    options += ("-ftz=true", "--device-as-default-execution-space", "-arch=sm_80")
+    for name, dtype in (("activations", "float16"), ("conv2d_implicit_gemm", "bfloat16")):
+        source = load(name, (("SCALAR", dtype),))
+        binary, _ = compiler._NVRTCProgram(source.text, "kern.cu", method="cubin").compile(options)
+        assert all(kernel.encode() in binary for kernel in source.kernels)
+    with pytest.raises(compiler.CompileException, match="identifier"):
+        compiler._NVRTCProgram("wrong here;", "kern.cu", method="cubin").compile(options)
+
+
+def test_a_source_that_does_not_compile_is_told_by_its_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gpucnn_kernels.runtime.cuda import _CudaModule
+
+    class Refusing:
+        def get_function(self, name: str) -> Any:
+            raise cupy.cuda.compiler.CompileException("kern.cu(1): error: wrong", "", "", (), "nvrtc")
+
+    monkeypatch.setattr(cupy, "RawModule", lambda **options: Refusing())
+    monkeypatch.setattr(cupy.cuda, "Device", lambda index: contextlib.nullcontext())
+    source = load("activations", (("SCALAR", "float32"),))
+    assert isinstance(source, Source)
+    with pytest.raises(CompileError, match=r"does not compile for this GPU:\nkern\.cu\(1\): error: wrong"):
+        _CudaModule(cupy, source, 0)
