@@ -150,6 +150,20 @@ def test_grad_cam():
     assert numpy.abs(grad_cam(here.cuda(), image, 1) - expected).max() <= 1e-4
 
 
+@pytest.mark.parametrize(("precision", "most"), [("bfloat16", 0.1), ("float16", 0.02)])
+def test_grad_cam_of_a_model_that_computes_in_16_bits(precision, most):
+    pytest.importorskip("matplotlib")
+    from gpucnn.visualize import grad_cam
+
+    manual_seed(0)
+    model = models.create("vgg-small", num_classes=3, image_size=16, width=2, in_channels=1).eval().cuda()
+    image = numpy.random.default_rng(0).standard_normal((1, 16, 16)).astype(numpy.float32)
+    expected = grad_cam(model, image, 1)
+    found = grad_cam(model.compute_in(precision), image, 1)
+    assert found.dtype == numpy.float32
+    assert 0 < numpy.abs(found - expected).max() <= most, "near, and not computed in float32"
+
+
 def test_relu6_in_bfloat16():
     ml_dtypes = pytest.importorskip("ml_dtypes")
     layer, x = layers.ReLU6(), numpy.array([[-1, 0.5, 6, 9, numpy.nan]], ml_dtypes.bfloat16)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from gpucnn.device import on_device, to_cpu, to_device
 from gpucnn.errors import ArgumentError, ShapeError
 from gpucnn.layers import BatchNorm1d, BatchNorm2d, Dropout, Layer
+from gpucnn.layers.precision import backward_pass, forward_pass
 from gpucnn.ops import Array, array_module
 from gpucnn.visualize.figure import new_figure, save_figure
 
@@ -51,7 +52,7 @@ def grad_cam(
         raise ArgumentError(f"the model has no layer '{layer_path}'; it has {', '.join(filter(None, layers))}")
     outputs: dict[str, Array] = {}
     with on_device(model.device), _evaluation_with_backward(model), _outputs_recorded(layers, outputs):
-        logits = model(to_device(inputs, model.device))
+        logits = forward_pass(model, to_device(inputs, model.device))
         target = layer_path if layer_path is not None else _last_with_extent(layers, outputs)
         if outputs[target].ndim != 4:
             raise ShapeError(
@@ -65,8 +66,8 @@ def grad_cam(
         score_gradient = array_module(logits).zeros_like(logits)
         score_gradient[0, class_index] = 1
         gradient = to_cpu(_gradient_at(model, layers[target], score_gradient))
-    weights = gradient.mean(axis=(2, 3))[0]
-    heat = numpy.maximum(numpy.tensordot(weights, to_cpu(outputs[target])[0], axes=1), 0)
+    weights = _not_narrow(gradient).mean(axis=(2, 3))[0]
+    heat = numpy.maximum(numpy.tensordot(weights, _not_narrow(to_cpu(outputs[target]))[0], axes=1), 0)
     enlarged = enlarge(heat, inputs.shape[2:])
     peak = float(numpy.max(enlarged))
     return (enlarged / peak if peak > 0 else enlarged).astype(numpy.float32)
@@ -131,6 +132,11 @@ def _last_with_extent(layers: dict[str, Layer], outputs: dict[str, Array]) -> st
     raise ArgumentError("no layer of the model gives an image larger than 1 x 1; Grad-CAM has nothing to show")
 
 
+def _not_narrow(array: NDArray[Any]) -> NDArray[Any]:
+    """``array``, one of 16 bits as float32."""
+    return array.astype(numpy.float32) if array.dtype.itemsize == 2 else array
+
+
 def _gradient_at(model: Layer, layer: Layer, score_gradient: Array) -> Array:
     """The gradient for the output of ``layer``."""
     seen: list[Array] = []
@@ -142,7 +148,7 @@ def _gradient_at(model: Layer, layer: Layer, score_gradient: Array) -> Array:
     own = vars(layer).get("backward")  # a batch norm has one of its own already, see below
     object.__setattr__(layer, "backward", reached)
     try:
-        model.backward(score_gradient)
+        backward_pass(model, score_gradient)
     except _ReachedError:
         pass
     finally:
