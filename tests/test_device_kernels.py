@@ -164,6 +164,12 @@ def test_grad_cam_of_a_model_that_computes_in_16_bits(precision, most):
     assert 0 < numpy.abs(found - expected).max() <= most, "near, and not computed in float32"
 
 
+def test_the_summary_of_a_model_that_computes_in_16_bits():
+    model = models.create("vgg-small", num_classes=3, image_size=16, width=2, in_channels=1).cuda()
+    expected = str(models.summary(model))
+    assert str(models.summary(model.compute_in("float16"))) == expected
+
+
 def test_relu6_in_bfloat16():
     ml_dtypes = pytest.importorskip("ml_dtypes")
     layer, x = layers.ReLU6(), numpy.array([[-1, 0.5, 6, 9, numpy.nan]], ml_dtypes.bfloat16)

@@ -12,6 +12,7 @@ import numpy
 from gpucnn.device import on_device, to_device
 from gpucnn.errors import ArgumentError
 from gpucnn.layers import Conv2d, ConvTranspose2d, Layer, Linear
+from gpucnn.layers.precision import forward_pass
 from gpucnn.ops import Array
 
 
@@ -88,7 +89,7 @@ def summary(model: Layer, input_shape: Sequence[int] | None = None) -> ModelSumm
         for path, layer in leaves.items():
             vars(layer)["forward"] = _observed(layer, layer.forward, calls[path])
         with on_device(model.device):
-            model.eval()(to_device(numpy.zeros((1, *shape), dtype), model.device))
+            forward_pass(model.eval(), to_device(numpy.zeros((1, *shape), dtype), model.device))
     finally:
         for layer in leaves.values():
             vars(layer).pop("forward", None)
