@@ -2,10 +2,10 @@
 
 The definitions are PyTorch's, with its class weights, label smoothing and reductions. Sums run in float64.
 
-Class numbers without smoothing have a path of their own, a block of rows at a time and without an array of targets.
-Limit: logits read, probabilities written and read, gradient written, 0.55 ns a logit at the speed of a copy.
-Measured on one thread, in turns, 4096 x 1000 in float32, forward and backward together: 10.1 ns a logit with targets
-as an array, 4.0 as now, of which exp takes 0.5 and the other five passes 0.1 to 0.4 each.
+Class numbers without smoothing have a path of their own, a block of rows at a time and without an array of
+targets. Limit: logits read, probabilities written and read, gradient written, 0.55 ns a logit at the speed of a
+copy. Measured on one thread, in turns, 4096 x 1000 in float32, forward and backward together: 10.1 ns a logit with
+targets as an array, 4.0 as now, of which exp takes 0.5 and the other five passes 0.1 to 0.4 each.
 """
 
 from __future__ import annotations
@@ -67,9 +67,7 @@ def _label_divisor(targets: NDArray[Any], weight: FloatArray | None) -> float:
     return float(len(targets)) if weight is None else float(weight[targets].sum(dtype=numpy.float64))
 
 
-def _of_labels(
-    logits: FloatArray, labels: NDArray[Any], dtype: numpy.dtype[Any]
-) -> tuple[FloatArray, FloatArray]:
+def _of_labels(logits: FloatArray, labels: NDArray[Any], dtype: numpy.dtype[Any]) -> tuple[FloatArray, FloatArray]:
     """(losses (N,) in ``dtype``, probabilities) of class numbers without smoothing, a block of rows at a time."""
     n, classes = logits.shape
     losses, probabilities = numpy.empty(n, dtype), numpy.empty(logits.shape, logits.dtype)

