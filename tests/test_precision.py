@@ -17,6 +17,7 @@ from gpucnn.layers.precision import backward_pass, forward_pass, precision_of, s
 from gpucnn.losses import CrossEntropyLoss
 from gpucnn.models.model import Sequential
 from gpucnn.optimizers import SGD
+from gpucnn.parameters import Parameter
 from gpucnn.training import Callback, RunFolder, Trainer, TrainingOptions, read_checkpoint, read_tensors
 from gpucnn.training.loss_scaling import LossScaler
 
@@ -93,6 +94,13 @@ def test_what_is_stored_in_16_bits_and_what_in_float32(precision, monkeypatch):
             monkeypatch.setitem(
                 vars(layer), "backward", lambda d, p=path, b=backward: seen.setdefault(f"{p} backward", b(d))
             )
+    added, add = {}, Parameter.add_gradient
+
+    def watched(parameter, gradient):
+        added[parameter.path] = str(gradient.dtype)
+        add(parameter, gradient)
+
+    monkeypatch.setattr(Parameter, "add_gradient", watched)
     optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
     x, labels = small_batch()
     loss = CrossEntropyLoss()
@@ -103,6 +111,8 @@ def test_what_is_stored_in_16_bits_and_what_in_float32(precision, monkeypatch):
     backward_pass(model, gradient)
     assert len(seen) == 16
     assert {str(array.dtype) for array in seen.values()} == {precision}
+    assert {path for path, dtype in added.items() if dtype == "float32"} == {"1.weight", "1.bias"}
+    assert {dtype for path, dtype in added.items() if path[0] != "1"} == {precision}
     optimizer.step()
     for name, parameter in model.named_parameters():
         assert str(parameter.data.dtype) == str(parameter.gradient.dtype) == "float32", name

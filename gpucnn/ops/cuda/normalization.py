@@ -93,7 +93,9 @@ def batch_norm_backward(
         **_vectors(dtype, **given),
         out=usable_in_place(out, gradient, dy.dtype, values),
     )
-    return finish(dx, out, dy.dtype), finish(dweight, None, x.dtype), finish(dbias, None, x.dtype)
+    # Weights that stay float32 beside values in 16 bits get gradients in float32, where float16 might overflow.
+    kept = x.dtype if weight is None else weight.dtype
+    return finish(dx, out, dy.dtype), finish(dweight, None, kept), finish(dbias, None, kept)
 
 
 def batch_norm_inference(
