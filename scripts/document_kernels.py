@@ -64,14 +64,31 @@ y = gpucnn_kernels.conv2d_forward(x, weight, stride=2)
 
 Whether the kernels work on your GPU: `python3 scripts/validate_gpu.py`, see [gpu/README.md](gpu/README.md).
 
+## Tensor cores
+
+`algorithm="tensor"` of `conv2d_forward`, `conv2d_backward_data` and `conv2d_backward_filter` multiplies on tensor
+cores, on GPUs from compute capability 8.0 on. `precision` says how:
+
+| arrays | precision | each product |
+|---|---|---|
+| float32 | `"float32"` or None | three of tf32, as exact as float32 |
+| float32 | `"tf32"` | one, of numbers rounded to 10 fraction bits |
+| float16, bfloat16 | their own or None | exact, summed in float32 |
+
+Channels-last arrays whose channels a group are a multiple of 16 bytes are read where they lie. Others are copied
+by one launch into a workspace, filled up with zeros; results are written in either layout without a copy. The
+automatic choice takes tensor cores where `precision` is `"tf32"`, `"float16"` or `"bfloat16"`. Without one it
+takes none: these kernels have not been measured on a GPU yet. The heads of `cuda/conv2d_tensor*.cu` give their
+limits and what is expected of them.
+
 ## What each kernel takes
 
-Compiled by NVRTC {version}, with no GPU at hand: registers a thread for each architecture (75 is sm_75), static
-shared memory in bytes a block. No kernel spills registers to memory or needs a stack frame. Occupancy is the share
-of a multiprocessor's warps that are at work with the largest block allowed, on an H100 or H200 (sm_90) and the
-least of all seven; it is arithmetic, not a measurement. This page is written by `scripts/document_kernels.py`, and
-a test holds the numbers to the compiler's: exactly for NVRTC {version}, within a quarter or 8 registers for
-others.
+Compiled by NVRTC {version}, with no GPU at hand: registers a thread for each architecture (75 is sm_75; – where it
+lacks the instructions), shared memory in bytes a block, static and, behind a plus, dynamic. No kernel spills
+registers to memory or needs a stack frame. Occupancy is the share of a multiprocessor's warps that are at work
+with the largest block allowed, on an H100 or H200 (sm_90) and the least of all seven; it is arithmetic, not a
+measurement. This page is written by `scripts/document_kernels.py`, and a test holds the numbers to the compiler's:
+exactly for NVRTC {version}, within a quarter or 8 registers for others.
 """
 
 
@@ -97,10 +114,13 @@ def compile_all(known: Table | None) -> Table:
     architectures = list(nvrtc.ARCHITECTURES)
     same = known is not None and (known["nvrtc"], known["architectures"]) == (version, architectures)
     old = known["sources"] if known is not None and same else {}
-    sources = catalog.variants()
+    needed, dynamic = catalog.capabilities(), catalog.shared_bytes()
+    sources = list(needed)
     fresh = [made for made in sources if old.get(made.title, {}).get("fingerprint") != made.fingerprint]
     print(f"{version}: compiling {len(fresh)} of {len(sources)} sources for {len(architectures)} architectures")
-    found = nvrtc.resources_of(fresh, architectures)
+    found = nvrtc.resources_of(
+        (made, architecture) for made in fresh for architecture in nvrtc.architectures_since(needed[made])
+    )
     table: Table = {"nvrtc": version, "architectures": architectures, "sources": {}}
     for made in sources:
         if made not in fresh:
@@ -108,13 +128,18 @@ def compile_all(known: Table | None) -> Table:
             continue
         kernels = {}
         for name, kernel in made.kernels.items():
-            reports = [found[made.title, architecture][name] for architecture in architectures]
+            # None where the architecture lacks what the kernel needs.
+            reports = [found.get((made.title, architecture), {}).get(name) for architecture in architectures]
             kernels[name] = {
                 "threads": kernel.max_threads,
-                "registers": [report.registers for report in reports],
-                "shared_bytes": [report.shared_bytes for report in reports],
+                "registers": [report and report.registers for report in reports],
+                "shared_bytes": [report and report.shared_bytes for report in reports],
             }
+            if name in dynamic:
+                kernels[name]["dynamic_bytes"] = dynamic[name]
             for architecture, report in zip(architectures, reports, strict=True):
+                if report is None:
+                    continue
                 if report.spill_store_bytes or report.spill_load_bytes or report.stack_bytes:
                     sys.exit(f"document_kernels.py: {made.title}: {name} on {architecture}: {report}")
         table["sources"][made.title] = {"fingerprint": made.fingerprint, "kernels": kernels}
@@ -142,18 +167,21 @@ def render(table: Table) -> str:
 
 def row(kernel: str, form: str, numbers: Table, architectures: list[str]) -> str:
     """A kernel's line."""
+    dynamic = numbers.get("dynamic_bytes", 0)
+    static = max(size for size in numbers["shared_bytes"] if size is not None)
     shares = {
-        architecture: occupancy(architecture, numbers["threads"], registers, shared)
+        architecture: occupancy(architecture, numbers["threads"], registers, shared + dynamic)
         for architecture, registers, shared in zip(
             architectures, numbers["registers"], numbers["shared_bytes"], strict=True
         )
+        if registers is not None
     }
     cells = [
         f"`{kernel}`",
         form,
         f"{numbers['threads']}",
-        *map(str, numbers["registers"]),
-        f"{max(numbers['shared_bytes'])}",
+        *("–" if registers is None else str(registers) for registers in numbers["registers"]),
+        f"{static} + {dynamic}" if dynamic else f"{static}",
         f"{shares['sm_90']:.0%}, {min(shares.values()):.0%}",
     ]
     return f"| {' | '.join(cells)} |\n"

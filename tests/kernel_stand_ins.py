@@ -54,9 +54,8 @@ class RecordedArray:
 
     def transpose(self, axes: Sequence[int]) -> RecordedArray:
         steps = [stride // ITEM_SIZES[self.dtype] for stride in self.strides]
-        return RecordedArray(
-            tuple(self.shape[axis] for axis in axes), self.dtype, self.device, tuple(steps[axis] for axis in axes)
-        )
+        shape, steps = (tuple(values[axis] for axis in axes) for values in (self.shape, steps))
+        return RecordedArray(shape, self.dtype, self.device, steps, self.address)
 
 
 @dataclass
@@ -82,6 +81,7 @@ class RecordingRuntime:
         self.launches: list[RecordedLaunch] = []
         self.compiled: list[tuple[str, int]] = []
         self.entered: list[tuple[int, Any]] = []
+        self.capabilities: dict[int, tuple[int, int]] = {}  # of devices that are not of 9.0
 
     def as_array(self, value: Any, name: str) -> Any:
         assert isinstance(value, RecordedArray), name
@@ -95,6 +95,9 @@ class RecordingRuntime:
 
     def current_device(self) -> int:
         return 0
+
+    def capability(self, device: int) -> tuple[int, int]:
+        return self.capabilities.get(device, (9, 0))
 
     def empty(self, shape: Sequence[int], dtype: str, like: RecordedArray) -> RecordedArray:
         return RecordedArray(tuple(shape), dtype, like.device)
@@ -270,6 +273,7 @@ class StandInCupy(ModuleType):
     def _device(self, number: int = 0) -> Any:
         context: Any = self._entered(number)
         context.attributes = {"MaxSharedMemoryPerBlockOptin": StandInKernel.most}
+        context.compute_capability = "90"
         context.use = lambda: setattr(self.threads, "has_context", True)
         return context
 

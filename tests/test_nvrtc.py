@@ -43,15 +43,12 @@ def reports(request: pytest.FixtureRequest) -> Reports:
     cache = request.config.cache
     assert cache is not None
     kept: dict[str, Any] = cache.get("gpucnn/nvrtc", {})
-    forms, keys = catalog.variants(), {}
-    for form in forms:
-        for architecture in nvrtc.ARCHITECTURES:
+    keys, fresh = {}, []
+    for form, capability in catalog.capabilities().items():
+        for architecture in nvrtc.architectures_since(capability):
             keys[form.title, architecture] = f"{VERSION} {architecture} {form.fingerprint}"
-    fresh = [
-        form
-        for form in forms
-        if any(keys[form.title, architecture] not in kept for architecture in nvrtc.ARCHITECTURES)
-    ]
+            if keys[form.title, architecture] not in kept:
+                fresh.append((form, architecture))
     made = nvrtc.resources_of(fresh) if fresh else {}
     for place, kernels in made.items():
         kept[keys[place]] = {name: dataclasses.astuple(report) for name, report in kernels.items()}
@@ -66,9 +63,9 @@ def reports(request: pytest.FixtureRequest) -> Reports:
 def of(name: str, reports: Reports) -> list[tuple[str, source.Source, str, str, nvrtc.Resources]]:
     """(what to call it, form, architecture, kernel, report) for every kernel of the source ``name``."""
     found = []
-    for form in catalog.variants():
+    for form, capability in catalog.capabilities().items():
         if form.name == name:
-            for architecture in nvrtc.ARCHITECTURES:
+            for architecture in nvrtc.architectures_since(capability):
                 for kernel, report in reports[form.title, architecture].items():
                     found.append((f"{form.title}: {kernel} on {architecture}", form, architecture, kernel, report))
     assert found
@@ -76,19 +73,24 @@ def of(name: str, reports: Reports) -> list[tuple[str, source.Source, str, str, 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_kernels_compile_without_spills_and_can_be_started(name: str, reports: Reports) -> None:
-    for where, form, _, kernel, report in of(name, reports):
+def test_kernels_compile_without_spills_and_can_be_started(
+    name: str, reports: Reports, document: ModuleType
+) -> None:
+    dynamic = catalog.shared_bytes()
+    for where, form, architecture, kernel, report in of(name, reports):
         assert (report.spill_store_bytes, report.spill_load_bytes) == (0, 0), where
         assert report.stack_bytes == 0, where
         warps = -(-form.kernels[kernel].max_threads // 32)
         taken = -(-report.registers * 32 // 256) * 256 * warps  # registers come in units of 256 a warp
         assert 0 < taken <= 65536, where
         assert report.shared_bytes <= 48 << 10, where
+        _, _, most, reserved = document.LIMITS[architecture]
+        assert report.shared_bytes + dynamic.get(kernel, 0) + reserved <= most, where
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_table_says_what_the_compiler_says(name: str, reports: Reports, document: ModuleType) -> None:
-    table = document.read()
+    table, dynamic = document.read(), catalog.shared_bytes()
     exact = table["nvrtc"] == VERSION
     advice = "run scripts/document_kernels.py"
     for where, form, architecture, kernel, report in of(name, reports):
@@ -98,6 +100,7 @@ def test_the_table_says_what_the_compiler_says(name: str, reports: Reports, docu
         place = table["architectures"].index(architecture)
         registers, shared = numbers[kernel]["registers"][place], numbers[kernel]["shared_bytes"][place]
         assert numbers[kernel]["threads"] == form.kernels[kernel].max_threads, f"{where}; {advice}"
+        assert numbers[kernel].get("dynamic_bytes", 0) == dynamic.get(kernel, 0), f"{where}; {advice}"
         if exact:
             assert (report.registers, report.shared_bytes) == (registers, shared), f"{where}; {advice}"
         else:  # another compiler allots a little differently; a quarter more, or 8, is no accident of that
@@ -133,6 +136,19 @@ def test_occupancy(
     document: ModuleType, architecture: str, threads: int, registers: int, shared: int, expected: float
 ) -> None:
     assert document.occupancy(architecture, threads, registers, shared) == expected
+
+
+def test_what_needs_a_newer_gpu_is_compiled_for_those_alone(reports: Reports, document: ModuleType) -> None:
+    assert nvrtc.architectures_since((0, 0)) == nvrtc.ARCHITECTURES
+    assert nvrtc.architectures_since((8, 6)) == ("sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+    form = source.variant("conv2d_tensor", "float16", {"PRODUCTS": "1"})
+    assert (form.title, "sm_80") in reports
+    assert (form.title, "sm_75") not in reports
+    with pytest.raises(CompileError, match="need sm_80 or newer"):
+        nvrtc.compile_source(form, "sm_75")
+    numbers = document.read()["sources"][form.title]["kernels"]["conv2d_tensor_small"]
+    assert [count is None for count in numbers["registers"]] == [True] + 6 * [False]
+    assert "| – |" in document.row("conv2d_tensor_small", "float16", numbers, list(nvrtc.ARCHITECTURES))
 
 
 # ------------------------------------------------------------ the checker is itself checked

@@ -2,14 +2,16 @@
 
 A module that starts kernels says in ``SOURCES`` of which files and with which definitions: source name ->
 definition sets. Each set stands for one form a dtype; one with ``"SCALAR": None`` has no element type and stands
-for itself.
+for itself. "CAPABILITY": (8, 0) says that a form needs that compute capability, or a later one, to compile. Beside
+it ``SHARED_BYTES`` says, by kernel, the dynamic shared memory that a block is started with, where it takes some.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from types import ModuleType
 from typing import Any
 
 import gpucnn_kernels
@@ -21,33 +23,57 @@ Progress = Callable[[str, int, int], object]
 """Called before each compile with its title, its number from 1, and how many there are."""
 
 
+def _modules() -> Iterator[ModuleType]:
+    for module in pkgutil.iter_modules(gpucnn_kernels.__path__):
+        if not module.ispkg and module.name != "catalog":
+            yield importlib.import_module(f"gpucnn_kernels.{module.name}")
+
+
 def sources() -> dict[str, tuple[dict[str, Any], ...]]:
     """The definition sets of every source, by its name. Imports every module of the package."""
     found: dict[str, tuple[dict[str, Any], ...]] = {}
-    for module in pkgutil.iter_modules(gpucnn_kernels.__path__):
-        if module.ispkg or module.name == "catalog":
-            continue
-        named = getattr(importlib.import_module(f"gpucnn_kernels.{module.name}"), "SOURCES", {})
-        for source, sets in named.items():
+    for module in _modules():
+        for source, sets in getattr(module, "SOURCES", {}).items():
             known = found.get(source, ())
             found[source] = known + tuple(definitions for definitions in sets if definitions not in known)
     return found
 
 
-def variants(dtypes: Iterable[str] = tuple(SCALARS)) -> list[Source]:
-    """Every source in each of its forms for arrays of these dtypes."""
+def capabilities(dtypes: Iterable[str] = tuple(SCALARS)) -> dict[Source, tuple[int, int]]:
+    """Every source in each of its forms for arrays of these dtypes, and the oldest compute capability it is for.
+
+    (0, 0) is any.
+    """
     dtypes = list(dtypes)
-    made: dict[Source, None] = {}
+    made: dict[Source, tuple[int, int]] = {}
     for name, sets in sorted(sources().items()):
         for definitions in sets:
-            others = {macro: value for macro, value in definitions.items() if macro != "SCALAR"}
-            for scalar in dtypes if "SCALAR" not in definitions else [definitions["SCALAR"]]:
-                made[variant(name, scalar, others)] = None
-    return list(made)
+            others = {
+                macro: value for macro, value in definitions.items() if macro not in ("SCALAR", "CAPABILITY")
+            }
+            only = definitions.get("SCALAR")
+            for scalar in dtypes if "SCALAR" not in definitions else [only] if only in (None, *dtypes) else []:
+                made[variant(name, scalar, others)] = definitions.get("CAPABILITY", (0, 0))
+    return made
+
+
+def shared_bytes() -> dict[str, int]:
+    """Dynamic shared memory in bytes a block, by the kernels that take some."""
+    found: dict[str, int] = {}
+    for module in _modules():
+        found.update(getattr(module, "SHARED_BYTES", {}))
+    return found
+
+
+def variants(dtypes: Iterable[str] = tuple(SCALARS)) -> list[Source]:
+    """Every source in each of its forms for arrays of these dtypes."""
+    return list(capabilities(dtypes))
 
 
 def warm_up(dtypes: Iterable[str] = ("float32",), progress: Progress | None = None) -> int:
     """Compile all kernels for these dtypes ahead of their use, for the current device; how many modules that were.
+
+    Those that need a newer GPU are left out.
 
     Later processes find them in the disk cache. Raises ArgumentError for an unknown dtype, DeviceError where no
     GPU can be used and CompileError where a kernel does not compile.
@@ -58,7 +84,8 @@ def warm_up(dtypes: Iterable[str] = ("float32",), progress: Progress | None = No
             raise ArgumentError(f"kernels take arrays of {', '.join(SCALARS)}, got {dtype}")
     runtime = current()
     device = runtime.current_device()
-    modules = variants(dtypes)
+    has = runtime.capability(device)
+    modules = [source for source, needed in capabilities(dtypes).items() if needed <= has]
     for number, source in enumerate(modules, 1):
         if progress is not None:
             progress(source.title, number, len(modules))

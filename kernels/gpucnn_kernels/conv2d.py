@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gpucnn_kernels import conv2d_data_paths as data_paths
-from gpucnn_kernels import conv2d_filter
+from gpucnn_kernels import conv2d_filter, conv2d_tensor
 from gpucnn_kernels import conv2d_forward_paths as forward_paths
 from gpucnn_kernels.arrays import DeviceArray, image_layout
 from gpucnn_kernels.conv2d_filter import conv2d_backward_bias, conv2d_backward_filter
@@ -54,7 +54,8 @@ _BACKWARD_DATA: dict[str, Path] = {
 def conv2d_algorithms(direction: str) -> tuple[str, ...]:
     """Names that ``algorithm`` takes for "forward", "backward_data" or "backward_filter", without "auto".
 
-    Raises ArgumentError for another direction.
+    They take every dtype on every GPU. "tensor" is one more, of all directions, that does not: see
+    :mod:`gpucnn_kernels.conv2d_tensor`. Raises ArgumentError for another direction.
     """
     if direction == "forward":
         return tuple(_FORWARD)
@@ -82,7 +83,9 @@ def conv2d_choose(direction: str, problem: Conv2dProblem, dtype: Any) -> str:
     =============  ============================================================  =============
 
     bfloat16 has no dense product on GPUs before compute capability 8.0 and passes over those two lines.
-    "backward_filter" is :func:`gpucnn_kernels.conv2d_filter.filter_choose`'s.
+    "backward_filter" is :func:`gpucnn_kernels.conv2d_filter.filter_choose`'s. Where a ``precision`` other than
+    "float32" is given, the functions take "tensor" in the place of a dense product (implicit_gemm, phases, im2col,
+    col2im) on GPUs that have it; without one they do not, until it has been measured.
     """
     conv2d_algorithms(direction)
     if direction == "backward_filter":
@@ -97,10 +100,18 @@ def conv2d_choose(direction: str, problem: Conv2dProblem, dtype: Any) -> str:
     return "implicit_gemm" if forward else "phases"
 
 
-def _resolved(direction: str, algorithm: str, problem: Conv2dProblem, dtype: str) -> str:
+def _resolved(
+    call: Call, direction: str, algorithm: str, problem: Conv2dProblem, dtype: str, precision: str | None = None
+) -> str:
     names = conv2d_algorithms(direction)
+    conv2d_tensor.check_precision(precision, dtype)
     if algorithm == "auto":
-        return conv2d_choose(direction, problem, dtype)
+        name = conv2d_choose(direction, problem, dtype)
+        dense = name not in ("direct", "depthwise")
+        return "tensor" if dense and conv2d_tensor.preferred(call, precision) else name
+    if algorithm == "tensor":
+        conv2d_tensor.check(call, dtype)
+        return algorithm
     if algorithm not in names:
         raise ArgumentError(
             f"unknown algorithm {algorithm!r} for conv2d {direction}; choose auto or one of {', '.join(names)}"
@@ -133,6 +144,7 @@ def conv2d_forward(
     dilation: IntOrPair = 1,
     groups: int = 1,
     algorithm: str = "auto",
+    precision: str | None = None,
     activation: str = "identity",
     negative_slope: float = 0.01,
     out: Any = None,
@@ -147,8 +159,11 @@ def conv2d_forward(
     P = floor((H + pad_top + pad_bottom - dilation_h * (R - 1) - 1) / stride_h) + 1.
 
     ``activation`` is one of identity, relu, leaky_relu (of ``negative_slope``), sigmoid, tanh, gelu, gelu_tanh and
-    silu, made before the sum is stored. x, weight and ``out`` may each be contiguous or channels-last; the result
-    is laid out as x. "im2col" takes a workspace for the columns.
+    silu, made before the sum is stored. ``precision`` is the least that products may have: "tf32" lets "auto" and
+    "tensor" round float32 arrays to tf32, "float32", "float16" and "bfloat16" are the arrays' own; see
+    :mod:`gpucnn_kernels.conv2d_tensor`. x, weight and ``out`` may each be contiguous or channels-last; the result
+    is laid out as x. "im2col" takes a workspace for the columns, "tensor" one for what does not lie in pieces of
+    16 bytes.
 
     Raises ProblemError where shapes do not fit, DtypeError, DeviceError and LayoutError for arrays that do not,
     ArgumentError for an algorithm or activation that is unknown or an algorithm that cannot do this problem.
@@ -159,10 +174,13 @@ def conv2d_forward(
         problem = Conv2dProblem.from_shapes(
             images.shape, weights.shape, stride=stride, padding=padding, dilation=dilation, groups=groups
         )
-        name = _resolved("forward", algorithm, problem, dtype)
+        name = _resolved(call, "forward", algorithm, problem, dtype, precision)
         epilogue = Epilogue(_bias(call, problem.K), activation, negative_slope)
         y = _result(call, problem.output_shape, dtype, images)
-        _FORWARD[name](call, problem, images, weights, y, epilogue)
+        if name == "tensor":
+            conv2d_tensor.convolve(call, problem, images, weights, y, epilogue, precision=precision)
+        else:
+            _FORWARD[name](call, problem, images, weights, y, epilogue)
         return call.give(y)
 
 
@@ -176,6 +194,7 @@ def conv2d_backward_data(
     dilation: IntOrPair = 1,
     groups: int = 1,
     algorithm: str = "auto",
+    precision: str | None = None,
     out: Any = None,
     stream: Any = None,
 ) -> Any:
@@ -183,8 +202,8 @@ def conv2d_backward_data(
 
     dx[n, c, h, w] is the sum of dy[n, k, p, q] * weight[k, c, r, s] over all k, p, q, r, s in which x[n, c, h, w]
     was multiplied by weight[k, c, r, s] for y[n, k, p, q]. The result is laid out as dy. All paths but "scatter"
-    give the same bits every time; "dilated", "col2im" and "scatter" take workspaces. Raises what
-    :func:`conv2d_forward` does.
+    give the same bits every time; "dilated", "col2im", "scatter" and "tensor" take workspaces. ``precision`` and
+    what is raised are :func:`conv2d_forward`'s.
     """
     with Call(stream, dy=dy, weight=weight, bias=None, out=out) as call:
         call.floating("dy", "weight", "out")
@@ -201,18 +220,25 @@ def conv2d_backward_data(
             dilation=dilation,
             groups=groups,
         )
-        return call.give(input_gradient(call, problem, call["dy"], algorithm))
+        return call.give(input_gradient(call, problem, call["dy"], algorithm, precision))
 
 
-def input_gradient(call: Call, problem: Conv2dProblem, dy: DeviceArray, algorithm: str) -> DeviceArray:
+def input_gradient(
+    call: Call, problem: Conv2dProblem, dy: DeviceArray, algorithm: str, precision: str | None = None
+) -> DeviceArray:
     """The gradient for the input of ``problem`` in a call that has arguments weight, bias (C,) or None, and out.
 
     The bias is the transposed convolution's, which this is too.
     """
-    name = _resolved("backward_data", algorithm, problem, dy.dtype)
+    name = _resolved(call, "backward_data", algorithm, problem, dy.dtype, precision)
     epilogue = Epilogue(_bias(call, problem.C))
     dx = _result(call, problem.input_shape, dy.dtype, dy)
-    _BACKWARD_DATA[name](call, problem, dy, call["weight"], dx, epilogue)
+    if name == "tensor":
+        conv2d_tensor.convolve(
+            call, problem, dy, call["weight"], dx, epilogue, precision=precision, transposed=True
+        )
+    else:
+        _BACKWARD_DATA[name](call, problem, dy, call["weight"], dx, epilogue)
     return dx
 
 

@@ -1,12 +1,13 @@
 """The gradients of a convolution's weight and bias: sums over the batch and all output positions.
 
-Three ways, all deterministic, to the weight's:
+Ways, all deterministic, to the weight's:
 
 - "implicit_gemm": a matrix product over the N * P * Q positions that reads the windows of x where they lie. The
   positions are split into parts, so that a small weight keeps a GPU busy too.
 - "im2col": the windows copied to columns, some images at a time, and a dense matrix product an image, added up in
   order.
 - "depthwise": for one input channel a group, where a product of matrices would have nothing to share.
+- "tensor": as "implicit_gemm", on tensor cores; see conv2d_tensor.py.
 
 Half precision is added up in float32 and rounded once.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from gpucnn_kernels import conv2d_tensor
 from gpucnn_kernels.arrays import DeviceArray, image_layout
 from gpucnn_kernels.channel_sums import launch_channel_sums
 from gpucnn_kernels.columns import columns_shape, images, launch_im2col
@@ -39,7 +41,7 @@ _COLUMN_BYTES = 128 << 20  # of the workspace for the columns
 
 
 def filter_algorithms() -> tuple[str, ...]:
-    """Names that ``algorithm`` of :func:`conv2d_backward_filter` takes, without "auto"."""
+    """Names that ``algorithm`` of :func:`conv2d_backward_filter` takes, without "auto" and "tensor"."""
     return "implicit_gemm", "im2col", "depthwise"
 
 
@@ -59,6 +61,7 @@ def conv2d_backward_filter(
     dilation: IntOrPair = 1,
     groups: int = 1,
     algorithm: str = "auto",
+    precision: str | None = None,
     out: Any = None,
     stream: Any = None,
 ) -> Any:
@@ -66,13 +69,14 @@ def conv2d_backward_filter(
 
     dw[k, c, r, s] is the sum over n, p, q of dy[n, k, p, q] times the input that weight[k, c, r, s] met there; an
     empty batch gives zeros. dy and x may each be contiguous or channels-last; the result is channels-last where x
-    is that and not contiguous, or has the layout of ``out``. Raises ProblemError where shapes do not fit together,
-    ArgumentError for an ``algorithm`` that there is not or that cannot run for them.
+    is that and not contiguous, or has the layout of ``out``. ``precision`` is :func:`conv2d_forward`'s. Raises
+    ProblemError where shapes do not fit together, ArgumentError for an ``algorithm`` that there is not or that
+    cannot run for them, DtypeError and DeviceError where "tensor" cannot.
     """
     with Call(stream, dy=dy, x=x, out=out) as call:
         dtype = call.floating("dy", "x", "out")
         problem = _problem(call["dy"], call["x"], kernel_size, stride, padding, dilation, groups)
-        name = _resolved(algorithm, problem, dtype)
+        name = _resolved(call, algorithm, problem, dtype, precision)
         if problem.N:  # the strides of an empty array say nothing
             image_layout(call["dy"])
             image_layout(call["x"])
@@ -81,6 +85,9 @@ def conv2d_backward_filter(
         require_apart(dw, call["dy"], call["x"])
         if problem.N == 0:
             partial, parts = call.scratch(0, SCALARS[dtype][1]), 0
+        elif name == "tensor":
+            partial, parts = conv2d_tensor.filter_sums(call, problem, call["dy"], call["x"], precision)
+            channels_fastest = True
         elif name == "im2col":
             partial, parts, channels_fastest = _by_columns(call, problem), 1, False
         else:
@@ -145,9 +152,14 @@ def _problem(
     return problem
 
 
-def _resolved(algorithm: str, problem: Conv2dProblem, dtype: str) -> str:
+def _resolved(call: Call, algorithm: str, problem: Conv2dProblem, dtype: str, precision: str | None) -> str:
+    conv2d_tensor.check_precision(precision, dtype)
     if algorithm == "auto":
-        return filter_choose(problem, dtype)
+        name = filter_choose(problem, dtype)
+        return "tensor" if name != "depthwise" and conv2d_tensor.preferred(call, precision) else name
+    if algorithm == "tensor":
+        conv2d_tensor.check(call, dtype)
+        return algorithm
     if algorithm not in filter_algorithms():
         raise ArgumentError(
             f"algorithm of a filter gradient must be auto, {', '.join(filter_algorithms())}, got {algorithm!r}"

@@ -68,7 +68,8 @@ def strides(array: DeviceArray) -> dict[str, int]:
     return dict(zip("nchw", array.strides, strict=True))
 
 
-def _channels(problem: Conv2dProblem, transposed: bool) -> dict[str, int]:
+def channel_counts(problem: Conv2dProblem, transposed: bool) -> dict[str, int]:
+    """The kernels' struct Channels."""
     outputs, depth = problem.K // problem.groups, problem.C // problem.groups
     if transposed:
         outputs, depth = depth, outputs
@@ -81,14 +82,15 @@ def _filter_strides(weight: DeviceArray, problem: Conv2dProblem, transposed: boo
     return {"output": output, "source": source, "r": r, "s": s, "group": problem.K // problem.groups * k}
 
 
-def _axes(problem: Conv2dProblem, transposed: bool) -> tuple[dict[str, int], dict[str, int]]:
-    axes = []
+def axes(problem: Conv2dProblem, transposed: bool) -> tuple[dict[str, int], dict[str, int]]:
+    """The kernels' structs Axis: the vertical and the horizontal one."""
+    made = []
     for axis in (0, 1):
         lengths = (problem.P, problem.Q)[axis], (problem.H, problem.W)[axis]
         output, source = reversed(lengths) if transposed else lengths
         stride, dilation = problem.stride[axis], problem.dilation[axis]
         common = math.gcd(stride, dilation)
-        axes.append(
+        made.append(
             {
                 "output": output,
                 "source": source,
@@ -100,7 +102,7 @@ def _axes(problem: Conv2dProblem, transposed: bool) -> tuple[dict[str, int], dic
                 "inverse": pow(dilation // common, -1, stride // common),
             }
         )
-    return axes[0], axes[1]
+    return made[0], made[1]
 
 
 # ---------------------------------------------------------------- the paths
@@ -117,8 +119,8 @@ def implicit_gemm(
     transposed: bool = False,
 ) -> None:
     """Fill ``output``, y from x or (``transposed``) dx from dy: tiles through shared memory, one launch."""
-    channels = _channels(problem, transposed)
-    vertical, horizontal = _axes(problem, transposed)
+    channels = channel_counts(problem, transposed)
+    vertical, horizontal = axes(problem, transposed)
     height, width, phases = vertical["output"], horizontal["output"], 1
     if transposed:
         # The largest phase, and how many of them hold any row and column.
@@ -169,8 +171,8 @@ def direct(
     epilogue: Epilogue,
 ) -> None:
     """Fill y, for few input channels a group: filters in shared memory, a thread a pixel of 16 channels."""
-    channels = _channels(problem, transposed=False)
-    vertical, horizontal = _axes(problem, transposed=False)
+    channels = channel_counts(problem, transposed=False)
+    vertical, horizontal = axes(problem, transposed=False)
     call.launch(
         "conv2d_direct",
         "conv2d_direct",
@@ -205,7 +207,7 @@ def depthwise(
     transposed: bool = False,
 ) -> None:
     """Fill ``output``, y from x or (``transposed``) dx from dy, where each input channel is a group of its own."""
-    vertical, horizontal = _axes(problem, transposed)
+    vertical, horizontal = axes(problem, transposed)
     call.launch(
         "conv2d_depthwise",
         "conv2d_depthwise",
@@ -218,7 +220,7 @@ def depthwise(
         bias=epilogue.bias,
         output=output,
         output_strides=strides(output),
-        channels=_channels(problem, transposed),
+        channels=channel_counts(problem, transposed),
         vertical=vertical,
         horizontal=horizontal,
         transposed=int(transposed),

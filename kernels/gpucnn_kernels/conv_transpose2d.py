@@ -26,13 +26,14 @@ def conv_transpose2d_forward(
     dilation: IntOrPair = 1,
     groups: int = 1,
     algorithm: str = "auto",
+    precision: str | None = None,
     out: Any = None,
     stream: Any = None,
 ) -> Any:
     """Transposed convolution of x (N, C_in, H, W) with weight (C_in, C_out / groups, R, S), plus bias (C_out,).
 
     The output height is (H - 1) * stride - 2 * padding + dilation * (R - 1) + output_padding + 1. ``algorithm`` is
-    one of "backward_data"'s. Raises what :func:`gpucnn_kernels.conv2d_forward` does.
+    one of "backward_data"'s. ``precision`` and what is raised are :func:`gpucnn_kernels.conv2d_forward`'s.
     """
     with Call(stream, x=x, weight=weight, bias=bias, out=out) as call:
         call.floating("x", "weight", "bias", "out")
@@ -45,7 +46,7 @@ def conv_transpose2d_forward(
             dilation=dilation,
             groups=groups,
         )
-        return call.give(input_gradient(call, problem, call["x"], algorithm))
+        return call.give(input_gradient(call, problem, call["x"], algorithm, precision))
 
 
 def conv_transpose2d_backward_data(
@@ -57,6 +58,7 @@ def conv_transpose2d_backward_data(
     dilation: IntOrPair = 1,
     groups: int = 1,
     algorithm: str = "auto",
+    precision: str | None = None,
     out: Any = None,
     stream: Any = None,
 ) -> Any:
@@ -72,6 +74,7 @@ def conv_transpose2d_backward_data(
         dilation=dilation,
         groups=groups,
         algorithm=algorithm,
+        precision=precision,
         out=out,
         stream=stream,
     )
@@ -87,6 +90,7 @@ def conv_transpose2d_backward_filter(
     dilation: IntOrPair = 1,
     groups: int = 1,
     algorithm: str = "auto",
+    precision: str | None = None,
     out: Any = None,
     stream: Any = None,
 ) -> Any:
@@ -103,6 +107,7 @@ def conv_transpose2d_backward_filter(
         dilation=dilation,
         groups=groups,
         algorithm=algorithm,
+        precision=precision,
         out=out,
         stream=stream,
     )

@@ -110,6 +110,11 @@ class Call:
         assert first is not None
         return first.dtype
 
+    @property
+    def capability(self) -> tuple[int, int]:
+        """The compute capability of the arrays' device, such as (9, 0)."""
+        return self._runtime.capability(self._first.device)
+
     def require(self, name: str, dtype: str | None = None, shape: Sequence[int] | None = None) -> None:
         """Raise unless the argument ``name``, where given, has this dtype and shape."""
         array = self._arrays[name]

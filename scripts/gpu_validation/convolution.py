@@ -9,8 +9,9 @@ from typing import Any
 import numpy
 
 import gpucnn_kernels as kernels
+from gpucnn_kernels import conv2d_tensor
 from gpucnn_kernels.problem import Conv2dProblem
-from scripts.gpu_validation.bench import LAYOUTS, Bench, Numbers, accumulated, by_comparison, rounding
+from scripts.gpu_validation.bench import EPSILON, LAYOUTS, Bench, Numbers, accumulated, by_comparison, rounding
 from tests.oracles import activations as activation_oracle
 from tests.oracles import convolution as oracle
 from tests.oracles.im2col import sources
@@ -87,15 +88,19 @@ class Expectations:
 
     def bound(self, direction: str, dtype: str) -> float:
         """Twice the error of the plain sum."""
+        plain = self.plain(direction, accumulated(dtype))
+        return by_comparison(dtype, self.truth(direction), plain, self.terms(direction))
+
+    def terms(self, direction: str) -> int:
+        """Products of a sum."""
         problem, places = self.problem, self.problem.P * self.problem.Q
         taps = problem.R * problem.S
-        terms = {
+        return {
             "forward": problem.C // problem.groups * taps,
             "data": problem.K // problem.groups * taps,
             "filter": problem.N * places,
             "bias": problem.N * places,
         }[direction]
-        return by_comparison(dtype, self.truth(direction), self.plain(direction, accumulated(dtype)), terms)
 
 
 def check_convolution(bench: Bench) -> None:
@@ -189,6 +194,51 @@ def check_epilogue(bench: Bench) -> None:
                         [1.2 * wanted.bound("forward", dtype) + rounding(dtype, expected, 1 + abs(expected), 8)],
                         algorithm=algorithm,
                     )  # fmt: skip
+
+
+def check_tensor_cores(bench: Bench) -> None:
+    """Tensor cores in every precision, with every size of tile: large ones even where they leave few blocks."""
+    enough, conv2d_tensor.ENOUGH_BLOCKS = conv2d_tensor.ENOUGH_BLOCKS, 1
+    try:
+        for numbers in bench.numbers():
+            forms = [(dtype, None) for dtype in numbers.dtypes if dtype in conv2d_tensor.DTYPES]
+            if numbers.half and "float32" in bench.dtypes:
+                forms.append(("float32", "tf32"))  # which has all digits of these numbers
+            for name, problem in problems(bench).items():
+                wanted = Expectations(name, problem, numbers)
+                for (dtype, precision), layout in product(forms, LAYOUTS):
+                    check_tensor_directions(bench, name, wanted, dtype, precision, layout)
+    finally:
+        conv2d_tensor.ENOUGH_BLOCKS = enough
+
+
+def check_tensor_directions(
+    bench: Bench, name: str, wanted: Expectations, dtype: str, precision: str | None, layout: str
+) -> None:
+    """The three directions on one problem, dtype, precision and layout."""
+    problem = wanted.problem
+    given = {**options(problem), "algorithm": "tensor", "precision": precision}
+    x, weight, dy = ((part, dtype, layout) for part in (wanted.x, wanted.weight, wanted.dy))
+    runs = {
+        "forward": lambda: kernels.conv2d_forward(
+            bench.put(*x), bench.put(*weight), bench.put(wanted.bias, dtype), **given
+        ),
+        "data": lambda: kernels.conv2d_backward_data(
+            bench.put(*dy), bench.put(*weight), input_size=(problem.H, problem.W), **given
+        ),
+        "filter": lambda: kernels.conv2d_backward_filter(
+            bench.put(*dy), bench.put(*x), kernel_size=(problem.R, problem.S), **given
+        ),
+    }
+    for direction, run in runs.items():
+        operation = "forward" if direction == "forward" else f"backward_{direction}"
+        truth = wanted.truth(direction)
+        # A tensor core cuts off where float32 arithmetic rounds, once for each 8 products of a sum.
+        cut = wanted.terms(direction) / 8 * EPSILON["float32"] * float(numpy.abs(truth).max(initial=0.0))
+        bench.check(
+            f"conv2d_{operation}, tensor cores", f"{name}, {layout}", dtype, run,
+            [truth], [wanted.bound(direction, dtype) + cut], algorithm=f"tensor {precision or dtype}",
+        )  # fmt: skip
 
 
 TRANSPOSED = {
@@ -299,6 +349,7 @@ def check_columns(bench: Bench) -> None:
 CHECKS = {
     "convolution": check_convolution,
     "convolution with activation": check_epilogue,
+    "convolution on tensor cores": check_tensor_cores,
     "transposed convolution": check_transposed,
     "columns": check_columns,
 }

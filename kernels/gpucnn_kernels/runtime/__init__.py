@@ -60,6 +60,9 @@ class Runtime(Protocol):
     def current_device(self) -> int:
         """The number of the device in use where no array says another."""
 
+    def capability(self, device: int) -> tuple[int, int]:
+        """The compute capability of a device: (9, 0) is what a compiler calls sm_90."""
+
     def empty(self, shape: Sequence[int], dtype: str, like: Any) -> Any:
         """A new C-contiguous array of the kind of ``like``, on its device, its values undefined."""
 

@@ -164,6 +164,11 @@ class CudaRuntime:
         """The number of CuPy's current device."""
         return int(self._cupy.cuda.runtime.getDevice())
 
+    def capability(self, device: int) -> tuple[int, int]:
+        """The device's compute capability."""
+        digits = self._cupy.cuda.Device(device).compute_capability  # "90" is 9.0
+        return int(digits[:-1]), int(digits[-1])
+
     def empty(self, shape: Sequence[int], dtype: str, like: Any) -> Any:
         """A new cupy.ndarray on the current device."""
         del like

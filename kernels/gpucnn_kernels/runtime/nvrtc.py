@@ -138,14 +138,20 @@ def resources(source: Source, architecture: str, options: Sequence[str] = ()) ->
     return found
 
 
+def architectures_since(capability: tuple[int, int]) -> tuple[str, ...]:
+    """Those of ARCHITECTURES that have a compute capability, such as (8, 0), or a later one."""
+    major, minor = capability
+    return tuple(name for name in ARCHITECTURES if int(name.removeprefix("sm_")) >= 10 * major + minor)
+
+
 def resources_of(
-    sources: Iterable[Source], architectures: Iterable[str] = ARCHITECTURES, processes: int | None = None
+    forms: Iterable[tuple[Source, str]], processes: int | None = None
 ) -> dict[tuple[str, str], dict[str, Resources]]:
-    """By (title of the source, architecture), what :func:`resources` says, compiled on several cores.
+    """By (title, architecture) of each of these (source, architecture), what :func:`resources` says.
 
     NVRTC compiles one program at a time in a process, whatever the threads, so this takes processes.
     """
-    jobs = [(Source(made.name, made.definitions, made.text), name) for made in sources for name in architectures]
+    jobs = [(Source(made.name, made.definitions, made.text), architecture) for made, architecture in forms]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     processes = min(processes or cores, len(jobs))
     if processes < 2:

@@ -1,0 +1,336 @@
+"""Convolutions on tensor cores: algorithm "tensor" of all three directions, and the precisions that it has.
+
+==========  ==================  ==========================================================================
+arrays      precision           each product
+==========  ==================  ==========================================================================
+float32     float32 (or None)   three tf32 products of numbers split in two: float32's accuracy ("3xTF32")
+float32     tf32                one product of numbers rounded to tf32 (10 fraction bits)
+float16     float16 (or None)   exact
+bfloat16    bfloat16 (or None)  exact
+==========  ==================  ==========================================================================
+
+Sums are float32, rounded once to the arrays' dtype. In 3xTF32 an infinite factor, or one so near to 3.4e38 that it
+rounds to infinity, makes NaN where other algorithms make infinities; what of a factor lies below 1e-38 is lost.
+
+The kernels read channels-last arrays in pieces of 16 bytes. What does not lie so is copied by one launch into a
+workspace of the same size, filled up with zeros to whole pieces: arrays that are contiguous, or whose channels a
+group are no multiple of 4 (float32) or 8 (16 bits), the weights of an input gradient always. Results are written
+in either layout without a copy. So contiguous callers are not refused, but pay one pass over each of x and dy that
+is read, where channels-last ones pay none. A refusal would cost them the same pass, and another for the result.
+
+GPUs from compute capability 8.0 on; others are refused in words.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from gpucnn_kernels.arrays import DeviceArray, image_layout
+from gpucnn_kernels.conv2d_forward_paths import Epilogue, axes, channel_counts, strides
+from gpucnn_kernels.errors import ArgumentError, DeviceError, DtypeError
+from gpucnn_kernels.launch import Call
+from gpucnn_kernels.problem import Conv2dProblem
+from gpucnn_kernels.runtime import itemsize
+
+DTYPES = ("float32", "float16", "bfloat16")
+PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
+CAPABILITY = (8, 0)
+"""The oldest compute capability with cp.async and tensor cores of tf32 and bfloat16."""
+
+_FORMS: tuple[dict[str, Any], ...] = tuple(
+    {"SCALAR": dtype, "PRODUCTS": products, "CAPABILITY": CAPABILITY}
+    for dtype, products in (("float32", "1"), ("float32", "3"), ("float16", "1"), ("bfloat16", "1"))
+)
+SOURCES: dict[str, tuple[dict[str, Any], ...]] = {
+    "conv2d_tensor": _FORMS,
+    "conv2d_tensor_filter": _FORMS,
+    "conv2d_tensor_pack": tuple({"SCALAR": dtype} for dtype in DTYPES),
+}
+
+# Positions, channels and threads of a block; of the filter's gradient sums along either side, and threads.
+_TILES = {"large": (128, 128, 256), "medium": (128, 64, 128), "small": (64, 32, 128)}
+_FILTER_TILES = {"large": (128, 256), "small": (64, 128)}
+_STAGES, _LINE = 4, 64  # of the ring in shared memory, and bytes that a row of each holds
+SHARED_BYTES = {
+    **{
+        f"conv2d_tensor_{tile}": _STAGES * (positions + channels) * _LINE
+        for tile, (positions, channels, _) in _TILES.items()
+    },
+    # Rows of positions, padded: 32 by 2 * side + 16 bytes in 16 bits, 16 by 4 * side + 32 in float32.
+    **{
+        f"filter_gradient_tensor_{tile}": _STAGES * 2 * 32 * (2 * side + 16)
+        for tile, (side, _) in _FILTER_TILES.items()
+    },
+}
+"""Dynamic shared memory of a block, in bytes."""
+
+ENOUGH_BLOCKS = 128
+"""To keep a GPU of some hundred multiprocessors busy: with fewer, smaller tiles are taken."""
+
+_MOST_UNITS = 65535  # blocks along z
+_PACK_TILE = 32
+_FILTER_BLOCKS = 512  # that the positions of a filter gradient are split for
+_LEAST_POSITIONS = 256  # of a part: below, adding up the parts costs more than the parts save
+_PARTIAL_BYTES = 64 << 20  # of the workspace for the parts' sums
+
+
+def check_precision(precision: str | None, dtype: str) -> None:
+    """Raise ArgumentError unless arrays of ``dtype`` can be computed in ``precision``."""
+    if precision is None:
+        return
+    if precision not in PRECISIONS:
+        raise ArgumentError(f"precision must be one of {', '.join(PRECISIONS)} or None, got {precision!r}")
+    known = {"float32": ("float32", "tf32"), "float64": ()}.get(dtype, (dtype,))
+    if precision not in known:
+        takes = f"theirs is {' or '.join(known)}" if known else "they have no other than their own: pass None"
+        raise ArgumentError(f"precision {precision!r} is not for arrays of {dtype}; {takes}")
+
+
+def preferred(call: Call, precision: str | None) -> bool:
+    """Whether "auto" may take tensor cores: where a precision that is theirs alone was asked for, and they exist.
+
+    float32 stays with FFMA until three tf32 products have been measured to be faster.
+    """
+    return precision not in (None, "float32") and call.capability >= CAPABILITY
+
+
+def check(call: Call, dtype: str) -> None:
+    """Raise unless the tensor cores of the call's device take arrays of ``dtype``."""
+    if dtype not in DTYPES:
+        raise DtypeError(f"algorithm 'tensor' takes arrays of {', '.join(DTYPES)}, got {dtype}; choose auto")
+    if call.capability < CAPABILITY:
+        has, needs = (".".join(map(str, capability)) for capability in (call.capability, CAPABILITY))
+        raise DeviceError(
+            f"algorithm 'tensor' needs a GPU of compute capability {needs} or newer, this one's is {has}; "
+            "choose auto"
+        )
+
+
+def _definitions(dtype: str, precision: str | None) -> dict[str, str]:
+    return {"PRODUCTS": "3" if dtype == "float32" and precision != "tf32" else "1"}
+
+
+# ---------------------------------------------------------------- forward and input gradient
+
+
+def convolve(
+    call: Call,
+    problem: Conv2dProblem,
+    source: DeviceArray,
+    weight: DeviceArray,
+    output: DeviceArray,
+    epilogue: Epilogue,
+    *,
+    precision: str | None = None,
+    transposed: bool = False,
+) -> None:
+    """Fill ``output``, y from x or (``transposed``) dx from dy."""
+    check(call, source.dtype)
+    channels = channel_counts(problem, transposed)
+    vertical, horizontal = axes(problem, transposed)
+    height, width, phases = vertical["output"], horizontal["output"], 1
+    if transposed:
+        # The largest phase, and how many of them hold any row and column.
+        phases = min(problem.stride[0], height) * min(problem.stride[1], width)
+        height, width = -(-height // problem.stride[0]), -(-width // problem.stride[1])
+    units, positions = phases * problem.groups, problem.N * height * width
+    tile = _tile(channels["output"], positions, units)
+    rows, columns, threads = _TILES[tile]
+    image = _packed_image(call, source, problem.groups)
+    filters, filter_strides = _packed_filter(call, problem, weight, transposed)
+    chunk = _chunk(source.dtype)
+    call.launch(
+        "conv2d_tensor",
+        f"conv2d_tensor_{tile}",
+        (-(-positions // rows), -(-channels["output"] // columns), min(units, _MOST_UNITS)),
+        threads,
+        scalar=source.dtype,
+        definitions=_definitions(source.dtype, precision),
+        shared_bytes=SHARED_BYTES[f"conv2d_tensor_{tile}"],
+        input=image,
+        input_strides=strides(image),
+        filter=filters,
+        filter_strides=filter_strides,
+        bias=epilogue.bias,
+        output=output,
+        output_strides=strides(output),
+        channels={**channels, "source": -(-channels["source"] // chunk) * chunk},
+        vertical=vertical,
+        horizontal=horizontal,
+        transposed=int(transposed),
+        epilogue=epilogue.fields,
+        vectors=int(output.channels_last and channels["output"] % chunk == 0 and output.address % 16 == 0),
+        units=units,
+    )
+
+
+def _tile(channels: int, positions: int, units: int) -> str:
+    """The largest tile that the channels fill and that leaves enough blocks."""
+    for name, least in (("large", 64), ("medium", 32)):
+        rows, columns, _ = _TILES[name]
+        if channels > least and -(-channels // columns) * -(-positions // rows) * units >= ENOUGH_BLOCKS:
+            return name
+    return "small"
+
+
+# ---------------------------------------------------------------- the filter's gradient
+
+
+def filter_sums(
+    call: Call, problem: Conv2dProblem, dy: DeviceArray, x: DeviceArray, precision: str | None = None
+) -> tuple[DeviceArray, int]:
+    """(a row of the weight's sums, ordered K, R, S, C / groups, for every part of the positions, their number)."""
+    check(call, x.dtype)
+    chunk = _chunk(x.dtype)
+    outputs, depth = problem.K // problem.groups, problem.C // problem.groups
+    dy_chunks, x_chunks = -(-outputs // chunk), -(-depth // chunk)
+    columns = problem.R * problem.S * x_chunks * chunk
+    positions = problem.N * problem.P * problem.Q
+    tile = _filter_tile(dy_chunks * chunk, columns)
+    side, threads = _FILTER_TILES[tile]
+    blocks = problem.groups * -(-dy_chunks * chunk // side) * -(-columns // side)
+    elements = problem.K * depth * problem.R * problem.S
+    most = max(1, _PARTIAL_BYTES // (4 * elements))
+    parts = max(1, min(-(-_FILTER_BLOCKS // blocks), -(-positions // _LEAST_POSITIONS), most))
+    depth_a_step = _LINE // itemsize(x.dtype)
+    part = -(-positions // parts)
+    part += -part % depth_a_step
+    parts = -(-positions // part)
+    image, slopes = _packed_image(call, x, problem.groups), _packed_image(call, dy, problem.groups)
+    n, _, h, w = image.strides
+    partial = call.scratch(parts * elements, "float32")
+    call.launch(
+        "conv2d_tensor_filter",
+        f"filter_gradient_tensor_{tile}",
+        blocks * parts,
+        threads,
+        scalar=x.dtype,
+        definitions=_definitions(x.dtype, precision),
+        shared_bytes=SHARED_BYTES[f"filter_gradient_tensor_{tile}"],
+        x=image,
+        dy=slopes,
+        partial=partial,
+        gradient={
+            "positions": positions,
+            "part": part,
+            "x_n": n,
+            "x_h": h,
+            "x_w": w,
+            "dy_pixel": slopes.shape[1],
+            "groups": problem.groups,
+            "K": outputs,
+            "C": depth,
+            "x_chunks": x_chunks,
+            "dy_chunks": dy_chunks,
+            **{letter: getattr(problem, letter) for letter in "HWRSPQ"},
+            "stride_h": problem.stride[0],
+            "stride_w": problem.stride[1],
+            "top": problem.padding[0],
+            "left": problem.padding[2],
+            "dilation_h": problem.dilation[0],
+            "dilation_w": problem.dilation[1],
+        },
+    )
+    return partial, parts
+
+
+def _filter_tile(rows: int, columns: int) -> str:
+    """The large tile where both of its sides are more than half filled."""
+    return "large" if min(rows, columns) > _FILTER_TILES["small"][0] else "small"
+
+
+# ---------------------------------------------------------------- what is not in pieces of 16 bytes
+
+
+def _chunk(dtype: str) -> int:
+    """Elements of 16 bytes."""
+    return 16 // itemsize(dtype)
+
+
+def _packed_image(call: Call, image: DeviceArray, groups: int) -> DeviceArray:
+    """The image itself where the kernels can read it, or a workspace with each group's channels filled up."""
+    n, c, h, w = image.shape
+    depth, chunk = c // groups, _chunk(image.dtype)
+    padded = -(-depth // chunk) * chunk
+    if image.channels_last and padded == depth and image.address % 16 == 0:
+        return image
+    last = image_layout(image) == "channels_last"
+    wide = groups * padded
+    workspace = dataclasses.replace(
+        call.scratch(n * h * w * wide, image.dtype),
+        shape=(n, wide, h, w),
+        strides=(h * w * wide, 1, w * wide, wide),
+    )
+    _pack(
+        call,
+        image,
+        workspace,
+        group=depth * (1 if last else h * w),
+        image=c * h * w,
+        pixel=c if last else 1,
+        channel=1 if last else h * w,
+        to_group=padded,
+        to_image=h * w * wide,
+        to_pixel=wide,
+        groups=groups,
+        images=n,
+        pixels=h * w,
+        channels=depth,
+        padded=padded,
+    )
+    return workspace
+
+
+def _packed_filter(
+    call: Call, problem: Conv2dProblem, weight: DeviceArray, transposed: bool
+) -> tuple[DeviceArray, dict[str, int]]:
+    """(the filter with the channels that are summed over side by side, FilterStrides): itself where it lies so."""
+    groups, taps = problem.groups, problem.R * problem.S
+    outputs, depth, chunk = problem.K // groups, problem.C // groups, _chunk(weight.dtype)
+    rows, summed = (depth, outputs) if transposed else (outputs, depth)
+    padded = -(-summed // chunk) * chunk
+    steps = {
+        "output": taps * padded,
+        "source": 1,
+        "r": problem.S * padded,
+        "s": padded,
+        "group": rows * taps * padded,
+    }
+    if not transposed and weight.channels_last and padded == depth and weight.address % 16 == 0:
+        return weight, steps
+    last = image_layout(weight) == "channels_last"
+    k, c, tap = depth * taps, 1 if last else taps, depth if last else 1
+    workspace = call.scratch(groups * steps["group"], weight.dtype)
+    _pack(
+        call,
+        weight,
+        workspace,
+        group=outputs * k,
+        image=c if transposed else k,
+        pixel=tap,
+        channel=k if transposed else c,
+        to_group=steps["group"],
+        to_image=steps["output"],
+        to_pixel=padded,
+        groups=groups,
+        images=rows,
+        pixels=taps,
+        channels=summed,
+        padded=padded,
+    )
+    return workspace, steps
+
+
+def _pack(call: Call, source: DeviceArray, packed: DeviceArray, **pack: int) -> None:
+    tiles = -(-pack["pixels"] // _PACK_TILE) * pack["images"] * pack["groups"]
+    call.launch(
+        "conv2d_tensor_pack",
+        "conv2d_pack",
+        (tiles, -(-pack["padded"] // _PACK_TILE)),
+        (_PACK_TILE, 8),
+        scalar=source.dtype,
+        given=source,
+        packed=packed,
+        pack=pack,
+    )

@@ -1,0 +1,81 @@
+// What the tensor-core convolutions share: one product of a 16 x 8 tile of sums, in four precisions, and the
+// shared memory that the factors wait in.
+//
+// Seen in pieces of 16 bytes ("chunks": 4 float32 or 8 16-bit numbers), the fragments of m16n8k8 in tf32 and of
+// m16n8k16 in 16 bits are the same: 16 rows of 2 chunks on the left, 8 rows of 2 chunks on the right, and
+// ldmatrix hands each lane the right words of either. So one skeleton serves all element types, and only
+// multiply() differs:
+//
+//   float16, bfloat16   one product, summed in float32
+//   PRODUCTS 1          float32 rounded to tf32 (to nearest, ties away), one product, summed in float32
+//   PRODUCTS 3          float32 as the sum of two tf32 numbers: big * small, small * big and big * big; small *
+//                       small is below float32's rounding. Tensor cores cut sums off where float32 arithmetic
+//                       rounds them, an error that grows with their number; so each product of 8 channels
+//                       starts from zero and is added outside the tensor core. Both are the method of Ootomo
+//                       and Yokota, "Recovering single precision accuracy from Tensor Cores while surpassing
+//                       the FP32 theoretical peak performance" (2022).
+#include "conv2d.cuh"
+#include "ptx.cuh"
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#error "asynchronous copies and tensor cores of tf32 and bfloat16 need sm_80 or newer"
+#endif
+
+constexpr int CHUNK = 16 / (int)sizeof(scalar_t);  // elements
+constexpr int STAGES = 4;                          // of the pipeline from global memory
+
+// A fragment; ``rest`` is what float32 numbers have beyond ``word``, their tf32 part.
+struct Left { unsigned word[4], rest[4]; };
+struct Right { unsigned word[2], rest[2]; };
+
+__device__ __forceinline__ void prepare(unsigned &word, unsigned &rest) {
+#if defined(SCALAR_FLOAT32)
+    const float number = __uint_as_float(word);
+    word = round_to_tf32(number);
+#if PRODUCTS == 3
+    rest = round_to_tf32(number - __uint_as_float(word));  // of infinity no number, and so is the result
+#else
+    rest = 0u;
+#endif
+#else
+    rest = 0u;
+#endif
+}
+
+__device__ __forceinline__ void multiply(float (&sums)[4], const Left &left, const Right &right) {
+#if defined(SCALAR_FLOAT16)
+    multiply_m16n8k16_half(sums, left.word, right.word);
+#elif defined(SCALAR_BFLOAT16)
+    multiply_m16n8k16_bfloat16(sums, left.word, right.word);
+#elif PRODUCTS == 3
+    float product[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    multiply_m16n8k8_tf32(product, left.rest, right.word);
+    multiply_m16n8k8_tf32(product, left.word, right.rest);
+    multiply_m16n8k8_tf32(product, left.word, right.word);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums[i] += product[i];
+#else
+    multiply_m16n8k8_tf32(sums, left.word, right.word);
+#endif
+}
+
+template <int DOWN, int ACROSS>
+__device__ __forceinline__ void multiply_tiles(
+    float (&sums)[DOWN][ACROSS][4], Left (&left)[DOWN], Right (&right)[ACROSS]
+) {
+#pragma unroll
+    for (int i = 0; i < DOWN; ++i) {
+#pragma unroll
+        for (int word = 0; word < 4; ++word) prepare(left[i].word[word], left[i].rest[word]);
+    }
+#pragma unroll
+    for (int j = 0; j < ACROSS; ++j) {
+#pragma unroll
+        for (int word = 0; word < 2; ++word) prepare(right[j].word[word], right[j].rest[word]);
+    }
+#pragma unroll
+    for (int i = 0; i < DOWN; ++i) {
+#pragma unroll
+        for (int j = 0; j < ACROSS; ++j) multiply(sums[i][j], left[i], right[j]);
+    }
+}

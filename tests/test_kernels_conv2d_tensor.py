@@ -1,0 +1,337 @@
+"""Convolutions on tensor cores, on the host runtime, against float64: values, tiles, layouts."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy
+import pytest
+
+from gpucnn_kernels import (
+    Conv2dProblem,
+    ProblemError,
+    conv2d_backward_data,
+    conv2d_backward_filter,
+    conv2d_forward,
+    conv2d_tensor,
+    conv_transpose2d_forward,
+)
+from gpucnn_kernels.runtime.host import order_independent
+from tests.accuracy import max_error
+from tests.kernel_accuracy import on_the_host
+from tests.kernel_arrays import LAYOUTS, cast, error_bound, wide
+from tests.oracles import activations, convolution
+from tests.problems import ALL, LARGE, arrays, geometry, options
+
+__all__ = ["on_the_host"]
+
+FORMS = {
+    "float16": ("float16", None),
+    "bfloat16": ("bfloat16", "bfloat16"),
+    "tf32": ("float32", "tf32"),
+    "3xtf32": ("float32", None),
+}
+EVERY_FORM = pytest.mark.parametrize("form", FORMS)
+DIRECTIONS = ("forward", "backward_data", "backward_filter")
+
+
+def shaped(input_shape, weight_shape, **parameters):
+    return Conv2dProblem.from_shapes(input_shape, weight_shape, **parameters)
+
+
+# Several tiles of every size, full and not, in both directions; long sums; groups in whole pieces and not.
+WIDE = {
+    "outputs-70": shaped((2, 13, 9, 8), (70, 13, 3, 3), stride=2, padding=1),
+    "outputs-136-k1": shaped((3, 40, 7, 7), (136, 40, 1, 1)),
+    "groups-2-of-24": shaped((1, 48, 6, 9), (80, 24, 3, 2), dilation=2, padding=2, groups=2),
+    "wide-image": shaped((1, 34, 5, 150), (66, 34, 1, 3), padding=(0, 1)),
+    "k4-s3": shaped((2, 40, 13, 11), (37, 40, 4, 4), stride=3, padding=2),
+    "long-sums": shaped((1, 500, 5, 5), (6, 500, 3, 3), padding=1),
+    "wide-both": shaped((2, 72, 9, 9), (136, 72, 3, 3), padding=1),
+}
+
+
+def rounded_to_tf32(array):
+    """To 10 fraction bits, to nearest, ties away from zero."""
+    fraction, exponent = numpy.frexp(array.astype(numpy.float64))
+    scaled = numpy.ldexp(fraction, 11)
+    return numpy.ldexp(numpy.sign(scaled) * numpy.floor(numpy.abs(scaled) + 0.5), exponent - 11)
+
+
+@cache
+def inputs(problem, dtype):
+    """(x, weight, bias, dy) of this dtype."""
+    return tuple(cast(array, dtype) for array in arrays(problem))
+
+
+@cache
+def truth_and_plain(problem, form, direction):
+    """The sums of the numbers that are multiplied without error, and made plainly in float32."""
+    dtype, precision = FORMS[form]
+    x, weight, bias, dy = (wide(array) for array in inputs(problem, dtype))
+    if precision == "tf32":
+        x, weight, dy = (rounded_to_tf32(array) for array in (x, weight, dy))
+    where = geometry(problem)
+    if direction == "forward":
+        return tuple(convolution.plain_forward(x, weight, where, bias, kind) for kind in ("float64", "float32"))
+    given = (dy, weight, problem.input_shape) if direction == "backward_data" else (dy, x, problem.weight_shape)
+    plain = getattr(convolution, f"plain_{direction}")
+    return tuple(plain(*given, where, kind) for kind in ("float64", "float32"))
+
+
+def run(problem, form, direction, arrange=numpy.ascontiguousarray, arrange_other=None, **more):
+    dtype, precision = FORMS[form]
+    x, weight, bias, dy = inputs(problem, dtype)
+    other = arrange_other or arrange
+    more = {"algorithm": "tensor", "precision": precision, **options(problem), **more}
+    if direction == "forward":
+        return conv2d_forward(arrange(x), other(weight), more.pop("bias", bias), **more)
+    if direction == "backward_data":
+        return conv2d_backward_data(arrange(dy), other(weight), input_size=(problem.H, problem.W), **more)
+    return conv2d_backward_filter(other(dy), arrange(x), kernel_size=(problem.R, problem.S), **more)
+
+
+def assert_right(result, problem, form, direction, label):
+    truth, plain = truth_and_plain(problem, form, direction)
+    dtype = FORMS[form][0]
+    assert result.shape == truth.shape, label
+    assert str(result.dtype) == dtype, label
+    error, bound = max_error(wide(result), truth), error_bound(plain, truth, dtype)
+    assert error <= bound, f"{direction}, {label}: {error:.3g} > {bound:.3g}"
+
+
+# ---------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@EVERY_FORM
+def test_every_problem(form, direction):
+    for name, problem in ALL.items():
+        if name in LARGE:  # the other layout's kernels are the same: only the way there differs
+            layout = "channels_last" if name in ("resnet-block", "bottleneck", "resnext-block") else "contiguous"
+            assert_right(
+                run(problem, form, direction, LAYOUTS[layout]), problem, form, direction, f"{name}, {layout}"
+            )
+            continue
+        for layout, arrange in LAYOUTS.items():
+            assert_right(run(problem, form, direction, arrange), problem, form, direction, f"{name}, {layout}")
+
+
+@pytest.mark.parametrize("tile", ["large", "medium", "small"])
+@EVERY_FORM
+def test_every_tile(form, tile, monkeypatch):
+    monkeypatch.setattr(conv2d_tensor, "_tile", lambda channels, positions, units: tile)
+    for name, problem in WIDE.items():
+        for layout, arrange in LAYOUTS.items():
+            for direction in ("forward", "backward_data"):
+                assert_right(
+                    run(problem, form, direction, arrange), problem, form, direction, f"{name}, {layout}, {tile}"
+                )
+
+
+@pytest.mark.parametrize("tile", ["large", "small"])
+@EVERY_FORM
+def test_every_tile_of_the_filters_gradient(form, tile, monkeypatch):
+    monkeypatch.setattr(conv2d_tensor, "_filter_tile", lambda rows, columns: tile)
+    monkeypatch.setattr(conv2d_tensor, "_LEAST_POSITIONS", 40)  # several parts, also of few positions
+    for name, problem in WIDE.items():
+        for layout, arrange in LAYOUTS.items():
+            dw = run(problem, form, "backward_filter", arrange)
+            assert_right(dw, problem, form, "backward_filter", f"{name}, {layout}, {tile}")
+
+
+def test_the_tile_is_large_where_it_is_filled_and_there_are_enough():
+    assert conv2d_tensor._tile(128, 64 * 56 * 56, 1) == "large"
+    assert conv2d_tensor._tile(64, 64 * 56 * 56, 1) == "medium"
+    assert conv2d_tensor._tile(32, 64 * 56 * 56, 1) == "small"
+    assert conv2d_tensor._tile(512, 49, 1) == "small"
+    assert conv2d_tensor._filter_tile(128, 576) == "large"
+    assert conv2d_tensor._filter_tile(64, 576) == "small"
+
+
+@EVERY_FORM
+def test_random_problems(form):
+    """Strides, dilations and kernels whose common divisors, gaps and overlaps nobody thought of."""
+    generator = numpy.random.default_rng(21)
+    done = 0
+    while done < 25:
+        numbers = {
+            "stride": tuple(int(n) for n in generator.integers(1, 5, 2)),
+            "dilation": tuple(int(n) for n in generator.integers(1, 5, 2)),
+            "padding": tuple(int(n) for n in generator.integers(0, 5, 4)),
+            "groups": int(generator.integers(1, 3)),
+        }
+        size, kernel = generator.integers(1, 13, 2), generator.integers(1, 4, 2)
+        outputs, depth = (int(n) for n in generator.integers(1, 18, 2))
+        weight_shape = (outputs * numbers["groups"], depth, *map(int, kernel))
+        try:
+            problem = shaped((2, depth * numbers["groups"], *map(int, size)), weight_shape, **numbers)
+        except ProblemError:
+            continue
+        done += 1
+        for direction in DIRECTIONS:
+            arrange = LAYOUTS["channels_last" if done % 2 else "contiguous"]
+            assert_right(run(problem, form, direction, arrange), problem, form, direction, str(problem))
+
+
+def test_three_products_are_as_exact_as_float32():
+    """The root mean square error of all results, beside that of the kernel that multiplies in float32."""
+    squares = {"tensor": 0.0, "implicit_gemm": 0.0, "phases": 0.0}
+    for problem in WIDE.values():
+        x, weight, bias, dy = inputs(problem, "float32")
+        y, dx = (truth_and_plain(problem, "3xtf32", direction)[0] for direction in DIRECTIONS[:2])
+        size = problem.H, problem.W
+        for forward, backward in (("tensor", "tensor"), ("implicit_gemm", "phases")):
+            got = conv2d_forward(x, weight, bias, algorithm=forward, **options(problem))
+            squares[forward] += float(((wide(got) - y) ** 2).sum()) / float((y**2).mean())
+            got = conv2d_backward_data(dy, weight, input_size=size, algorithm=backward, **options(problem))
+            squares[backward] += float(((wide(got) - dx) ** 2).sum()) / float((dx**2).mean())
+    plain = squares["implicit_gemm"] + squares["phases"]
+    assert plain > 0
+    assert squares["tensor"] <= 4 * plain
+
+
+def test_one_product_rounds_to_nearest_and_three_do_not_round():
+    """2049 needs 11 fraction bits: in tf32 it becomes 2050, ties going away from zero."""
+    x, weight = numpy.full((1, 1, 1, 1), 2049, numpy.float32), numpy.ones((1, 1, 1, 1), numpy.float32)
+    assert conv2d_forward(x, weight, algorithm="tensor", precision="tf32").item() == 2050
+    assert conv2d_forward(-x, weight, algorithm="tensor", precision="tf32").item() == -2050
+    assert conv2d_forward(x, weight, algorithm="tensor").item() == 2049
+    precise = numpy.float32(1 + 2.0**-20)
+    assert conv2d_forward(x * precise, weight, algorithm="tensor").item() == numpy.float32(2049) * precise
+
+
+@pytest.mark.parametrize("value", [numpy.inf, numpy.nan])
+@EVERY_FORM
+def test_infinities_and_nans_reach_only_the_windows_that_hold_them(form, value):
+    dtype, precision = FORMS[form]
+    problem = ALL["k3-same"]
+    x, weight, bias, _ = inputs(problem, dtype)
+    x = x.copy()
+    x[1, 0, 3, 2] = value
+    y = wide(conv2d_forward(x, weight, bias, algorithm="tensor", precision=precision, **options(problem)))
+    met = numpy.zeros(y.shape, bool)
+    met[1, :, 2:5, 1:4] = True
+    assert not numpy.isfinite(y[met]).any()
+    assert numpy.isfinite(y[~met]).all()
+
+
+def test_phases_leave_out_the_zeros_between_rows():
+    """Zero times infinity is NaN: it shows which products are made."""
+    dy, weight = numpy.ones((1, 1, 3, 3), numpy.float16), numpy.ones((1, 1, 3, 3), numpy.float16)
+    weight[0, 0, 1, 1] = numpy.inf  # meets input pixels (2p, 2q) at padding 1
+    dx = conv2d_backward_data(dy, weight, input_size=(5, 5), stride=2, padding=1, algorithm="tensor")[0, 0]
+    met = numpy.zeros((5, 5), bool)
+    met[::2, ::2] = True
+    assert (dx[met] == numpy.inf).all()
+    assert numpy.isfinite(dx[~met]).all()
+
+
+# ---------------------------------------------------------------- epilogue, layouts, order
+
+ACTIVATIONS = {
+    "relu": activations.relu,
+    "leaky_relu": lambda x: activations.leaky_relu(x, 0.2),
+    "sigmoid": activations.sigmoid,
+    "tanh": numpy.tanh,
+    "gelu": activations.gelu,
+    "gelu_tanh": activations.gelu_tanh,
+    "silu": activations.silu,
+}
+
+
+@EVERY_FORM
+def test_activations_and_bias(form):
+    problem = ALL["resnet-down"]  # 24 channels: written in pieces of 16 bytes where channels-last
+    sums, plain_sums = truth_and_plain(problem, form, "forward")
+    for function, oracle in ACTIVATIONS.items():
+        truth, plain = (activations.elementwise(oracle, array) for array in (sums, plain_sums))
+        for arrange in LAYOUTS.values():
+            y = run(problem, form, "forward", arrange, activation=function, negative_slope=0.2)
+            assert max_error(wide(y), truth) <= error_bound(plain, truth, FORMS[form][0]), function
+    bias = inputs(problem, FORMS[form][0])[2]
+    bare = run(problem, form, "forward", bias=None)
+    numpy.testing.assert_array_equal(bare, run(problem, form, "forward", bias=numpy.zeros_like(bias)))
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@EVERY_FORM
+def test_any_mixture_of_layouts_and_out(form, direction):
+    shapes = {"forward": "output_shape", "backward_data": "input_shape", "backward_filter": "weight_shape"}
+    for name in ("resnet-block", "k3-s2", "resnext-block"):
+        problem = ALL[name]
+        expected = run(problem, form, direction)
+        for one in LAYOUTS.values():
+            for other in LAYOUTS.values():
+                for target in LAYOUTS.values():
+                    poison = numpy.full(getattr(problem, shapes[direction]), numpy.nan)
+                    out = target(cast(poison, FORMS[form][0]))
+                    assert run(problem, form, direction, one, other, out=out) is out
+                    numpy.testing.assert_array_equal(wide(out), wide(expected), name)
+
+
+def test_arrays_that_do_not_begin_at_16_bytes():
+    problem = ALL["resnet-block"]
+    x, weight, _, _ = inputs(problem, "float16")
+
+    def shifted(array):
+        dense = numpy.ascontiguousarray(array.transpose(0, 2, 3, 1))
+        memory = numpy.empty(dense.size + 16, dense.dtype)
+        first = (-memory.ctypes.data // 2 + 1) % 8
+        moved = memory[first : first + dense.size].reshape(dense.shape)
+        moved[...] = dense
+        assert moved.ctypes.data % 16 == 2
+        return moved.transpose(0, 3, 1, 2)
+
+    out = shifted(numpy.zeros(problem.output_shape, numpy.float16))
+    y = conv2d_forward(shifted(x), shifted(weight), algorithm="tensor", out=out, **options(problem))
+    aligned = conv2d_forward(x, weight, algorithm="tensor", **options(problem))
+    numpy.testing.assert_array_equal(y, aligned)
+
+
+@EVERY_FORM
+def test_the_order_of_threads_does_not_matter(form):
+    for name, problem in {
+        "k3-s2": ALL["k3-s2"],
+        "groups-2-d2": ALL["groups-2-d2"],
+        "resnet-down": ALL["resnet-down"],
+        "outputs-70": WIDE["outputs-70"],
+    }.items():
+        for direction in DIRECTIONS:
+            for arrange in LAYOUTS.values():
+                assert order_independent(lambda: run(problem, form, direction, arrange)), f"{name}, {direction}"  # noqa: B023
+
+
+def test_more_units_than_blocks(monkeypatch):
+    """Phases and groups beyond a grid's 65,535 blocks along z are done by the blocks that there are."""
+    for name in ("groups-3-s2", "stride-larger-than-image", "k3-s2-same-size"):
+        for direction in ("forward", "backward_data"):
+            expected = run(ALL[name], "float16", direction)
+            for most in (1, 2):
+                monkeypatch.setattr(conv2d_tensor, "_MOST_UNITS", most)
+                numpy.testing.assert_array_equal(run(ALL[name], "float16", direction), expected, name)
+                monkeypatch.undo()
+
+
+@EVERY_FORM
+def test_empty_batches(form):
+    dtype, precision = FORMS[form]
+    problem = ALL["resnet-block"]
+    x, weight, bias, dy = inputs(problem, dtype)
+    more = {"algorithm": "tensor", "precision": precision, **options(problem)}
+    for arrange in LAYOUTS.values():
+        none, slopes = arrange(x[:0]), arrange(dy[:0])
+        assert conv2d_forward(none, weight, bias, **more).shape == (0, *problem.output_shape[1:])
+        dx = conv2d_backward_data(slopes, weight, input_size=(problem.H, problem.W), **more)
+        assert dx.shape == (0, *problem.input_shape[1:])
+        dw = conv2d_backward_filter(slopes, none, kernel_size=(problem.R, problem.S), **more)
+        numpy.testing.assert_array_equal(wide(dw), numpy.zeros(problem.weight_shape))
+
+
+def test_transposed_convolution():
+    problem = shaped((2, 12, 9, 9), (20, 12, 3, 3), stride=2, padding=1)
+    _, weight, _, dy = inputs(problem, "float16")
+    bias = numpy.linspace(-1, 1, problem.C).astype(numpy.float16)
+    y = conv_transpose2d_forward(dy, weight, bias, stride=2, padding=1, algorithm="tensor")
+    truth, plain = (sums + bias[:, None, None] for sums in truth_and_plain(problem, "float16", "backward_data"))
+    assert max_error(wide(y), truth) <= error_bound(plain, truth, "float16")
