@@ -33,8 +33,27 @@ from gpucnn_kernels.problem import Conv2dProblem, IntOrPair, Padding, conv_trans
 # ---------------------------------------------------------------- which algorithm
 
 
+TENSOR_CORES: dict[str, dict[str, Any]] = {
+    "tensor": {"algorithm": "tensor"},
+    "tensor_tf32": {"algorithm": "tensor", "precision": "tf32"},
+}
+"""Further names, of all directions, as gpucnn_kernels takes them: tensor cores, in the arrays' precision or, for
+float32, in tf32. They are not for float64, nor for GPUs before compute capability 8.0, and say so there."""
+
+
+def _algorithm(direction: str, algorithm: str, problem: Conv2dProblem) -> dict[str, Any]:
+    """``algorithm``, checked, as gpucnn_kernels takes it."""
+    if algorithm in TENSOR_CORES:
+        return TENSOR_CORES[algorithm]
+    check_algorithm(direction, algorithm, conv2d_algorithms(direction), problem)
+    return {"algorithm": algorithm}
+
+
 def conv2d_algorithms(direction: str) -> tuple[str, ...]:
-    """Names that ``algorithm`` takes for "forward", "backward_data" or "backward_filter", without "auto"."""
+    """Names that ``algorithm`` takes for "forward", "backward_data" or "backward_filter", without "auto".
+
+    And without those of TENSOR_CORES, which do not take every array.
+    """
     names: tuple[str, ...] = call(kernels.conv2d_algorithms, direction)
     return names
 
@@ -64,12 +83,12 @@ def conv2d_forward(
     check_devices(x=x, weight=weight, bias=bias, out=out)
     options: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     problem = forward_problem(x, weight, bias, **options)
-    check_algorithm("forward", algorithm, conv2d_algorithms("forward"), problem)
+    way = _algorithm("forward", algorithm, problem)
     dtype = common_dtype(x, weight)
     given, filters = image(x, dtype), image(weight, dtype)
     offset = None if bias is None else contiguous(bias, dtype)
     target = usable(out, problem.output_shape, x.dtype, dtype, given, filters, offset, layout=is_image)
-    y = call(kernels.conv2d_forward, given, filters, offset, **options, algorithm=algorithm, out=target)
+    y = call(kernels.conv2d_forward, given, filters, offset, **options, **way, out=target)
     return finish(y, out, x.dtype)
 
 
@@ -89,10 +108,10 @@ def conv2d_backward_data(
     check_devices(dy=dy, weight=weight, out=out)
     options: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     problem = backward_data_problem(dy, weight, input_size, **options)
-    check_algorithm("backward_data", algorithm, conv2d_algorithms("backward_data"), problem)
+    way = _algorithm("backward_data", algorithm, problem)
     dtype = common_dtype(dy, weight)
     gradient, filters = image(dy, dtype), image(weight, dtype)
-    options |= {"input_size": (problem.H, problem.W), "algorithm": algorithm}
+    options |= {"input_size": (problem.H, problem.W), **way}
     target = usable(out, problem.input_shape, dy.dtype, dtype, gradient, filters, layout=is_image)
     return finish(call(kernels.conv2d_backward_data, gradient, filters, **options, out=target), out, dy.dtype)
 
@@ -113,10 +132,10 @@ def conv2d_backward_filter(
     check_devices(dy=dy, x=x, out=out)
     options: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
     problem = backward_filter_problem(dy, x, kernel_size, groups, **options)
-    check_algorithm("backward_filter", algorithm, conv2d_algorithms("backward_filter"), problem)
+    way = _algorithm("backward_filter", algorithm, problem)
     dtype = common_dtype(x, dy)
     gradient, given = image(dy, dtype), image(x, dtype)
-    options |= {"kernel_size": kernel_size, "groups": groups, "algorithm": algorithm}
+    options |= {"kernel_size": kernel_size, "groups": groups, **way}
     target = usable(out, problem.weight_shape, x.dtype, dtype, gradient, given)
     return finish(call(kernels.conv2d_backward_filter, gradient, given, **options, out=target), out, x.dtype)
 
@@ -155,12 +174,12 @@ def conv_transpose2d_forward(
     options["output_padding"] = output_padding
     problem = conv_transpose2d_problem(x.shape, weight.shape, **options)
     check_bias(bias, problem.C)
-    check_algorithm("backward_data", algorithm, conv2d_algorithms("backward_data"), problem)
+    way = _algorithm("backward_data", algorithm, problem)
     dtype = common_dtype(x, weight)
     given, filters = image(x, dtype), image(weight, dtype)
     offset = None if bias is None else contiguous(bias, dtype)
     target = usable(out, problem.input_shape, x.dtype, dtype, given, filters, offset, layout=is_image)
-    y = call(kernels.conv_transpose2d_forward, given, filters, offset, **options, algorithm=algorithm, out=target)
+    y = call(kernels.conv_transpose2d_forward, given, filters, offset, **options, **way, out=target)
     return finish(y, out, x.dtype)
 
 
