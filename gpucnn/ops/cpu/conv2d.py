@@ -29,6 +29,7 @@ from gpucnn.ops.cpu import (
     conv2d_im2col,
     conv2d_positions,
     conv2d_rows,
+    conv2d_wide,
     conv2d_winograd,
 )
 from gpucnn.ops.cpu.memory import calculation_dtype, result_array
@@ -87,21 +88,21 @@ def conv2d_algorithms(direction: str) -> tuple[str, ...]:
 def conv2d_choose(direction: str, problem: Conv2dProblem, dtype: DTypeLike) -> str:
     """The name that "auto" stands for, for this Conv2dProblem and dtype.
 
-    The first line that fits, where depth is input channels a group times kernel columns:
+    The first line that fits, where depth is input channels a group times kernel columns, and "winograd pays" is
+    conv2d_winograd.pays: 3x3 of stride 1 and wide enough, or 5x5 forward, and no float64:
 
     =================  ===========================================  ==========
     direction          problem                                      algorithm
     =================  ===========================================  ==========
-    backward_data      1x1 kernel                                   col2im
+    backward_data      winograd pays, >= 16 channels a group        winograd
+    backward_data      1x1, or few outputs and large weights        col2im
     backward_data      1 group: stride > 1, or < 16 channels        col2im
-    backward_data      as "winograd" below                          winograd
     backward_data      any other                                    phases
     forward, _filter   one channel a group, more than one group     depthwise
-    forward, _filter   1x1 kernel                                   im2col
-    forward, _filter   depth < 32                                   bands
+    forward, _filter   depth < 32, larger than 1x1                  bands
+    forward, _filter   winograd pays                                winograd
+    forward, _filter   1x1, or few outputs and large weights        im2col
     forward, _filter   stride > 1                                   im2col
-    forward, _filter   3x3 or 5x5 of stride 1, wide enough (see     winograd
-                       conv2d_winograd.pays), no float64
     forward, _filter   any other                                    rows
     =================  ===========================================  ==========
     """
@@ -109,18 +110,21 @@ def conv2d_choose(direction: str, problem: Conv2dProblem, dtype: DTypeLike) -> s
     pointwise = problem.R == problem.S == 1
     strided = problem.stride != (1, 1)
     channels = problem.C // problem.groups
+    wide = conv2d_wide.fits(problem)
+    winograd = conv2d_winograd.pays(direction, problem, dtype)
     if direction == "backward_data":
-        if pointwise or (problem.groups == 1 and (strided or channels < 16)):
+        if winograd and channels >= 16:
+            return "winograd"
+        if pointwise or wide or (problem.groups == 1 and (strided or channels < 16)):
             return "col2im"
-        return "winograd" if conv2d_winograd.pays(direction, problem, dtype) else "phases"
+        return "phases"
     if conv2d_depthwise.is_depthwise(problem) and problem.groups > 1:
         return "depthwise"
-    depth = channels * problem.S
-    if depth < 32 and not pointwise:
+    if channels * problem.S < 32 and not pointwise:
         return "bands"
-    if pointwise or strided:
-        return "im2col"
-    return "winograd" if conv2d_winograd.pays(direction, problem, dtype) else "rows"
+    if winograd:
+        return "winograd"
+    return "im2col" if pointwise or wide or strided else "rows"
 
 
 def _resolve(direction: str, algorithm: str, problem: Conv2dProblem, dtype: DTypeLike) -> str:

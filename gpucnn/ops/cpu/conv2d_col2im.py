@@ -39,6 +39,7 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
+from gpucnn.ops.cpu import conv2d_wide
 from gpucnn.ops.cpu.conv2d_blocks import SMALL_FLOPS
 from gpucnn.ops.cpu.conv2d_im2col import is_pointwise
 from gpucnn.ops.cpu.im2col import inside
@@ -51,6 +52,9 @@ _TASKS = 4  # blocks that there should be at least
 
 def backward_data(problem: Conv2dProblem, dy: NDArray[Any], weight: NDArray[Any], out: NDArray[Any]) -> None:
     """Dx (N, C, H, W) into ``out``, which may have any strides."""
+    if conv2d_wide.fits(problem):
+        conv2d_wide.backward_data(problem, dy, weight, out)
+        return
     g, k = problem.groups, problem.K // problem.groups
     depth = problem.C // g * problem.R * problem.S
     matrix = weight.reshape(g, k, depth).transpose(0, 2, 1)

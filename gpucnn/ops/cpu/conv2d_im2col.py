@@ -4,7 +4,8 @@
     filter gradient:  dw (K, CRS) = dy (K, PQ) @ columns (CRS, PQ)^T, summed over images
 
 The columns of a whole batch would be R * S times the input and fall out of every cache, so they are made for a
-block at a time, a few output rows of one image or a few small images, and multiplied while they are there.
+block at a time, a few output rows of one image or a few small images, and multiplied while they are there. Where
+the weights are larger than that, :mod:`gpucnn.ops.cpu.conv2d_wide` does it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
+from gpucnn.ops.cpu import conv2d_wide
 from gpucnn.ops.cpu.conv2d_blocks import SMALL_FLOPS, Block, blocks, runs
 from gpucnn.ops.cpu.im2col import padded, windows_of
 from gpucnn.ops.cpu.threads import parallel_for, scratch
@@ -51,6 +53,9 @@ def forward(
     problem: Conv2dProblem, x: NDArray[Any], weight: NDArray[Any], bias: NDArray[Any] | None, out: NDArray[Any]
 ) -> None:
     """Y (N, K, P, Q) into ``out``: per block, columns, one GEMM a group, and the bias while it is in cache."""
+    if conv2d_wide.fits(problem):
+        conv2d_wide.forward(problem, x, weight, bias, out)
+        return
     g, k = problem.groups, problem.K // problem.groups
     area = problem.P * problem.Q
     matrix = weight.reshape(g, k, -1)
@@ -80,6 +85,9 @@ def forward(
 
 def backward_filter(problem: Conv2dProblem, dy: NDArray[Any], x: NDArray[Any], out: NDArray[Any]) -> None:
     """Dw (K, C / G, R, S) into ``out``: partial sums over runs of blocks, then added in their order."""
+    if conv2d_wide.fits(problem):
+        conv2d_wide.backward_filter(problem, dy, x, out)
+        return
     g, k = problem.groups, problem.K // problem.groups
     depth = problem.C // g * problem.R * problem.S
     work = _work(problem, x.itemsize)
