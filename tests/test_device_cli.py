@@ -92,12 +92,6 @@ def test_a_gpu_that_is_not_there(capsys):
     assert "'cuda:1' cannot be used: GPUCNN_KERNELS_RUNTIME=host has one device" in answer.errors
 
 
-def test_a_precision_that_is_not_trained_in(capsys):
-    answer = call(capsys, "train", *SMALL, "--device", "cuda", "--precision", "tf32")
-    assert answer.status == 2
-    assert "has no convolutions in TF32; choose float32, bfloat16 or float16" in answer.errors
-
-
 def test_float64(capsys):
     assert call(capsys, "train", *SMALL, "--device", "cuda", "--precision", "float64").status == 0
 

@@ -166,6 +166,38 @@ def test_loss_scaling_keeps_gradients_that_float16_cannot_hold():
     assert numpy.linalg.norm(kept - expected[name]) <= 0.02 * numpy.linalg.norm(expected[name])
 
 
+def test_tf32_rounds_the_factors_of_convolutions_of_one_group():
+    gpucnn.manual_seed(0)
+    model = Sequential(
+        layers.Conv2d(2, 8, 3, algorithm={"backward_data": "phases"}),
+        layers.Tanh(),
+        layers.Conv2d(8, 8, 3, groups=8),
+        layers.Flatten(),
+        layers.Linear(8 * 4, 5),
+    ).to("cuda")
+    logits, expected = gradients(model)
+    model.zero_grad()
+    assert precision_of(model.compute_in("tf32")) == "tf32"
+    assert list(model[0].algorithm.values()) == ["tensor_tf32", "phases", "tensor_tf32"]
+    assert set(model[2].algorithm.values()) == {"auto"}
+    found_logits, found = gradients(model)
+    bound = 4 * 2.0**-11
+    assert 2.0**-15 * numpy.linalg.norm(logits) < numpy.linalg.norm(found_logits - logits)
+    assert numpy.linalg.norm(found_logits - logits) <= bound * numpy.linalg.norm(logits)
+    for name, gradient in expected.items():
+        assert numpy.linalg.norm(found[name] - gradient) <= bound * numpy.linalg.norm(gradient), name
+    compiled = model.compile_for_inference()
+    x = small_batch()[0]
+    assert numpy.array_equal(compiled(x).get(), forward_pass(model, x).get())
+    assert precision_of(compiled) == "tf32"
+    model.zero_grad()
+    assert precision_of(model.compute_in("float32")) == "float32"
+    assert list(model[0].algorithm.values()) == ["auto", "phases", "auto"]
+    back, again = gradients(model)
+    assert numpy.array_equal(back, logits)
+    assert all(numpy.array_equal(again[name], expected[name]) for name in expected)
+
+
 # ---------------------------------------------------------------- the scale
 
 
@@ -259,7 +291,7 @@ def test_a_crashed_run_resumes_bit_for_bit(tmp_path, monkeypatch, precision):
         make_trainer(crashed, (StopAt(7, crash),), precision=precision).fit()
     make_trainer(crashed, precision=precision).fit(resume=True)
     assert_same_end(undisturbed, crashed)
-    with pytest.raises(CheckpointError, match=rf"narrow_dtype \(was '{precision}', now None\)"):
+    with pytest.raises(CheckpointError, match=rf"precision \(was '{precision}', now None\)"):
         make_trainer(crashed, precision="float32").fit(resume=True)
 
 
@@ -332,8 +364,6 @@ def test_what_the_cpu_and_this_version_do_not_compute_in():
         ):
             set_precision(model, name)
     model.to("cuda")
-    with pytest.raises(ArgumentError, match="no convolutions in TF32"):
-        set_precision(model, "tf32")
     with pytest.raises(ArgumentError, match="unknown precision 'bf16'; did you mean 'bfloat16'"):
         set_precision(model, "bf16")
     assert precision_of(model) == "float32"

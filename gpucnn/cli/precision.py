@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gpucnn.device import Device
-from gpucnn.layers.precision import NARROW, WIDE, check_precision
+from gpucnn.layers.precision import PRECISIONS, WIDE, check_precision
 
 
 def choose_precision(precision: str, device: Device) -> str:
@@ -19,4 +19,4 @@ def input_dtype(precision: str) -> str:
 
 def precisions_of(device: str) -> tuple[str, ...]:
     """The names that ``device`` ("cpu", "cuda:1") computes in."""
-    return WIDE if device == "cpu" else (*WIDE, *NARROW)
+    return WIDE if device == "cpu" else PRECISIONS

@@ -11,7 +11,7 @@ from gpucnn.cli.runs import requested_device
 from gpucnn.cli.settings import Settings
 from gpucnn.device import on_device
 from gpucnn.errors import ArgumentError
-from gpucnn.layers.precision import WIDE
+from gpucnn.layers.precision import NARROW
 
 
 def run(settings: Settings, arguments: dict[str, Any]) -> int:
@@ -34,7 +34,11 @@ def run(settings: Settings, arguments: dict[str, Any]) -> int:
     began = time.perf_counter()
     with on_device(device):
         # Beside 16-bit activations the weights, the optimizer and the loss are float32.
-        dtypes = (precision,) if precision in WIDE else ("float32", precision)
+        dtypes = (
+            ("float32", precision)
+            if precision in NARROW
+            else ("float64" if precision == "float64" else "float32",)
+        )
         count = warm_up(dtypes=dtypes, progress=progress)
     print(f"{count} modules compiled in {time.perf_counter() - began:.1f} seconds")
     return 0

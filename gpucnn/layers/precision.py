@@ -1,4 +1,7 @@
-"""The precision that a model computes in: float32 and float64 throughout, or 16 bits beside float32 weights.
+"""The precision that a model computes in: float32, float64, tf32 products, or 16 bits beside float32 weights.
+
+In "tf32" everything is stored in float32, and convolutions of one group multiply, on tensor cores, numbers rounded
+to 10 fraction bits, adding up in float32.
 
 In "bfloat16" and "float16" (Micikevicius et al., "Mixed precision training", 2018) images, activations and their
 gradients are stored in 16 bits, and convolutions and linear layers read copies of their weights in 16 bits. All
@@ -18,6 +21,7 @@ import numpy
 
 from gpucnn.device import on_device, split_name
 from gpucnn.errors import ArgumentError
+from gpucnn.layers.convolution import Conv2d
 from gpucnn.layers.layer import Layer
 from gpucnn.names import look_up
 from gpucnn.ops import Array
@@ -27,6 +31,9 @@ WIDE = ("float32", "float64")
 NARROW = ("bfloat16", "float16")
 PRECISIONS = (*WIDE, "tf32", *NARROW)
 """The names that :func:`set_precision` knows."""
+
+TF32 = "tensor_tf32"
+"""What the CUDA backend calls the algorithm."""
 
 
 def check_precision(name: str, device: str, reason: str = "") -> None:
@@ -39,11 +46,6 @@ def check_precision(name: str, device: str, reason: str = "") -> None:
         raise ArgumentError(
             f"precision '{name}' is arithmetic of a GPU's tensor cores, and the device is '{device}'"
             f"{f' ({reason})' if reason else ''}, which computes in {known}; choose one of these with "
-            "--precision, or precision=..."
-        )
-    if name == "tf32":
-        raise ArgumentError(
-            "this version of gpucnn has no convolutions in TF32; choose float32, bfloat16 or float16 with "
             "--precision, or precision=..."
         )
 
@@ -62,6 +64,7 @@ def set_precision(model: Layer, name: str) -> None:
         drop_narrow_copies(parameters)
         model.to(dtype="float64" if name == "float64" else "float32")
         model.narrow_dtype = name if name in NARROW else None
+        _multiply_in_tf32(model, name == "tf32")
         if model.narrow_dtype is not None:
             _require_dtype(name)
             refresh_narrow_copies(parameters, name)  # so that a layer called by itself knows its dtype, too
@@ -71,7 +74,20 @@ def precision_of(model: Layer) -> str:
     """The name of the precision that ``model`` computes in: by default its parameters' dtype."""
     if model.narrow_dtype is not None:
         return model.narrow_dtype
+    if any(isinstance(layer, Conv2d) and TF32 in layer.algorithm.values() for _, layer in model.named_layers()):
+        return "tf32"
     return str(next((parameter.dtype for parameter in model.parameters()), numpy.dtype("float32")))
+
+
+def _multiply_in_tf32(model: Layer, wanted: bool) -> None:
+    """Give convolutions that leave the choice of algorithm to us the one in tf32, or back to that choice."""
+    before, after = ("auto", TF32) if wanted else (TF32, "auto")
+    for _, layer in model.named_layers():
+        if isinstance(layer, Conv2d) and layer.groups == 1:
+            layer.algorithm = {
+                direction: after if algorithm == before else algorithm
+                for direction, algorithm in layer.algorithm.items()
+            }
 
 
 def forward_pass(model: Layer, images: Array) -> Array:

@@ -132,15 +132,18 @@ class FoldedConv2d(Conv2d):
         return y if self.activation is None else self.activation(y)
 
     def _by_one_kernel(self, x: Array, weight: Array, bias: Array) -> Array:
-        from gpucnn.ops.cuda.arrays import call, image  # as the backend itself: when the first such array comes
+        # As the backend itself: when the first such array comes.
+        from gpucnn.ops.cuda.arrays import call, image
+        from gpucnn.ops.cuda.convolution import TENSOR_CORES
 
+        algorithm = self.algorithm["forward"]
         return call(
             kernels.conv2d_forward,
             image(x, x.dtype),
             weight,
             bias,
             **self._options(),
-            algorithm=self.algorithm["forward"],
+            **TENSOR_CORES.get(algorithm, {"algorithm": algorithm}),
             activation=_kernel_name(self.activation),
             negative_slope=getattr(self.activation, "negative_slope", 0.01),
         )

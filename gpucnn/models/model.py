@@ -90,8 +90,9 @@ class Model(Layer):
     def compute_in(self, precision: str) -> Self:
         """Train, evaluate and predict in ``precision`` from now on; returns itself.
 
-        "float32" and "float64" are on every device; "bfloat16" and "float16", on a GPU, store activations and
-        compute in 16 bits beside float32 weights, see :mod:`gpucnn.layers.precision`. Move the model to its device
+        "float32" and "float64" are on every device. On a GPU, "tf32" multiplies with fewer digits in
+        convolutions, "bfloat16" and "float16" store activations and compute in 16 bits beside float32 weights,
+        see :mod:`gpucnn.layers.precision`. Move the model to its device
         first. Raises ArgumentError where the device does not compute in it.
         """
         set_precision(self, precision)

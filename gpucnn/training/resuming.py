@@ -14,6 +14,7 @@ from gpucnn.data.dataset import Dataset
 from gpucnn.data.transforms import Augmentation, Preprocessing
 from gpucnn.errors import CheckpointError
 from gpucnn.layers import Layer
+from gpucnn.layers.precision import WIDE, precision_of
 from gpucnn.training.checkpoint import Checkpoint
 from gpucnn.training.options import TrainingOptions
 
@@ -35,7 +36,7 @@ def describe_data(
         "train_images": len(train),
         "label_checksum": zlib.crc32(labels.data),
         "dtype": ", ".join(sorted({str(parameter.dtype) for parameter in model.parameters()})),
-        "narrow_dtype": model.narrow_dtype,
+        "precision": None if precision_of(model) in WIDE else precision_of(model),  # else "dtype" says it
         "preprocessing": None if preprocessing is None else preprocessing.to_dict(),
         "augmentation": None if augmentation is None else augmentation.to_text(),
     }

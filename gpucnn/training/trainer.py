@@ -66,8 +66,8 @@ class Trainer:
         callbacks: hooks, see :class:`~gpucnn.training.Callback`.
         progress: what to show while training; nothing unless given. See ``make_progress``.
         device: where to move the model: "auto", "cpu", "cuda" or "cuda:1"; by default it trains where it is.
-        precision: what the model computes in, from now on: "float32", "float64", or, on a GPU, "bfloat16" or
-            "float16", see :mod:`gpucnn.layers.precision`; by default what it does.
+        precision: what the model computes in, from now on: "float32", "float64", or, on a GPU, "tf32",
+            "bfloat16" or "float16", see :mod:`gpucnn.layers.precision`; by default what it does.
 
     Attributes:
         history: the epochs so far.
