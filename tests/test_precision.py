@@ -190,6 +190,8 @@ def test_tf32_rounds_the_factors_of_convolutions_of_one_group():
     x = small_batch()[0]
     assert numpy.array_equal(compiled(x).get(), forward_pass(model, x).get())
     assert precision_of(compiled) == "tf32"
+    with pytest.raises(ArgumentError, match="precision 'tf32' is arithmetic of a GPU's tensor cores"):
+        compiled.cpu().predict(x.get())
     model.zero_grad()
     assert precision_of(model.compute_in("float32")) == "float32"
     assert list(model[0].algorithm.values()) == ["auto", "phases", "auto"]

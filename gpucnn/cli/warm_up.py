@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from gpucnn.cli.precision import choose_precision
+from gpucnn.cli.precision import choose_precision, input_dtype
 from gpucnn.cli.report import note
 from gpucnn.cli.runs import requested_device
 from gpucnn.cli.settings import Settings
@@ -34,11 +34,8 @@ def run(settings: Settings, arguments: dict[str, Any]) -> int:
     began = time.perf_counter()
     with on_device(device):
         # Beside 16-bit activations the weights, the optimizer and the loss are float32.
-        dtypes = (
-            ("float32", precision)
-            if precision in NARROW
-            else ("float64" if precision == "float64" else "float32",)
-        )
+        weights = input_dtype(precision)
+        dtypes = (weights, precision) if precision in NARROW else (weights,)
         count = warm_up(dtypes=dtypes, progress=progress)
     print(f"{count} modules compiled in {time.perf_counter() - began:.1f} seconds")
     return 0

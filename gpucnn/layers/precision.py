@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy
 
-from gpucnn.device import on_device, split_name
+from gpucnn.device import is_device_array, on_device, split_name
 from gpucnn.errors import ArgumentError
 from gpucnn.layers.convolution import Conv2d
 from gpucnn.layers.layer import Layer
@@ -92,9 +92,10 @@ def _multiply_in_tf32(model: Layer, wanted: bool) -> None:
 
 def forward_pass(model: Layer, images: Array) -> Array:
     """The logits of ``images``, which have the dtype of the parameters, as have the logits."""
+    if not is_device_array(images):
+        check_precision(precision_of(model), model.device)  # it may have been moved there
     if model.narrow_dtype is None:
         return model(images)
-    check_precision(model.narrow_dtype, model.device)  # it may have been moved to the CPU
     refresh_narrow_copies(model.parameters(), model.narrow_dtype)
     logits: Any = model(_converted(images, model.narrow_dtype))
     return logits.astype("float32")
