@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from gpucnn.errors import DtypeError, ShapeError
 from gpucnn.ops import cpu
 from tests.accuracy import awkward, channels_last, error_bound, max_error
-from tests.backends import BACKENDS
+from tests.backends import BACKENDS, CPU
 from tests.oracles import normalization as oracle
 
 EPSILON = 1e-5
@@ -164,6 +164,28 @@ def test_a_nan_stays_in_its_channel(backend):
     y = backend.batch_norm_forward(x)[0]
     assert numpy.isnan(y[:, 1]).all()
     numpy.testing.assert_array_equal(y[:, ::2], clean[:, ::2])
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 4, 4), (2, 3, 12, 16)])
+def test_a_large_mean_changes_no_bit_of_other_channels(shape):
+    x, weight, bias, dy = inputs(shape, "float32", 9)
+    y, mean, inverse_std = CPU.batch_norm_forward(x, weight, bias)
+    gradients = CPU.batch_norm_backward(dy, x, weight, mean, inverse_std)
+    x[:, 1] += numpy.float32(1e4)
+    results = CPU.batch_norm_forward(x, weight, bias)
+    numpy.testing.assert_array_equal(results[0][:, ::2], y[:, ::2])
+    changed = CPU.batch_norm_backward(dy, x, weight, *results[1:])
+    numpy.testing.assert_array_equal(changed[0][:, ::2], gradients[0][:, ::2])
+    numpy.testing.assert_array_equal(changed[1][::2], gradients[1][::2])
+
+
+@pytest.mark.parametrize("shape", [(8, 2, 3, 3), (8, 2, 12, 12)])
+def test_means_whose_squares_overflow(shape):
+    x, weight, bias, _ = inputs(shape, "float32", 10, 1e20, 1e16)
+    expected = oracle.batch_norm(x, weight, bias, EPSILON)
+    results = CPU.batch_norm_forward(x, weight, bias)
+    assert max_error(results[0], expected[0]) <= 2e-5
+    assert numpy.all(abs(results[2] - expected[2]) <= 1e-5 * expected[2])
 
 
 @BACKENDS
