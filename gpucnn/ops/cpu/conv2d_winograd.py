@@ -27,9 +27,9 @@ import numpy
 from numpy.typing import DTypeLike, NDArray
 
 from gpucnn.ops.cpu import conv2d_winograd_wide
+from gpucnn.ops.cpu.blocks import ranges
 from gpucnn.ops.cpu.conv2d_blocks import SMALL_FLOPS, Block, runs
-from gpucnn.ops.cpu.conv2d_data import rotated
-from gpucnn.ops.cpu.conv2d_winograd_tiles import INPUT, OUTPUTS, place, tiles_of, transforms
+from gpucnn.ops.cpu.conv2d_winograd_tiles import INPUT, OUTPUTS, filter_transform, place, tiles_of, transforms
 from gpucnn.ops.cpu.threads import parallel_for, scratch
 from gpucnn_kernels.problem import Conv2dProblem
 
@@ -102,41 +102,53 @@ def _blocks(problem: Conv2dProblem, tiles: int) -> list[Block]:
 _CHUNK = 1 << 14  # filters (of one input and one output channel) that a task transforms
 
 
-def _over_filters(problem: Conv2dProblem, function: Callable[[slice], None]) -> None:
-    """Call ``function`` with parts of K, spread over the threads.
+def _over_filters(shape: tuple[int, ...], function: Callable[[slice], None]) -> None:
+    """Call ``function`` with parts of the first axis of a weight's ``shape``, spread over the threads.
 
     (A product outside the pool would be spread over BLAS's own threads, which then wait for more by spinning, for
     longer than a convolution takes, on the cores that ours need.)
     """
-    step = max(1, _CHUNK // problem.C)
-    parts = [slice(k, min(k + step, problem.K)) for k in range(0, problem.K, step)]
+    parts = ranges(shape[0], max(1, _CHUNK // shape[1]))
     parallel_for(len(parts), lambda task: function(parts[task]))
 
 
-def _transformed_filters(problem: Conv2dProblem, weight: NDArray[Any]) -> NDArray[Any]:
-    """U (36, K, C)."""
-    of_filter = transforms(problem.R, weight.dtype)[1]
-    filters = numpy.empty((INPUT * INPUT, problem.K, problem.C), weight.dtype)
+def _transformed_filters(weight: NDArray[Any], turned: bool) -> NDArray[Any]:
+    """U (36, K, C); where ``turned``, of the kernels rotated by 180 degrees, inputs and outputs exchanged."""
+    k, c, size, _ = weight.shape
+    of_filter = filter_transform(size, weight.dtype, turned)
+    filters = numpy.empty((INPUT * INPUT, k, c), weight.dtype)
 
     def transform(part: slice) -> None:
-        kernels = weight[part].reshape(-1, problem.R * problem.S)
-        columns = slice(part.start * problem.C, part.stop * problem.C)
+        kernels = weight[part].reshape(-1, size * size)
+        columns = slice(part.start * c, part.stop * c)
         numpy.matmul(of_filter, kernels.T, out=filters.reshape(INPUT * INPUT, -1)[:, columns])
 
-    _over_filters(problem, transform)
-    return filters
+    _over_filters(weight.shape, transform)
+    return filters.transpose(0, 2, 1) if turned else filters
 
 
 def forward(
     problem: Conv2dProblem, x: NDArray[Any], weight: NDArray[Any], bias: NDArray[Any] | None, out: NDArray[Any]
 ) -> None:
     """Y (N, K, P, Q) into ``out``, which may have any strides."""
+    _convolve(problem, x, weight, bias, out, turned=False)
+
+
+def _convolve(
+    problem: Conv2dProblem,
+    x: NDArray[Any],
+    weight: NDArray[Any],
+    bias: NDArray[Any] | None,
+    out: NDArray[Any],
+    *,
+    turned: bool,
+) -> None:
     if conv2d_winograd_wide.fits(problem, x.itemsize):
-        conv2d_winograd_wide.forward(problem, x, weight, bias, out)
+        conv2d_winograd_wide.convolve(problem, x, weight, bias, out, turned=turned)
         return
     of_input, _, of_output = transforms(problem.R, x.dtype)
     size, padding = OUTPUTS[problem.R], (problem.padding[0], problem.padding[2])
-    filters = _transformed_filters(problem, weight)
+    filters = _transformed_filters(weight, turned)
     wide = -(-problem.Q // size)
     work = _blocks(problem, _TILES)
 
@@ -157,10 +169,11 @@ def forward(
 
 def backward_data(problem: Conv2dProblem, dy: NDArray[Any], weight: NDArray[Any], out: NDArray[Any]) -> None:
     """Dx (N, C, H, W) into ``out``: the convolution of dy with the rotated kernel."""
-    turned = rotated(weight, 1)
     top, bottom, left, right = (problem.R - 1 - padding for padding in problem.padding)
-    convolution = Conv2dProblem.from_shapes(dy.shape, turned.shape, padding=(top, bottom, left, right))
-    forward(convolution, dy, turned, None, out)
+    convolution = Conv2dProblem.from_shapes(
+        dy.shape, (problem.C, problem.K, problem.R, problem.S), padding=(top, bottom, left, right)
+    )
+    _convolve(convolution, dy, weight, None, out, turned=True)
 
 
 def backward_filter(problem: Conv2dProblem, dy: NDArray[Any], x: NDArray[Any], out: NDArray[Any]) -> None:
@@ -204,4 +217,4 @@ def backward_filter(problem: Conv2dProblem, dy: NDArray[Any], x: NDArray[Any], o
         gradient = result.reshape(elements, -1).T @ of_filter
         out[part] = gradient.reshape(out[part].shape)
 
-    _over_filters(problem, transform)
+    _over_filters(out.shape, transform)

@@ -63,6 +63,12 @@ def transforms(kernel: int, dtype: numpy.dtype[Any]) -> tuple[NDArray[Any], NDAr
     return square_b, square_g, square_a
 
 
+def filter_transform(kernel: int, dtype: numpy.dtype[Any], turned: bool) -> NDArray[Any]:
+    """(36, kernel * kernel); where ``turned``, for kernels as they are before a rotation by 180 degrees."""
+    of_filter = transforms(kernel, dtype)[1]
+    return numpy.ascontiguousarray(of_filter[:, ::-1]) if turned else of_filter
+
+
 def tiles_of(
     name: str, source: NDArray[Any], block: Block, wide: int, size: int, step: int, padding: tuple[int, int]
 ) -> NDArray[Any]:

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from gpucnn.ops.cpu.blocks import ranges
 from gpucnn.ops.cpu.conv2d_blocks import Block
-from gpucnn.ops.cpu.conv2d_winograd_tiles import INPUT, OUTPUTS, place, tiles_of, transforms
+from gpucnn.ops.cpu.conv2d_winograd_tiles import INPUT, OUTPUTS, filter_transform, place, tiles_of, transforms
 from gpucnn.ops.cpu.threads import parallel_for, scratch
 from gpucnn_kernels.problem import Conv2dProblem
 
@@ -77,11 +77,18 @@ def _transformed(problem: Conv2dProblem, x: NDArray[Any]) -> NDArray[Any]:
     return result
 
 
-def forward(
-    problem: Conv2dProblem, x: NDArray[Any], weight: NDArray[Any], bias: NDArray[Any] | None, out: NDArray[Any]
+def convolve(
+    problem: Conv2dProblem,
+    x: NDArray[Any],
+    weight: NDArray[Any],
+    bias: NDArray[Any] | None,
+    out: NDArray[Any],
+    *,
+    turned: bool,
 ) -> None:
-    """Y (N, K, P, Q) into ``out``, which may have any strides."""
-    _, of_filter, of_output = transforms(problem.R, x.dtype)
+    """Y (N, K, P, Q) into ``out``, which may have any strides; a ``turned`` weight is (C, K, R, S), unrotated."""
+    of_output = transforms(problem.R, x.dtype)[2]
+    of_filter = filter_transform(problem.R, x.dtype, turned)
     size = OUTPUTS[problem.R]
     high, wide = -(-problem.P // size), -(-problem.Q // size)
     transformed = _transformed(problem, x)
@@ -91,9 +98,11 @@ def forward(
     def multiply(task: int) -> None:
         part = parts[task]
         k = part.stop - part.start
-        filters = scratch("filters", (_ELEMENTS, k, problem.C), x.dtype)
-        kernels = weight[part].reshape(-1, problem.R * problem.S)
-        numpy.matmul(of_filter, kernels.T, out=filters.reshape(_ELEMENTS, -1))
+        kernels = weight[:, part] if turned else weight[part]
+        filters = scratch("filters", (_ELEMENTS, *kernels.shape[:2]), x.dtype)
+        numpy.matmul(of_filter, kernels.reshape(-1, problem.R * problem.S).T, out=filters.reshape(_ELEMENTS, -1))
+        if turned:
+            filters = filters.transpose(0, 2, 1)
         products = scratch("products", (_ELEMENTS, k, count), x.dtype)
         numpy.matmul(filters, transformed, out=products)
         outputs = scratch("outputs", (size * size, k * count), x.dtype)
