@@ -69,13 +69,13 @@ class Ours:
         if direction == "matrix product":
             a, b = self._normal(s["size"], s["size"]), self._normal(s["size"], s["size"])
             return lambda: a @ b
-        source = self._normal(s["count"])
+        source = self._normal(s["elements"])
         target = source.copy()
         if self._device == "cuda":
             return lambda: target.__setitem__(..., source)
         from gpucnn.ops.cpu.threads import parallel_for
 
-        parts = [slice(s["count"] * i // 16, s["count"] * (i + 1) // 16) for i in range(16)]
+        parts = [slice(source.size * i // 16, source.size * (i + 1) // 16) for i in range(16)]
         return lambda: parallel_for(16, lambda i: target.__setitem__(parts[i], source[parts[i]]))
 
     def _image(self, s: dict[str, Any]) -> Any:

@@ -145,4 +145,4 @@ def limit_rows(device: str) -> Iterable[Row]:
     """The measured limits: operations a second of a matrix product, bytes a second of a copy."""
     size, count = (2048, 1 << 25) if device == "cpu" else (8192, 1 << 28)
     yield Row("limit", "limit", "matrix product", {"size": size}, 2.0 * size**3, 12.0 * size**2)
-    yield Row("limit", "limit", "copy", {"count": count}, 0, 8.0 * count)
+    yield Row("limit", "limit", "copy", {"elements": count}, 0, 8.0 * count)

@@ -197,7 +197,7 @@ class TorchPeer:
         prepared = Preprocessing.for_dataset(splits.train, (28, 28), "float32")
         parts = []
         for part in (splits.train, splits.test):
-            images = prepared(part.images(range(len(part))))
+            images = prepared.apply(part.images(range(len(part))))
             parts.append(
                 (torch.from_numpy(images).to(self._device), torch.as_tensor(part.labels).to(self._device))
             )
