@@ -197,10 +197,8 @@ def any_order(request):
         yield request.param
 
 
+@pytest.mark.nvrtc
 def test_the_text_is_cuda():
-    usable, reason = nvrtc.available()
-    if not usable:
-        pytest.skip(reason)
     cubin, _ = nvrtc.compile_source(source_from_text(TEXT), "sm_80")
     assert len(cubin) > 0
 
@@ -561,4 +559,6 @@ def test_the_order_comes_from_the_environment(tmp_path):
 def test_the_manual_s_example_runs():
     page = Path(__file__).resolve().parent.parent / "docs" / "host-runtime.md"
     (example,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    exec(compile(example, str(page), "exec"), {})
+    names = {}
+    exec(compile(example, str(page), "exec"), names)
+    assert names["reverse"](5).tolist() == [4, 3, 2, 1, 0]

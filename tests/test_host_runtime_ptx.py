@@ -151,19 +151,15 @@ def compiled(request):
 
 
 @pytest.mark.parametrize("architecture", nvrtc.ARCHITECTURES)
+@pytest.mark.nvrtc
 def test_the_header_compiles_for_every_architecture(architecture):
-    usable, reason = nvrtc.available()
-    if not usable:
-        pytest.skip(reason)
     cubin, log = nvrtc.compile_source(source_from_text(TEXT), architecture)
     assert len(cubin) > 0
     assert "spill" not in log.replace("0 bytes spill stores, 0 bytes spill loads", "")
 
 
+@pytest.mark.nvrtc
 def test_what_an_architecture_lacks_is_not_declared():
-    usable, reason = nvrtc.available()
-    if not usable:
-        pytest.skip(reason)
     text = '#include "ptx.cuh"\nextern "C" __global__ void k() { copy_async_commit(); }'
     with pytest.raises(CompileError, match="copy_async_commit"):
         nvrtc.compile_source(source_from_text(text), "sm_75")

@@ -98,10 +98,8 @@ def same(got, expected):
     return numpy.array_equal(got.view("uint16")[~nan], expected.view("uint16")[~nan])
 
 
+@pytest.mark.nvrtc
 def test_the_text_is_cuda():
-    usable, reason = nvrtc.available()
-    if not usable:
-        pytest.skip(reason)
     cubin, _ = nvrtc.compile_source(source_from_text(TEXT), "sm_80")
     assert len(cubin) > 0
 
