@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpucnn_kernels.runtime.host_build import HostCompileError, HostUnavailableError, build, title_of
+from gpucnn_kernels.runtime.compiler import HostCompileError, HostUnavailableError
+from gpucnn_kernels.runtime.host_build import build, title_of
 
 __all__ = [
     "HostCompileError",

@@ -12,17 +12,24 @@ What is substituted in the text (its lines stay where they are):
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import platform
 import re
-import shutil
-import subprocess
-import sys
 import tempfile
-import threading
 from collections.abc import Sequence
 from pathlib import Path
+
+from gpucnn_kernels.runtime.compiler import (
+    HostCompileError,
+    HostUnavailableError,
+    announced,
+    cache_folder,
+    fingerprint,
+    is_clang,
+    machine_flags,
+    run_compiler,
+)
+from gpucnn_kernels.runtime.compiler import find_compiler as find_any_compiler
 
 INCLUDE = Path(__file__).parent / "host_include"
 RUNTIME = INCLUDE / "runtime.cpp"
@@ -69,16 +76,6 @@ CLANG_SANITIZED_FLAGS = (
     "-fno-builtin-memset",
 )
 LINK_FLAGS = ("-shared", "-Wl,--no-undefined")
-SHOWN_LINES = 24
-SAY_AFTER_SECONDS = 1.0
-
-
-class HostCompileError(RuntimeError):
-    """The text does not compile for the host, or there is no compiler; the message says what to do."""
-
-
-class HostUnavailableError(HostCompileError):
-    """Nothing can be compiled for this machine: there is no compiler, or the system is not Linux."""
 
 
 def build(text: str, kernels: Sequence[str], sanitize: bool) -> Path:
@@ -88,20 +85,17 @@ def build(text: str, kernels: Sequence[str], sanitize: bool) -> Path:
     compiler = find_compiler()
     title = title_of(kernels)
     unit = translation_unit(text, kernels)
-    flags = [*COMMON_FLAGS, *_machine_flags()]
+    flags = [*COMMON_FLAGS, *machine_flags()]
     if sanitize:
         flags += SANITIZED_FLAGS
-        flags += CLANG_SANITIZED_FLAGS if _is_clang(compiler) else GCC_SANITIZED_FLAGS
+        flags += CLANG_SANITIZED_FLAGS if is_clang(compiler) else GCC_SANITIZED_FLAGS
     else:
         flags += KERNEL_FLAGS
     key = _key(compiler, flags, unit)
-    library = cache_folder() / f"{re.sub(r'[^A-Za-z0-9_]', '', kernels[0])[:40]}-{key}.so"
+    library = cache_folder("host") / f"{re.sub(r'[^A-Za-z0-9_]', '', kernels[0])[:40]}-{key}.so"
     if library.is_file():
         return library
-    timer = threading.Timer(SAY_AFTER_SECONDS, _say_compiling, (title,))
-    timer.daemon = True
-    timer.start()
-    try:
+    with announced(f"{title} for the host"):
         runtime = _runtime_object(compiler)
         with tempfile.TemporaryDirectory(dir=library.parent, prefix="compiling-") as scratch:
             unit_path = Path(scratch) / "unit.cpp"
@@ -109,8 +103,6 @@ def build(text: str, kernels: Sequence[str], sanitize: bool) -> Path:
             made = Path(scratch) / "made.so"
             _compile(compiler, [*flags, *LINK_FLAGS, "-o", str(made), str(unit_path), str(runtime)], title)
             os.replace(made, library)
-    finally:
-        timer.cancel()
     return library
 
 
@@ -236,50 +228,10 @@ def _first_bracket(part: str) -> int:
 
 
 def find_compiler() -> str:
-    """The path of ``$CXX``, g++ or clang++. Raises HostUnavailableError where there is none."""
+    """The path of ``$CXX``, g++ or clang++, on Linux. Raises HostUnavailableError where there is none."""
     if platform.system() != "Linux":
         raise HostUnavailableError(f"the host runtime works on Linux, this is {platform.system()}")
-    asked = os.environ.get("CXX")
-    for name in [asked] if asked else ["g++", "clang++", "c++"]:
-        found = shutil.which(name)
-        if found:
-            return found
-    if asked:
-        raise HostUnavailableError(
-            f"the C++ compiler that CXX names is not there: '{asked}'; unset CXX or correct it"
-        )
-    raise HostUnavailableError(
-        "no C++ compiler is there; install g++ (apt install g++, dnf install gcc-c++) or clang++"
-    )
-
-
-@functools.cache
-def _version(compiler: str, changed: int) -> str:
-    del changed  # the file's time: part of the memory's key, so that a new compiler is asked again
-    return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-
-
-def _identity(compiler: str) -> str:
-    return _version(compiler, os.stat(compiler).st_mtime_ns)
-
-
-def _is_clang(compiler: str) -> bool:
-    return "clang" in _identity(compiler)
-
-
-def _machine_flags() -> list[str]:
-    return ["-march=native"] if platform.machine() in ("x86_64", "aarch64") else []
-
-
-@functools.cache
-def _machine() -> str:
-    """The processor's features, on which -march=native depends."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    kinds = ("model name", "flags", "Features", "CPU part", "CPU implementer")
-    return "\n".join([platform.machine(), *dict.fromkeys(line for line in lines if line.startswith(kinds))])
+    return find_any_compiler()
 
 
 @functools.cache
@@ -294,14 +246,12 @@ def _headers() -> str:
 
 def _key(compiler: str, flags: Sequence[str], unit: str) -> str:
     # Where the headers lie makes no difference to what is compiled.
-    flags = [flag for flag in flags if not flag.startswith("-I")]
-    parts = [compiler, _identity(compiler), _machine(), " ".join(flags), _headers(), unit]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+    return fingerprint(compiler, [flag for flag in flags if not flag.startswith("-I")], _headers(), unit)
 
 
 def _runtime_object(compiler: str) -> Path:
-    flags = [*COMMON_FLAGS, *_machine_flags(), "-O2"]
-    path = cache_folder() / f"runtime-{_key(compiler, flags, '')}.o"
+    flags = [*COMMON_FLAGS, *machine_flags(), "-O2"]
+    path = cache_folder("host") / f"runtime-{_key(compiler, flags, '')}.o"
     if not path.is_file():
         with tempfile.TemporaryDirectory(dir=path.parent, prefix="compiling-") as scratch:
             made = Path(scratch) / "runtime.o"
@@ -310,55 +260,14 @@ def _runtime_object(compiler: str) -> Path:
     return path
 
 
+_PTX_SIGNS = ("no such instruction", "impossible constraint", "Assembler")
+
+
 def _compile(compiler: str, arguments: Sequence[str], title: str) -> None:
-    done = subprocess.run([compiler, *arguments], capture_output=True, text=True, check=False)
-    if done.returncode == 0:
+    said = run_compiler(compiler, arguments)
+    if said is None:
         return
-    lines = (done.stderr or done.stdout).strip().splitlines()
-    # The errors first, and the lines that show where; the notes after them rarely help.
-    first = next((index for index, line in enumerate(lines) if " error: " in line or "undefined" in line), 0)
-    shown = lines[first : first + SHOWN_LINES]
-    if len(lines) > first + len(shown):
-        shown.append(f"... and {len(lines) - first - len(shown)} more lines")
     hint = "correct the text, or see docs/host-runtime.md for what the host runtime supplies"
-    if any(
-        "no such instruction" in line or "impossible constraint" in line or "Assembler" in line for line in lines
-    ):
+    if any(sign in said for sign in _PTX_SIGNS):
         hint = "inline PTX is for NVRTC alone: use cuda/ptx.cuh's functions, or guard it with #ifndef GPUCNN_HOST"
-    raise HostCompileError(f"{title} does not compile for the host ({compiler}); {hint}:\n" + "\n".join(shown))
-
-
-def _say_compiling(title: str) -> None:
-    print(f"gpucnn_kernels: compiling {title} for the host, first use", file=sys.stderr, flush=True)
-
-
-# ---- the cache ----
-
-_fallback: list[Path] = []
-
-
-def cache_folder() -> Path:
-    """Where compiled libraries are kept; a temporary folder, and a line on stderr, where that is not writable."""
-    if os.environ.get("GPUCNN_KERNELS_CACHE"):
-        root = Path(os.environ["GPUCNN_KERNELS_CACHE"])
-    elif os.environ.get("XDG_CACHE_HOME"):
-        root = Path(os.environ["XDG_CACHE_HOME"]) / "gpucnn_kernels"
-    else:
-        root = Path.home() / ".cache" / "gpucnn_kernels"
-    folder = root / "host"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK | os.X_OK):
-            return folder
-        reason = "it is not writable"
-    except OSError as error:
-        reason = str(error)
-    if not _fallback:
-        _fallback.append(Path(tempfile.mkdtemp(prefix="gpucnn-kernels-")))
-        print(
-            f"gpucnn_kernels: cannot keep compiled kernels in {folder} ({reason}); they go to {_fallback[0]} "
-            "for this process (GPUCNN_KERNELS_CACHE names another folder)",
-            file=sys.stderr,
-            flush=True,
-        )
-    return _fallback[0]
+    raise HostCompileError(f"{title} does not compile for the host ({compiler}); {hint}:\n{said}")
