@@ -1,0 +1,183 @@
+// The pool of threads: they spin for some microseconds after a job, since the next operation of a network follows
+// at once, and sleep then.
+#include "threads.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <time.h>
+
+#include <atomic>
+#include <new>
+
+namespace gpucnn {
+namespace {
+
+constexpr int MAXIMUM_HELPERS = 255;
+constexpr int64_t SPIN_NANOSECONDS = 30000;
+
+void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+int64_t now() {
+    timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return time.tv_sec * 1000000000LL + time.tv_nsec;
+}
+
+struct Pool {
+    pthread_mutex_t owner = PTHREAD_MUTEX_INITIALIZER;  // of the job, while there is one
+    pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;  // of what follows here
+    pthread_cond_t wake = PTHREAD_COND_INITIALIZER;
+    int helpers = 0;
+
+    std::atomic<uint64_t> generation{0};  // counts jobs
+    std::atomic<bool> open{false};        // whether helpers may enter the job
+    std::atomic<int> inside{0};           // helpers in the job
+    std::atomic<int> sleeping{0};
+
+    void (*task)(void *, int64_t) = nullptr;
+    void *context = nullptr;
+    int64_t count = 0;
+    int wanted = 0;  // helpers that may enter
+    std::atomic<int64_t> next{0};
+
+    void work() {
+        for (;;) {
+            int64_t number = next.fetch_add(1);
+            if (number >= count) return;
+            task(context, number);
+        }
+    }
+};
+
+Pool *pool = new Pool;  // never freed: its threads live as long as the process
+thread_local bool working = false;
+
+// Waits for a job after generation `seen` and returns its generation.
+uint64_t await(Pool &pool, uint64_t seen) {
+    int64_t until = now() + SPIN_NANOSECONDS;
+    while (now() < until) {
+        for (int i = 0; i < 16; ++i) {
+            if (pool.generation.load() != seen) return pool.generation.load();
+            relax();
+        }
+    }
+    pthread_mutex_lock(&pool.mutex);
+    pool.sleeping.fetch_add(1);
+    while (pool.generation.load() == seen) pthread_cond_wait(&pool.wake, &pool.mutex);
+    pool.sleeping.fetch_sub(1);
+    pthread_mutex_unlock(&pool.mutex);
+    return pool.generation.load();
+}
+
+struct Start {
+    Pool *pool;
+    int index;
+    uint64_t seen;
+};
+
+void *help(void *argument) {
+    Start start = *static_cast<Start *>(argument);
+    delete static_cast<Start *>(argument);
+    working = true;
+    Pool &pool = *start.pool;
+    for (uint64_t seen = start.seen;;) {
+        seen = await(pool, seen);
+        // Entering before looking whether the job is open: run_tasks closes it before it waits for those inside.
+        pool.inside.fetch_add(1);
+        if (pool.open.load() && start.index < pool.wanted) pool.work();
+        pool.inside.fetch_sub(1);
+    }
+    return nullptr;
+}
+
+// Starts helpers until there are `wanted`, and returns how many there are; fewer where the system gives no more.
+int start_helpers(Pool &pool, int wanted) {
+    while (pool.helpers < wanted) {
+        sigset_t all, before;  // signals are for Python's threads
+        sigfillset(&all);
+        pthread_sigmask(SIG_SETMASK, &all, &before);
+        Start *start = new (std::nothrow) Start{&pool, pool.helpers, pool.generation.load()};
+        pthread_t thread;
+        bool started = start && pthread_create(&thread, nullptr, help, start) == 0;
+        pthread_sigmask(SIG_SETMASK, &before, nullptr);
+        if (!started) {
+            delete start;
+            break;
+        }
+        pthread_detach(thread);
+        ++pool.helpers;
+    }
+    return pool.helpers < wanted ? pool.helpers : wanted;
+}
+
+// Threads do not survive a fork, and a lock may have been held by one of them: the child starts anew.
+void after_fork() { pool = new Pool; }
+const int registered = pthread_atfork(nullptr, nullptr, after_fork);
+
+}  // namespace
+
+void run_tasks(int threads, int64_t count, void (*task)(void *, int64_t), void *context) {
+    (void)registered;
+    int wanted = threads - 1 < count - 1 ? threads - 1 : static_cast<int>(count - 1);
+    if (wanted > MAXIMUM_HELPERS) wanted = MAXIMUM_HELPERS;
+    Pool &pool = *gpucnn::pool;
+    if (wanted <= 0 || working || pthread_mutex_trylock(&pool.owner) != 0) {
+        for (int64_t number = 0; number < count; ++number) task(context, number);
+        return;
+    }
+    working = true;
+    pool.task = task;
+    pool.context = context;
+    pool.count = count;
+    pool.next.store(0);
+    pthread_mutex_lock(&pool.mutex);
+    pool.wanted = start_helpers(pool, wanted);
+    pool.open.store(true);
+    pool.generation.fetch_add(1);
+    if (pool.sleeping.load()) pthread_cond_broadcast(&pool.wake);
+    pthread_mutex_unlock(&pool.mutex);
+    pool.work();
+    pool.open.store(false);
+    int64_t spin_until = now() + SPIN_NANOSECONDS;
+    while (pool.inside.load()) {
+        // A helper that lost its core would never finish while this thread holds it.
+        if (now() < spin_until) relax();
+        else sched_yield();
+    }
+    working = false;
+    pthread_mutex_unlock(&pool.owner);
+}
+
+namespace {
+
+struct Scratch {
+    float *memory[SCRATCH_SLOTS] = {};
+    int64_t size[SCRATCH_SLOTS] = {};
+    ~Scratch() {
+        for (float *each : memory) free(each);
+    }
+};
+thread_local Scratch kept;
+
+}  // namespace
+
+float *scratch(int slot, int64_t count) {
+    if (kept.size[slot] < count) {
+        free(kept.memory[slot]);
+        void *memory = nullptr;
+        if (posix_memalign(&memory, 64, count * sizeof(float)) != 0) memory = nullptr;
+        kept.memory[slot] = static_cast<float *>(memory);
+        kept.size[slot] = memory ? count : 0;
+    }
+    return kept.memory[slot];
+}
+
+}  // namespace gpucnn
