@@ -56,7 +56,7 @@ def usable(*arrays: NDArray[Any] | None) -> bool:
 
 @contextlib.contextmanager
 def switched(on: bool) -> Iterator[None]:
-    """Inside, operations of all threads go the NumPy way where ``on`` is false. Raises GpucnnError if impossible."""
+    """Inside, all threads go the NumPy way or, with ``on``, the compiled one; GpucnnError where there is none."""
     global _switched_off
     if on:
         if not available():
@@ -104,8 +104,8 @@ def _open() -> None:
 class Function:
     """A function of the library, called with arrays and numbers.
 
-    The function's own arguments follow the number of threads, which is added here. Arrays are handed over as the
-    addresses of their first numbers: what is not float32 (or, as ``int64``, an index) in C order must not come here.
+    The function's own arguments follow the number of threads, which is added here. Of an array the address of its
+    first number is handed over: it must be in C order, and of the type that the C++ text says.
     """
 
     def __init__(self, name: str, kinds: tuple[type, ...]) -> None:
