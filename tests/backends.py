@@ -1,4 +1,4 @@
-"""The backends that one set of tests runs on: NumPy's, and the CUDA kernels, compiled for the CPU.
+"""The backends of one set of tests: the CPU with its compiled loops, with NumPy alone, and the CUDA kernels on it.
 
 Tests are written with NumPy arrays. ``backend.operation(...)``, for any operation of the contract, hands them to
 the backend in its own kind of array, and what comes back to the test as NumPy arrays again: the CUDA backend gets
@@ -20,6 +20,7 @@ import pytest
 
 from gpucnn.layers import Layer
 from gpucnn.ops import cpu, cuda
+from gpucnn.ops.cpu import compiled
 from gpucnn.parameters import Parameter
 from gpucnn_kernels.runtime import using
 from gpucnn_kernels.runtime.host_array import HostArray
@@ -27,11 +28,16 @@ from gpucnn_kernels.runtime.host_array import HostArray
 
 @dataclass(frozen=True)
 class Backend:
-    """A backend: its ``name``, its module ``ops``, and the ways of an array between a test and it."""
+    """A backend: its ``name``, its module ``ops``, and the ways of an array between a test and it.
+
+    ``device`` is where a layer goes to run on it; ``loops`` whether the CPU may use its compiled loops.
+    """
 
     name: str
     ops: ModuleType
     kind: type[numpy.ndarray[Any, Any]]
+    device: str
+    loops: bool = True
 
     def asarray(self, array: Any) -> Any:
         """A NumPy array as the backend takes it, on the same memory."""
@@ -45,7 +51,7 @@ class Backend:
     @contextlib.contextmanager
     def running(self) -> Iterator[Backend]:
         """Inside, kernels run on the host runtime, and device "cuda" is that."""
-        with using("host"):
+        with using("host"), contextlib.nullcontext() if self.loops else compiled.switched(False):
             yield self
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
@@ -76,9 +82,10 @@ def _operation(backend: Backend, name: str) -> Callable[..., Any]:
     return operation
 
 
-CPU = Backend("cpu", cpu, numpy.ndarray)
-CUDA = Backend("cuda", cuda, HostArray)
-ALL = [pytest.param(CPU, id="cpu"), pytest.param(CUDA, id="cuda")]
+CPU = Backend("cpu", cpu, numpy.ndarray, "cpu")
+NUMPY = Backend("numpy", cpu, numpy.ndarray, "cpu", loops=False)
+CUDA = Backend("cuda", cuda, HostArray, "cuda")
+ALL = [pytest.param(backend, id=backend.name) for backend in (CPU, NUMPY, CUDA)]
 BACKENDS = pytest.mark.parametrize("backend", ALL)
 
 
@@ -88,7 +95,7 @@ class Placed:
     def __init__(self, backend: Backend, layer: Layer) -> None:
         self.backend = backend
         with backend.running():
-            self.layer = layer.to(backend.name)
+            self.layer = layer.to(backend.device)
 
     def __call__(self, x: Any) -> Any:
         with self.backend.running():

@@ -80,7 +80,7 @@ def image_input(layout):
 
 def check_on(backend, layer, x, **options):
     with backend.running():
-        check_gradients(layer.to(backend.name), backend.asarray(x), tolerance=2e-7, **options)
+        check_gradients(layer.to(backend.device), backend.asarray(x), tolerance=2e-7, **options)
 
 
 @BACKENDS
