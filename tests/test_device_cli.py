@@ -17,6 +17,7 @@ from gpucnn.cli import info, train
 from gpucnn.cli.options import device_name
 from gpucnn.cli.parser import parse
 from gpucnn.errors import ArgumentError
+from gpucnn.ops.cpu import compiled
 from gpucnn.training import RunFolder
 from gpucnn_kernels.catalog import variants
 from gpucnn_kernels.errors import CompileError
@@ -146,10 +147,20 @@ def failing_warm_up(capsys, monkeypatch):
     return answer.errors
 
 
-def test_warm_up_needs_a_gpu(capsys, monkeypatch):
+def test_warm_up_of_the_cpu(capsys):
     answer = call(capsys, "warm-up", "--device", "cpu")
-    assert answer.status == 2
-    assert "the device is 'cpu' (asked for); the CPU needs none" in answer.errors
+    assert answer.status == 0, answer.errors
+    if compiled.available():
+        assert answer.output.startswith("the CPU's loops are compiled, in ")
+    with compiled.switched(False):
+        answer = call(capsys, "warm-up", "--device", "cpu")
+    assert (
+        answer.output
+        == "nothing to compile for the CPU, NumPy does the work: they are switched off for the moment\n"
+    )
+
+
+def test_warm_up_without_a_gpu(capsys, monkeypatch):
     monkeypatch.delenv("GPUCNN_KERNELS_RUNTIME")
     monkeypatch.setattr(device, "cuda_status", lambda index=0: (False, "no driver"))
     assert "'cuda' cannot be used: no driver" in call(capsys, "warm-up").errors

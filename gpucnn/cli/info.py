@@ -20,6 +20,7 @@ from gpucnn.data import load
 from gpucnn.data.idx import SOURCES, find_idx_files
 from gpucnn.device import choose_device, cuda_facts
 from gpucnn.errors import DeviceError, GpucnnError
+from gpucnn.ops.cpu import compiled
 from gpucnn.ops.cpu.threads import thread_count
 
 
@@ -37,6 +38,9 @@ def run(settings: Settings, arguments: dict[str, Any]) -> int:
     print(f"Python    {found['python']}, {found['platform']}")
     print(f"NumPy     {found['numpy']}, BLAS: {libraries or 'unknown'}")
     print(f"threads   {found['threads']}")
+    print(
+        f"CPU loops {'compiled' if found['cpu_loops']['compiled'] else 'NumPy, for ' + found['cpu_loops']['reason']}"
+    )
     print(f"device    {device['name'] or 'none'} ({device['reason']})")
     print(f"CUDA      {'usable' if found['cuda']['usable'] else 'not usable'}: {found['cuda']['reason']}")
     for line in describe_cuda(found["cuda"]):
@@ -87,6 +91,7 @@ def collect(settings: Settings) -> dict[str, Any]:
             if library["user_api"] == "blas"
         ],
         "threads": thread_count(),
+        "cpu_loops": {"compiled": compiled.available(), "reason": compiled.why_not()},
         "device": device,
         "cuda": cuda_facts(),
         "precisions": list(precisions_of(device["name"] or "cpu")),

@@ -303,7 +303,7 @@ INFO_OPTIONS = (
 )
 
 WARM_UP_OPTIONS = (
-    Option("device", "cuda, or cuda:N for one of several GPUs", device_name, "NAME", default="cuda"),
+    Option("device", "cuda, cuda:N for one of several GPUs, or cpu", device_name, "NAME", default="cuda"),
     Option(
         "precision",
         "float32 or float64; on a GPU also tf32, bfloat16 or float16",

@@ -17,6 +17,7 @@ from gpucnn.names import unknown
 
 DEFAULT = "default"
 OTHER_VARIABLES = (
+    "GPUCNN_COMPILED",
     "GPUCNN_NUM_THREADS",
     "GPUCNN_KERNELS_CACHE",
     "GPUCNN_KERNELS_HOST_ORDER",

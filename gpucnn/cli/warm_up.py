@@ -10,18 +10,15 @@ from gpucnn.cli.report import note
 from gpucnn.cli.runs import requested_device
 from gpucnn.cli.settings import Settings
 from gpucnn.device import on_device
-from gpucnn.errors import ArgumentError
 from gpucnn.layers.precision import NARROW
+from gpucnn.ops.cpu import compiled
 
 
 def run(settings: Settings, arguments: dict[str, Any]) -> int:
-    """Compile every kernel for the device; the exit status."""
+    """Compile what the device needs, the GPU's kernels or the CPU's loops; the exit status."""
     device = requested_device(settings)
     if device.name != "cuda":
-        raise ArgumentError(
-            f"warm-up compiles kernels for a GPU, and the device is '{device}' ({device.reason}); the CPU needs "
-            "none"
-        )
+        return _warm_up_cpu()
     precision = choose_precision(settings["precision"], device)
     from gpucnn_kernels import warm_up
 
@@ -38,4 +35,13 @@ def run(settings: Settings, arguments: dict[str, Any]) -> int:
         dtypes = (weights, precision) if precision in NARROW else (weights,)
         count = warm_up(dtypes=dtypes, progress=progress)
     print(f"{count} modules compiled in {time.perf_counter() - began:.1f} seconds")
+    return 0
+
+
+def _warm_up_cpu() -> int:
+    began = time.perf_counter()
+    if compiled.available():
+        print(f"the CPU's loops are compiled, in {time.perf_counter() - began:.1f} seconds")
+    else:
+        print(f"nothing to compile for the CPU, NumPy does the work: {compiled.why_not()}")
     return 0
