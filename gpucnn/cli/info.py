@@ -38,9 +38,8 @@ def run(settings: Settings, arguments: dict[str, Any]) -> int:
     print(f"Python    {found['python']}, {found['platform']}")
     print(f"NumPy     {found['numpy']}, BLAS: {libraries or 'unknown'}")
     print(f"threads   {found['threads']}")
-    print(
-        f"CPU loops {'compiled' if found['cpu_loops']['compiled'] else 'NumPy, for ' + found['cpu_loops']['reason']}"
-    )
+    loops = found["cpu_loops"]
+    print(f"CPU loops {'compiled' if loops['compiled'] else 'in NumPy: ' + loops['reason']}")
     print(f"device    {device['name'] or 'none'} ({device['reason']})")
     print(f"CUDA      {'usable' if found['cuda']['usable'] else 'not usable'}: {found['cuda']['reason']}")
     for line in describe_cuda(found["cuda"]):
