@@ -16,7 +16,7 @@ _DESCRIPTIONS = {
     "evaluate": "Measure a trained network on a data set.",
     "predict": "Say what is on images.",
     "info": "Say what this machine has, and which device would be chosen and why.",
-    "warm-up": "Compile the GPU's kernels or the CPU's loops now, so that no training waits; they are kept on disk.",
+    "warm-up": "Compile the GPU's kernels or the CPU's loops now, so that no training waits, and keep them.",
 }
 _POSITIONALS: dict[str, tuple[tuple[str, str, str | None], ...]] = {
     "train": (),
