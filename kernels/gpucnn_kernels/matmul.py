@@ -1,7 +1,8 @@
 """Dense matrix products: cuBLAS through CuPy, or NumPy's where kernels run on the host.
 
 cuBLAS is called itself and not through cupy.matmul, which an environment variable can tell to round float32 to
-TF32, which copies batches that are not C-contiguous, and which cannot sum 16-bit products into float32 arrays.
+TF32, which copies batches that are not C-contiguous, and which cannot sum 16-bit products into float32 arrays;
+nor, where it can be helped, through cupy.cuda.cublas, see :mod:`gpucnn_kernels.runtime.cublas`.
 One rule holds in both places: float32, float16 and bfloat16 are multiplied and added up in float32, float64 in
 float64, and the result is rounded once, when it is stored.
 """
@@ -15,6 +16,7 @@ from gpucnn_kernels.arrays import DeviceArray, device_array
 from gpucnn_kernels.errors import ArgumentError, DeviceError, DtypeError, LayoutError
 from gpucnn_kernels.overlap import require_apart
 from gpucnn_kernels.runtime import current
+from gpucnn_kernels.runtime.cublas import beside, workspace_bytes
 from gpucnn_kernels.source import SCALARS
 
 # The numbers of cudaDataType and cublasComputeType_t, which are part of CUDA's binary interface.
@@ -53,7 +55,10 @@ def matmul(a: Any, b: Any, *, out: Any = None, accumulate: bool = False) -> Any:
         if not accumulate:
             target.array.view(f"int{8 * target.array.dtype.itemsize}")[...] = 0
     elif runtime.name == "host":
-        _multiply_on_host(left.array, right.array, target.array, accumulate)
+        from gpucnn_kernels.runtime.host_graph import perform
+
+        arrays = left.array, right.array, target.array
+        perform(lambda: _multiply_on_host(*arrays, accumulate), *arrays)
     else:
         try:
             from cupy.cuda import cublas, device
@@ -69,8 +74,21 @@ def matmul(a: Any, b: Any, *, out: Any = None, accumulate: bool = False) -> Any:
                 "matrix products of bfloat16 need a GPU of compute capability 8.0 or newer, this one's is "
                 f"{capability[:-1]}.{capability[-1]}; use float16 or float32"
             )
-        multiply_by_cublas(cublas, device.get_cublas_handle(), left, right, target, accumulate)
+        handle, direct = device.get_cublas_handle(), beside(getattr(cublas, "__file__", None))
+        if direct is None:
+            multiply_by_cublas(cublas, handle, left, right, target, accumulate)
+        else:
+            # Of the pool's memory, in the stream's order: gone with this call, for the next one to take.
+            workspace = runtime.empty((workspace_bytes(capability),), "uint8", left.array)
+            direct.prepare(handle, _stream_address(), runtime.address(workspace), workspace.size)
+            multiply_by_cublas(direct, handle, left, right, target, accumulate)
     return out
+
+
+def _stream_address() -> int:
+    from cupy.cuda import get_current_stream
+
+    return int(get_current_stream().ptr)
 
 
 def _result_shape(a: DeviceArray, b: DeviceArray) -> tuple[int, ...]:

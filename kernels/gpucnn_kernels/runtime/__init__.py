@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from gpucnn_kernels.errors import ArgumentError
 from gpucnn_kernels.source import Source
 
 VARIABLE = "GPUCNN_KERNELS_RUNTIME"
 NAMES = ("cuda", "host")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,13 @@ class Module(Protocol):
         stream: Any,
     ) -> None:
         """Start ``kernel``; arguments are Pointers, None (a null one) or ctypes values of their types."""
+
+
+class Graph(Protocol):
+    """Work that was captured."""
+
+    def launch(self) -> None:
+        """Start it all again, with one call, on the current stream."""
 
 
 class Runtime(Protocol):
@@ -74,6 +82,14 @@ class Runtime(Protocol):
 
     def wait(self) -> None:
         """Inside that context: wait until all that the stream was given is done."""
+
+    def capture(self, run: Callable[[], Result], keep: Iterable[Any], device: int) -> tuple[Graph, Result]:
+        """(the graph of what ``run`` starts on ``device``, what it returns), without doing any of it.
+
+        ``keep`` are the arrays, made before, that it reads and writes: the graph holds on to them, and to all that
+        is allocated meanwhile, which lies in memory that nothing else uses. All kernels must have run before. What
+        cannot be captured raises, and leaves all arrays as they were.
+        """
 
 
 _chosen: list[str] = []

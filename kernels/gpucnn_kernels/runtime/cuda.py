@@ -11,14 +11,14 @@ import ctypes
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy
 
 from gpucnn_kernels.arrays import JAX, library_of, numpy_dtype
 from gpucnn_kernels.errors import ArgumentError, CompileError, DeviceError, DtypeError
-from gpucnn_kernels.runtime import Module, Pointer
+from gpucnn_kernels.runtime import Graph, Module, Pointer, Result, cuda_graph
 from gpucnn_kernels.source import Source
 
 OPTIONS = ("-std=c++17",)
@@ -200,6 +200,10 @@ class CudaRuntime:
     def wait(self) -> None:
         """Wait until all that the current stream was given is done."""
         self._cupy.cuda.get_current_stream().synchronize()
+
+    def capture(self, run: Callable[[], Result], keep: Iterable[Any], device: int) -> tuple[Graph, Result]:
+        """The work that ``run`` starts, as a CUDA graph."""
+        return cuda_graph.capture(self._cupy, run, keep, device)
 
     def _stream(self, stream: Any) -> Any:
         cupy = self._cupy

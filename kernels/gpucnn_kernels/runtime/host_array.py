@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy
 
+from gpucnn_kernels.runtime.host_graph import arrays_in, recording, refuse
+
 __all__ = ["HostArray", "HostArrays", "host_arrays"]
 
 PlainArray = numpy.ndarray[Any, numpy.dtype[Any]]
@@ -33,6 +35,7 @@ class HostArray(PlainArray):
 
     def get(self) -> PlainArray:
         """A copy as a plain numpy.ndarray."""
+        refuse("copy an array to the host")
         return numpy.array(self.view(numpy.ndarray))
 
     def set(self, values: PlainArray) -> None:
@@ -40,6 +43,7 @@ class HostArray(PlainArray):
 
         Raises TypeError for anything else, ValueError where the shapes differ.
         """
+        refuse("copy an array from the host")
         if type(values) is not numpy.ndarray:
             raise TypeError(f"set takes a numpy.ndarray, got {type(values).__qualname__}")
         if values.dtype != self.dtype:
@@ -54,7 +58,8 @@ class HostArray(PlainArray):
             if isinstance(value, (list, tuple)):
                 raise TypeError(f"{ufunc.__name__} takes device arrays and numbers, got {type(value).__name__}")
         out = options.get("out")
-        result = getattr(ufunc, method)(*map(_plain, inputs), **{name: _plain(v) for name, v in options.items()})
+        given, named = list(map(_plain, inputs)), {name: _plain(value) for name, value in options.items()}
+        result = _perform(lambda: getattr(ufunc, method)(*given, **named), (given, named), out or method == "at")
         if out is None:
             return _host(result)
         return out[0] if isinstance(out, tuple) and len(out) == 1 else out
@@ -62,12 +67,18 @@ class HostArray(PlainArray):
     def __array_function__(self, func: Callable[..., Any], types: Any, args: Any, kwargs: Any) -> Any:
         """NumPy's functions: refuse plain arrays, give HostArrays."""
         out = kwargs.get("out")
-        result = func(*_plain(args), **_plain(kwargs))
+        given, named = _plain(args), _plain(kwargs)
+        result = _perform(lambda: func(*given, **named), (given, named), out)
         return out if isinstance(out, HostArray) else _host(result)
 
     def __getitem__(self, index: Any) -> Any:
         """A view, or a copy for index arrays; a single element is a 0-d view."""
         _refuse_plain_index(index)
+        if recording() is not None and (indices := list(arrays_in(index))):
+            if any(array.dtype == bool for array in indices):
+                refuse("count the places of a mask")
+            plain, place = self.view(numpy.ndarray), _plain(index)
+            return _host(_perform(lambda: plain[place], (plain, place)))
         found = super().__getitem__(index)
         if isinstance(found, numpy.ndarray):
             return found
@@ -78,8 +89,26 @@ class HostArray(PlainArray):
         _refuse_plain_index(index)
         if isinstance(value, (list, tuple)):
             raise TypeError(f"only device arrays and numbers can be assigned, got {type(value).__name__}")
-        _plain(value)
-        super().__setitem__(index, value)
+        target, place, values = self.view(numpy.ndarray), _plain(index), _plain(value)
+        _perform(lambda: target.__setitem__(place, values), (target, place, values), True)
+
+    def fill(self, value: Any) -> None:
+        """Set every element to a number."""
+        target, number = self.view(numpy.ndarray), _plain(value)
+        _perform(lambda: target.fill(number), (target, number), True)
+
+
+def _perform(function: Callable[[], Any], arguments: Any, in_place: Any = None) -> Any:
+    """What ``function`` gives, a NumPy function of ``arguments``; or, while work is captured, what it will give.
+
+    ``in_place`` is anything but None or False where it changes one of them instead.
+    """
+    recorder = recording()
+    if recorder is None:
+        return function()
+    if in_place is None or in_place is False:
+        return recorder.result(function, list(arrays_in(arguments)))
+    return recorder.in_place(function, arrays_in(arguments))
 
 
 _NOT_IN_BFLOAT16 = ("argmax", "argmin", "clip")
@@ -93,7 +122,10 @@ def _method(name: str) -> Callable[..., Any]:
         if name in _NOT_IN_BFLOAT16 and str(self.dtype) == "bfloat16":
             raise TypeError(f"{name} of bfloat16: CuPy 14 has none; convert with .astype('float32') first")
         out = options.get("out")
-        result = plain_method(self.view(numpy.ndarray), *_plain(arguments), **_plain(options))
+        given, named = (self.view(numpy.ndarray), *_plain(arguments)), _plain(options)
+        result = _perform(lambda: plain_method(*given, **named), (given, named), out)
+        if result is given[0]:  # astype(copy=False) of what has the dtype
+            return self
         return out if isinstance(out, HostArray) else _host(result)
 
     method.__name__ = name
@@ -108,18 +140,38 @@ for _name in (
         "argmax",
         "argmin",
         "argsort",
+        "astype",
         "choose",
         "clip",
         "compress",
+        "copy",
         "cumprod",
         "cumsum",
         "dot",
+        "flatten",
         "max",
         "mean",
     ),
     *("min", "nonzero", "prod", "repeat", "searchsorted", "std", "sum", "take", "trace", "var"),
 ):
     setattr(HostArray, _name, _method(_name))
+
+
+def _reading(name: str) -> Callable[..., Any]:
+    """The method ``name`` of numpy.ndarray, which looks at the values."""
+    plain_method = getattr(numpy.ndarray, name)
+
+    def method(self: HostArray, *arguments: Any) -> Any:
+        refuse("look at an array's values")
+        return plain_method(self.view(numpy.ndarray), *arguments)
+
+    method.__name__ = name
+    method.__doc__ = f"``numpy.ndarray.{name}``, but not while work is captured."
+    return method
+
+
+for _name in ("__bool__", "__complex__", "__float__", "__index__", "__int__", "item", "tobytes", "tolist"):
+    setattr(HostArray, _name, _reading(_name))
 
 
 def _plain(value: Any) -> Any:
@@ -183,9 +235,14 @@ class HostArrays:
         """A HostArray of anything that numpy.array takes; with ``copy=False`` a HostArray that fits is kept."""
         if isinstance(values, HostArray) and not copy and (dtype is None or values.dtype == dtype):
             return values
-        if isinstance(values, HostArray):
-            values = values.view(numpy.ndarray)
-        return numpy.array(values, dtype=dtype, order=order, ndmin=ndmin).view(HostArray)
+        if not isinstance(values, HostArray):
+            refuse("copy an array from the host")
+            return numpy.array(values, dtype=dtype, order=order, ndmin=ndmin).view(HostArray)
+        plain = values.view(numpy.ndarray)
+        copied: HostArray = _host(
+            _perform(lambda: numpy.array(plain, dtype=dtype, order=order, ndmin=ndmin), plain)
+        )
+        return copied
 
     def asarray(self, values: Any, dtype: Any = None, order: Any = "K") -> HostArray:
         """``values`` itself where it is a HostArray of that dtype, otherwise a copy in device memory."""
@@ -210,7 +267,8 @@ class HostArrays:
 def _function(function: Callable[..., Any]) -> Callable[..., Any]:
     def on_host_arrays(*arguments: Any, **options: Any) -> Any:
         out = options.get("out")
-        result = function(*_plain(arguments), **_plain(options))
+        given, named = _plain(arguments), _plain(options)
+        result = _perform(lambda: function(*given, **named), (given, named), out)
         return out if isinstance(out, HostArray) else _host(result)
 
     on_host_arrays.__name__ = getattr(function, "__name__", "function")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy
 
 from gpucnn_kernels.arrays import numpy_dtype
 from gpucnn_kernels.errors import CompileError, DeviceError, DtypeError
-from gpucnn_kernels.runtime import Module, Pointer
+from gpucnn_kernels.runtime import Graph, Module, Pointer, Result, host_graph
 from gpucnn_kernels.runtime.host import HostCompileError, HostModule, Memory
 from gpucnn_kernels.source import Source
 
@@ -75,12 +75,15 @@ class HostRuntime:
         """A new array, of the subclass of ``like`` if it is one, filled with 0xFF so that a gap shows as NaN."""
         array = numpy.empty(tuple(shape), numpy_dtype(dtype))
         array.view(numpy.uint8).fill(0xFF) if array.ndim else array.reshape(1).view(numpy.uint8).fill(0xFF)
+        if (recorder := host_graph.recording()) is not None:
+            recorder.own(array)
         return array if like is None else array.view(type(like))
 
     def module(self, source: Source, device: int) -> Module:
         """The source compiled for this machine."""
         del device
         if source.fingerprint not in self._modules:
+            host_graph.refuse(f"compile {source.title}")
             self._modules[source.fingerprint] = _HostLaunchModule(source)
         return self._modules[source.fingerprint]
 
@@ -90,7 +93,13 @@ class HostRuntime:
         return contextlib.nullcontext()
 
     def wait(self) -> None:
-        """Nothing: what was launched is done."""
+        """Nothing: what was launched is done. Raises RuntimeError while work is captured, as a stream does."""
+        host_graph.refuse("wait")
+
+    def capture(self, run: Callable[[], Result], keep: Iterable[Any], device: int) -> tuple[Graph, Result]:
+        """The work that ``run`` starts, recorded."""
+        del device
+        return host_graph.capture(run, keep)
 
 
 class _HostLaunchModule:
@@ -117,4 +126,15 @@ class _HostLaunchModule:
             else argument
             for argument in arguments
         ]
-        self._module.launch(kernel, grid, block, memory, shared_bytes=shared_bytes)
+
+        def start() -> None:
+            self._module.launch(kernel, grid, block, memory, shared_bytes=shared_bytes)
+
+        recorder = host_graph.recording()
+        if recorder is None:
+            start()
+            return
+        for argument in memory:
+            if isinstance(argument, Memory):
+                recorder.uses(argument.address, argument.size)
+        recorder.actions.append(start)
