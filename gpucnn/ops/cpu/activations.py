@@ -27,6 +27,7 @@ import numpy
 
 from gpucnn.ops.checks import check_axis, check_gradient, require_floating, require_shape
 from gpucnn.ops.cpu.blocks import elementwise
+from gpucnn.ops.cpu.compiled import activations as loops
 from gpucnn.ops.cpu.memory import FloatArray, calculation_dtype, result_array
 from gpucnn.ops.cpu.selection import choose, keep
 from gpucnn.ops.cpu.threads import scratch
@@ -39,16 +40,16 @@ def _result(out: FloatArray | None, x: FloatArray) -> FloatArray:
     return numpy.empty_like(x, subok=False) if out is None else result_array(out, x.shape, x.dtype)
 
 
-def forward(kernel: Any, x: FloatArray, out: FloatArray | None) -> FloatArray:
-    """``kernel(out, x)`` block by block."""
+def forward(kernel: Any, x: FloatArray, out: FloatArray | None, loop: Any) -> FloatArray:
+    """``kernel(out, x)`` block by block, or the compiled ``loop``."""
     require_floating(x, "the input")
-    return elementwise(kernel, _result(out, x), x)
+    return elementwise(kernel, _result(out, x), x, loop=loop)
 
 
-def backward(kernel: Any, dy: FloatArray, saved: FloatArray, out: FloatArray | None) -> FloatArray:
-    """``kernel(out, dy, saved)`` block by block."""
+def backward(kernel: Any, dy: FloatArray, saved: FloatArray, out: FloatArray | None, loop: Any) -> FloatArray:
+    """``kernel(out, dy, saved)`` block by block, or the compiled ``loop``."""
     check_gradient(dy, saved)
-    return elementwise(kernel, _result(out, dy), dy, saved)
+    return elementwise(kernel, _result(out, dy), dy, saved, loop=loop)
 
 
 def relu_forward(x: FloatArray, *, out: FloatArray | None = None) -> FloatArray:
@@ -57,7 +58,7 @@ def relu_forward(x: FloatArray, *, out: FloatArray | None = None) -> FloatArray:
     def kernel(out: FloatArray, x: FloatArray) -> None:
         numpy.maximum(x, x.dtype.type(0), out=out)
 
-    return forward(kernel, x, out)
+    return forward(kernel, x, out, loops.relu_forward)
 
 
 def relu_backward(dy: FloatArray, y: FloatArray, *, out: FloatArray | None = None) -> FloatArray:
@@ -66,7 +67,7 @@ def relu_backward(dy: FloatArray, y: FloatArray, *, out: FloatArray | None = Non
     def kernel(out: FloatArray, dy: FloatArray, y: FloatArray) -> None:
         keep(dy, y > 0, out)
 
-    return backward(kernel, dy, y, out)
+    return backward(kernel, dy, y, out, loops.relu_backward)
 
 
 def leaky_relu_forward(
@@ -82,7 +83,10 @@ def leaky_relu_forward(
         else:
             numpy.multiply(x, choose(x > 0, 1.0, negative_slope, x.dtype), out=out)
 
-    return forward(kernel, x, out)
+    def loop(count: int, *arrays: FloatArray) -> None:
+        loops.leaky_relu_forward(count, negative_slope, *arrays)
+
+    return forward(kernel, x, out, loop)
 
 
 def leaky_relu_backward(
@@ -93,7 +97,10 @@ def leaky_relu_backward(
     def kernel(out: FloatArray, dy: FloatArray, x: FloatArray) -> None:
         numpy.multiply(dy, choose(x > 0, 1.0, negative_slope, dy.dtype), out=out)
 
-    return backward(kernel, dy, x, out)
+    def loop(count: int, *arrays: FloatArray) -> None:
+        loops.leaky_relu_backward(count, negative_slope, *arrays)
+
+    return backward(kernel, dy, x, out, loop)
 
 
 _MINUS_LOG2_E = -1.4426950408889634
@@ -133,7 +140,7 @@ def gated_slope(slope: FloatArray, power: FloatArray) -> FloatArray:
 
 def sigmoid_forward(x: FloatArray, *, out: FloatArray | None = None) -> FloatArray:
     """1 / (1 + exp(-x)), without overflow at any x."""
-    return forward(sigmoid_in_place, x, out)
+    return forward(sigmoid_in_place, x, out, loops.sigmoid_forward)
 
 
 def sigmoid_backward(dy: FloatArray, y: FloatArray, *, out: FloatArray | None = None) -> FloatArray:
@@ -144,7 +151,7 @@ def sigmoid_backward(dy: FloatArray, y: FloatArray, *, out: FloatArray | None = 
         slope *= y
         numpy.multiply(dy, slope, out=out)
 
-    return backward(kernel, dy, y, out)
+    return backward(kernel, dy, y, out, loops.sigmoid_backward)
 
 
 def tanh_forward(x: FloatArray, *, out: FloatArray | None = None) -> FloatArray:
@@ -153,7 +160,7 @@ def tanh_forward(x: FloatArray, *, out: FloatArray | None = None) -> FloatArray:
     def kernel(out: FloatArray, x: FloatArray) -> None:
         numpy.tanh(x, out=out)
 
-    return forward(kernel, x, out)
+    return forward(kernel, x, out, loops.tanh_forward)
 
 
 def tanh_backward(dy: FloatArray, y: FloatArray, *, out: FloatArray | None = None) -> FloatArray:
@@ -165,7 +172,7 @@ def tanh_backward(dy: FloatArray, y: FloatArray, *, out: FloatArray | None = Non
         slope *= numpy.add(1, y, out=scratch("power", y.shape, y.dtype))
         numpy.multiply(dy, slope, out=out)
 
-    return backward(kernel, dy, y, out)
+    return backward(kernel, dy, y, out, loops.tanh_backward)
 
 
 def silu_forward(x: FloatArray, *, out: FloatArray | None = None) -> FloatArray:
@@ -177,7 +184,7 @@ def silu_forward(x: FloatArray, *, out: FloatArray | None = None) -> FloatArray:
         power += 1
         numpy.divide(near, power, out=out)
 
-    return forward(kernel, x, out)
+    return forward(kernel, x, out, loops.silu_forward)
 
 
 def silu_backward(dy: FloatArray, x: FloatArray, *, out: FloatArray | None = None) -> FloatArray:
@@ -188,7 +195,7 @@ def silu_backward(dy: FloatArray, x: FloatArray, *, out: FloatArray | None = Non
         power = exp_of_minus(near, scratch("power", x.shape, x.dtype))
         numpy.multiply(dy, gated_slope(near, power), out=out)
 
-    return backward(kernel, dy, x, out)
+    return backward(kernel, dy, x, out, loops.silu_backward)
 
 
 def softmax_forward(x: FloatArray, *, axis: int = -1, out: FloatArray | None = None) -> FloatArray:

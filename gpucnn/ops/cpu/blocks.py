@@ -12,6 +12,7 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
+from gpucnn.ops.cpu import compiled
 from gpucnn.ops.cpu.memory import calculation_dtype, flat_views
 from gpucnn.ops.cpu.threads import parallel_for
 
@@ -42,11 +43,19 @@ def image_blocks(shape: Sequence[int], item_bytes: int) -> list[tuple[slice, sli
     return [(slice(i, i + 1), channels) for i in range(n) for channels in ranges(c, planes)]
 
 
-def elementwise(kernel: Callable[..., None], out: NDArray[Any], *inputs: NDArray[Any]) -> NDArray[Any]:
+def elementwise(
+    kernel: Callable[..., None],
+    out: NDArray[Any],
+    *inputs: NDArray[Any],
+    loop: Callable[..., None] | None = None,
+) -> NDArray[Any]:
     """Run ``kernel(out, *inputs)`` over equal blocks of the arrays and return ``out``.
 
-    The arrays have one shape; ``out`` may be one of the inputs. Half precision is calculated in float32.
+    The arrays have one shape; ``out`` may be one of the inputs. Half precision is calculated in float32. ``loop``,
+    where given, is the same as a compiled loop, ``loop(count, *inputs, out)``, which then does all of float32.
     """
+    if loop is not None and _looped(loop, out, inputs):
+        return out
     wide = calculation_dtype(out.dtype)
 
     def calculate(target: NDArray[Any], sources: Sequence[NDArray[Any]]) -> None:
@@ -73,3 +82,20 @@ def elementwise(kernel: Callable[..., None], out: NDArray[Any], *inputs: NDArray
 
     parallel_for(len(parts), task, small=flat_out.size < SMALL)
     return out
+
+
+def _looped(loop: Callable[..., None], out: NDArray[Any], inputs: Sequence[NDArray[Any]]) -> bool:
+    """Whether the compiled loop did it: in any layout, as arrays without a common order in memory are copied."""
+    if compiled.usable(out, *inputs):
+        loop(out.size, *inputs, out)
+        return True
+    if not compiled.available() or any(array.dtype != numpy.float32 for array in (out, *inputs)):
+        return False
+    views = flat_views(out, *inputs)
+    if views is not None and compiled.usable(*views):
+        loop(out.size, *views[1:], views[0])
+        return True
+    result = numpy.empty(out.shape, out.dtype)
+    loop(out.size, *(numpy.require(each, requirements=("C", "A")) for each in inputs), result)
+    out[...] = result
+    return True

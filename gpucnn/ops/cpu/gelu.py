@@ -8,6 +8,7 @@ import numpy
 
 from gpucnn.ops.checks import require_choice
 from gpucnn.ops.cpu.activations import backward, clipped, exp_of_minus, forward, gated_slope
+from gpucnn.ops.cpu.compiled import activations as loops
 from gpucnn.ops.cpu.error_function import erfc
 from gpucnn.ops.cpu.memory import FloatArray
 from gpucnn.ops.cpu.threads import scratch
@@ -84,7 +85,9 @@ def gelu_forward(x: FloatArray, *, approximate: str = "none", out: FloatArray | 
         power += 1
         numpy.divide(near, power, out=out)
 
-    return forward(exact if approximate == "none" else tanh_form, x, out)
+    if approximate == "none":
+        return forward(exact, x, out, loops.gelu_forward)
+    return forward(tanh_form, x, out, loops.gelu_tanh_forward)
 
 
 def gelu_backward(
@@ -121,4 +124,6 @@ def gelu_backward(
         slope *= near
         numpy.multiply(dy, gated_slope(slope, power), out=out)
 
-    return backward(exact if approximate == "none" else tanh_form, dy, x, out)
+    if approximate == "none":
+        return backward(exact, dy, x, out, loops.gelu_backward)
+    return backward(tanh_form, dy, x, out, loops.gelu_tanh_backward)
