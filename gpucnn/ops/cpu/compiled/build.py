@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from gpucnn_kernels.runtime.compiler import (
@@ -39,6 +38,8 @@ FLAGS = (
 
 def build() -> Path:
     """The library, from the cache or compiled now. Raises HostCompileError, HostUnavailableError."""
+    from concurrent.futures import ThreadPoolExecutor  # here, as every import of the operations would pay for it
+
     if platform.system() not in ("Linux", "Darwin"):
         raise HostUnavailableError(f"they are compiled on Linux and macOS, this is {platform.system()}")
     compiler = find_compiler()
