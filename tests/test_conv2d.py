@@ -18,7 +18,7 @@ from tests.problems import ALL, LARGE, SMALL, arrays, can_do, geometry, options,
 ALGORITHMS = {
     CPU: {
         "forward": ("im2col", "rows", "bands", "tensordot", "depthwise", "winograd"),
-        "backward_data": ("col2im", "dilated", "phases", "scatter", "winograd"),
+        "backward_data": ("col2im", "dilated", "phases", "scatter", "depthwise", "winograd"),
         "backward_filter": ("im2col", "rows", "bands", "tensordot", "depthwise", "winograd"),
     },
     CUDA: {

@@ -26,6 +26,7 @@ from gpucnn.ops.cpu import (
     conv2d_col2im,
     conv2d_data,
     conv2d_depthwise,
+    conv2d_depthwise_data,
     conv2d_im2col,
     conv2d_positions,
     conv2d_rows,
@@ -55,6 +56,7 @@ _BACKWARD_DATA: dict[str, Backward] = {
     "dilated": conv2d_data.dilated,
     "phases": conv2d_data.phases,
     "scatter": conv2d_positions.backward_data,
+    "depthwise": conv2d_depthwise_data.backward_data,
     "winograd": conv2d_winograd.backward_data,
 }
 _BACKWARD_FILTER: dict[str, Backward] = {
@@ -94,11 +96,11 @@ def conv2d_choose(direction: str, problem: Conv2dProblem, dtype: DTypeLike) -> s
     =================  ===========================================  ==========
     direction          problem                                      algorithm
     =================  ===========================================  ==========
+    any                one channel a group, more than one group     depthwise
     backward_data      winograd pays, >= 16 channels a group        winograd
     backward_data      1x1, or few outputs and large weights        col2im
     backward_data      1 group: stride > 1, or < 16 channels        col2im
     backward_data      any other                                    phases
-    forward, _filter   one channel a group, more than one group     depthwise
     forward, _filter   depth < 32, larger than 1x1                  bands
     forward, _filter   winograd pays                                winograd
     forward, _filter   1x1, or few outputs and large weights        im2col
@@ -107,6 +109,8 @@ def conv2d_choose(direction: str, problem: Conv2dProblem, dtype: DTypeLike) -> s
     =================  ===========================================  ==========
     """
     conv2d_algorithms(direction)
+    if conv2d_depthwise.is_depthwise(problem) and problem.groups > 1:
+        return "depthwise"
     pointwise = problem.R == problem.S == 1
     strided = problem.stride != (1, 1)
     channels = problem.C // problem.groups
@@ -118,8 +122,6 @@ def conv2d_choose(direction: str, problem: Conv2dProblem, dtype: DTypeLike) -> s
         if pointwise or wide or (problem.groups == 1 and (strided or channels < 16)):
             return "col2im"
         return "phases"
-    if conv2d_depthwise.is_depthwise(problem) and problem.groups > 1:
-        return "depthwise"
     if channels * problem.S < 32 and not pointwise:
         return "bands"
     if winograd:

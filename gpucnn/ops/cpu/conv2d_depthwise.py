@@ -30,6 +30,8 @@ from typing import Any, NamedTuple
 import numpy
 from numpy.typing import NDArray
 
+from gpucnn.ops.cpu import compiled
+from gpucnn.ops.cpu.compiled import depthwise
 from gpucnn.ops.cpu.conv2d_blocks import SMALL_FLOPS
 from gpucnn.ops.cpu.im2col import inside
 from gpucnn.ops.cpu.threads import parallel_for, scratch
@@ -98,6 +100,9 @@ def forward(
     problem: Conv2dProblem, x: NDArray[Any], weight: NDArray[Any], bias: NDArray[Any] | None, out: NDArray[Any]
 ) -> None:
     """Y (N, K, P, Q) into ``out``, which may have any strides."""
+    if compiled.usable(x, weight, bias, out):
+        depthwise.forward(problem, x, weight, bias, out)
+        return
     pictures = _Pictures(problem)
     multiplier, shape = pictures.multiplier, (problem.P, problem.Q)
     kernels = weight.reshape(problem.C, multiplier, problem.R, problem.S)
@@ -140,6 +145,9 @@ def forward(
 
 def backward_filter(problem: Conv2dProblem, dy: NDArray[Any], x: NDArray[Any], out: NDArray[Any]) -> None:
     """Dw (K, 1, R, S) into ``out``: a dot product a kernel position and image, then added in the images' order."""
+    if compiled.usable(dy, x, out):
+        depthwise.backward_filter(problem, dy, x, out)
+        return
     pictures = _Pictures(problem)
     multiplier, width = pictures.multiplier, pictures.width
     length = (problem.P - 1) * width + problem.Q  # from the first output to the last, gaps included
