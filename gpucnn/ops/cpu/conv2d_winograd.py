@@ -26,8 +26,9 @@ from typing import Any
 import numpy
 from numpy.typing import DTypeLike, NDArray
 
-from gpucnn.ops.cpu import conv2d_winograd_wide
+from gpucnn.ops.cpu import compiled, conv2d_winograd_wide
 from gpucnn.ops.cpu.blocks import ranges
+from gpucnn.ops.cpu.compiled import winograd as compiled_winograd
 from gpucnn.ops.cpu.conv2d_blocks import SMALL_FLOPS, Block, runs
 from gpucnn.ops.cpu.conv2d_winograd_tiles import INPUT, OUTPUTS, filter_transform, place, tiles_of, transforms
 from gpucnn.ops.cpu.threads import parallel_for, scratch
@@ -143,6 +144,9 @@ def _convolve(
     *,
     turned: bool,
 ) -> None:
+    if x.dtype == numpy.float32 and compiled.usable(weight, bias, out):
+        compiled_winograd.convolve(problem, numpy.ascontiguousarray(x), weight, bias, out, turned=turned)
+        return
     if conv2d_winograd_wide.fits(problem, x.itemsize):
         conv2d_winograd_wide.convolve(problem, x, weight, bias, out, turned=turned)
         return
@@ -178,6 +182,9 @@ def backward_data(problem: Conv2dProblem, dy: NDArray[Any], weight: NDArray[Any]
 
 def backward_filter(problem: Conv2dProblem, dy: NDArray[Any], x: NDArray[Any], out: NDArray[Any]) -> None:
     """Dw (K, C, R, S) into ``out``: partial sums over runs of blocks, then added in their order."""
+    if dy.dtype == x.dtype == numpy.float32 and compiled.usable(out):
+        compiled_winograd.backward_filter(problem, numpy.ascontiguousarray(dy), numpy.ascontiguousarray(x), out)
+        return
     if conv2d_winograd_wide.fits(problem, x.itemsize):
         conv2d_winograd_wide.backward_filter(problem, dy, x, out)
         return
