@@ -15,7 +15,7 @@ from gpucnn_kernels import conv2d_forward_paths as forward_paths
 from gpucnn_kernels.arrays import DeviceArray, image_layout
 from gpucnn_kernels.conv2d_filter import conv2d_backward_bias, conv2d_backward_filter
 from gpucnn_kernels.conv2d_forward_paths import DIRECT_CHANNELS, Epilogue, is_pointwise
-from gpucnn_kernels.errors import ArgumentError
+from gpucnn_kernels.errors import ArgumentError, LayoutError
 from gpucnn_kernels.launch import Call
 from gpucnn_kernels.overlap import require_apart
 from gpucnn_kernels.problem import Conv2dProblem, IntOrPair, Padding, ProblemError, pair
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 Path = Callable[[Call, Conv2dProblem, DeviceArray, DeviceArray, DeviceArray, Epilogue], None]
-"""(call, problem, x or dy, weight, the array to fill, bias and activation)."""
+"""(call, problem, x or dy, weight, the array to fill, what happens to a sum before it is stored)."""
 
 _FORWARD: dict[str, Path] = {
     "implicit_gemm": forward_paths.implicit_gemm,
@@ -145,6 +145,8 @@ def conv2d_forward(
     groups: int = 1,
     algorithm: str = "auto",
     precision: str | None = None,
+    scale: Any = None,
+    residual: Any = None,
     activation: str = "identity",
     negative_slope: float = 0.01,
     out: Any = None,
@@ -152,31 +154,37 @@ def conv2d_forward(
 ) -> Any:
     """Cross-correlation of x (N, C, H, W) with weight (K, C / groups, R, S), plus bias (K,): (N, K, P, Q).
 
-    y[n, k, p, q] = activation(bias[k] + sum over c, r, s of x[n, c,
-    p * stride_h - pad_top + r * dilation_h, q * stride_w - pad_left + s * dilation_w] * weight[k, c, r, s])
+    y[n, k, p, q] = activation(scale[k] * sum + bias[k] + residual[n, k, p, q]), where sum is that over c, r, s of
+    x[n, c, p * stride_h - pad_top + r * dilation_h, q * stride_w - pad_left + s * dilation_w] * weight[k, c, r, s]
 
     with x zero outside the image, c over the channels of k's group, and
     P = floor((H + pad_top + pad_bottom - dilation_h * (R - 1) - 1) / stride_h) + 1.
 
-    ``activation`` is one of identity, relu, leaky_relu (of ``negative_slope``), sigmoid, tanh, gelu, gelu_tanh and
-    silu, made before the sum is stored. ``precision`` is the least that products may have: "tf32" lets "auto" and
-    "tensor" round float32 arrays to tf32, "float32", "float16" and "bfloat16" are the arrays' own; see
-    :mod:`gpucnn_kernels.conv2d_tensor`. x, weight and ``out`` may each be contiguous or channels-last; the result
-    is laid out as x. "im2col" takes a workspace for the columns, "tensor" one for what does not lie in pieces of
-    16 bytes.
+    All of it is made before the sum is stored, which is rounded once. ``scale`` (K,) and ``residual``, of the
+    result's shape and layout, may each be None. ``activation`` is one of identity, relu, leaky_relu (of
+    ``negative_slope``), sigmoid, tanh, gelu, gelu_tanh and silu.
+
+    ``precision`` is the least that products may have: "tf32" lets "auto" and "tensor" round float32 arrays to
+    tf32, "float32", "float16" and "bfloat16" are the arrays' own; see :mod:`gpucnn_kernels.conv2d_tensor`. x,
+    weight and ``out`` may each be contiguous or channels-last; the result is laid out as x. "im2col" takes a
+    workspace for the columns, "tensor" one for what does not lie in pieces of 16 bytes.
 
     Raises ProblemError where shapes do not fit, DtypeError, DeviceError and LayoutError for arrays that do not,
     ArgumentError for an algorithm or activation that is unknown or an algorithm that cannot do this problem.
     """
-    with Call(stream, x=x, weight=weight, bias=bias, out=out) as call:
-        dtype = call.floating("x", "weight", "bias", "out")
+    with Call(stream, x=x, weight=weight, bias=bias, scale=scale, residual=residual, out=out) as call:
+        dtype = call.floating("x", "weight", "bias", "scale", "residual", "out")
         images, weights = call["x"], call["weight"]
         problem = Conv2dProblem.from_shapes(
             images.shape, weights.shape, stride=stride, padding=padding, dilation=dilation, groups=groups
         )
         name = _resolved(call, "forward", algorithm, problem, dtype, precision)
-        epilogue = Epilogue(_bias(call, problem.K), activation, negative_slope)
-        y = _result(call, problem.output_shape, dtype, images)
+        by_channel = {name: _of_channels(call, name, problem.K) for name in ("bias", "scale")}
+        epilogue = Epilogue(
+            activation=activation, negative_slope=negative_slope, residual=call.get("residual"), **by_channel
+        )
+        y = _result(call, problem.output_shape, dtype, images, *by_channel.values())
+        _check_residual(call, y)
         if name == "tensor":
             conv2d_tensor.convolve(call, problem, images, weights, y, epilogue, precision=precision)
         else:
@@ -231,8 +239,9 @@ def input_gradient(
     The bias is the transposed convolution's, which this is too.
     """
     name = _resolved(call, "backward_data", algorithm, problem, dy.dtype, precision)
-    epilogue = Epilogue(_bias(call, problem.C))
-    dx = _result(call, problem.input_shape, dy.dtype, dy)
+    bias = _of_channels(call, "bias", problem.C)
+    epilogue = Epilogue(bias)
+    dx = _result(call, problem.input_shape, dy.dtype, dy, bias)
     if name == "tensor":
         conv2d_tensor.convolve(
             call, problem, dy, call["weight"], dx, epilogue, precision=precision, transposed=True
@@ -242,20 +251,36 @@ def input_gradient(
     return dx
 
 
-def _bias(call: Call, channels: int) -> DeviceArray | None:
-    """The argument bias, where there is one, checked."""
-    bias = call.get("bias")
-    if bias is not None:
-        call.require("bias", shape=(channels,))
-        call.contiguous("bias")
-    return bias
+def _of_channels(call: Call, name: str, channels: int) -> DeviceArray | None:
+    """The argument ``name``, bias or scale, where there is one, checked."""
+    array = call.get(name)
+    if array is not None:
+        call.require(name, shape=(channels,))
+        call.contiguous(name)
+    return array
 
 
-def _result(call: Call, shape: tuple[int, ...], dtype: str, source: DeviceArray) -> DeviceArray:
+def _check_residual(call: Call, y: DeviceArray) -> None:
+    """Raise unless the residual, where there is one, is read at the place where the result is written."""
+    residual = call.get("residual")
+    if residual is None:
+        return
+    call.require("residual", shape=y.shape)
+    if not residual.same_layout(y):
+        raise LayoutError(
+            f"residual has strides {residual.strides}, but the result has {y.strides} (in elements); bring both "
+            "to the same memory format"
+        )
+    require_apart(y, residual)
+
+
+def _result(
+    call: Call, shape: tuple[int, ...], dtype: str, source: DeviceArray, *by_channel: DeviceArray | None
+) -> DeviceArray:
     """``out`` or a new array, checked against the arrays that are read, whose layouts are checked too."""
     for array in (source, call["weight"]):
         image_layout(array)
     output = call.output(shape, dtype, like=source)
     image_layout(output)
-    require_apart(output, source, call["weight"], call.get("bias"))
+    require_apart(output, source, call["weight"], *by_channel)
     return output

@@ -132,4 +132,4 @@ def _by_columns(
             matmul(matrix[k].transpose()[None], gradients[:, k], out=columns[:, c])
         if workspace is not None:
             launch_col2im(call, workspace, part_dx, problem, algorithm)
-        finish(call, part_dx, epilogue)
+        finish(call, part_dx, epilogue.of_images(first, last))

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -39,11 +40,16 @@ _ENOUGH_BLOCKS = 128  # to keep a GPU of some hundred multiprocessors busy
 
 @dataclass(frozen=True, slots=True)
 class Epilogue:
-    """What happens to a sum before it is stored: bias (K,) or None, then an activation by name."""
+    """What happens to a sum before it is stored: activation(scale * sum + bias + residual).
+
+    scale and bias are (K,), the residual lies as the output does; each is left out where it is None.
+    """
 
     bias: DeviceArray | None = None
     activation: str = "identity"
     negative_slope: float = 0.01
+    scale: DeviceArray | None = None
+    residual: DeviceArray | None = None
 
     def __post_init__(self) -> None:
         if self.activation not in FUNCTIONS:
@@ -52,7 +58,18 @@ class Epilogue:
     @property
     def nothing(self) -> bool:
         """Whether the sum stays as it is."""
-        return self.bias is None and self.activation == "identity"
+        return self.activation == "identity" and not any(term is not None for term in self.terms.values())
+
+    @property
+    def terms(self) -> dict[str, DeviceArray | None]:
+        """The arrays, by the kernels' names for them."""
+        return {"scale": self.scale, "bias": self.bias, "residual": self.residual}
+
+    def of_images(self, first: int, last: int) -> Epilogue:
+        """The epilogue of a part of the batch."""
+        if self.residual is None:
+            return self
+        return dataclasses.replace(self, residual=images(self.residual, first, last))
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -142,7 +159,7 @@ def implicit_gemm(
         input_strides=strides(source),
         filter=weight,
         filter_strides=_filter_strides(weight, problem, transposed),
-        bias=epilogue.bias,
+        **epilogue.terms,
         output=output,
         output_strides=strides(output),
         channels=channels,
@@ -186,7 +203,7 @@ def direct(
         x_strides=strides(x),
         filter=weight,
         filter_strides=_filter_strides(weight, problem, transposed=False),
-        bias=epilogue.bias,
+        **epilogue.terms,
         y=y,
         y_strides=strides(y),
         channels=channels,
@@ -217,7 +234,7 @@ def depthwise(
         input_strides=strides(source),
         filter=weight,
         filter_strides=_filter_strides(weight, problem, transposed),
-        bias=epilogue.bias,
+        **epilogue.terms,
         output=output,
         output_strides=strides(output),
         channels=channel_counts(problem, transposed),
@@ -240,7 +257,7 @@ def im2col(
     """Fill y by a matrix product of cuBLAS (on the host NumPy's), with the windows of x as columns.
 
     A 1x1 kernel at stride 1 without padding needs no columns: x itself is the matrix. 16-bit sums stay in a
-    float32 workspace until bias and activation are done, so that they are rounded once.
+    float32 workspace until the epilogue is done, so that they are rounded once.
     """
     wide = SCALARS[y.dtype][1]
     pointwise, matrix = is_pointwise(problem), filter_matrix(call, weight)
@@ -260,11 +277,11 @@ def im2col(
         for group in range(problem.groups):
             k, c = slice(group * outputs, (group + 1) * outputs), slice(group * depth, (group + 1) * depth)
             matmul(matrix[k][None], columns[:, c], out=products[:, k])
-        finish(call, part_y, epilogue, sums if apart else None)
+        finish(call, part_y, epilogue.of_images(first, last), sums if apart else None)
 
 
 def finish(call: Call, y: DeviceArray, epilogue: Epilogue, wide: DeviceArray | None = None) -> None:
-    """Bias and activation of y in place, or from ``wide``, laid out as y in its computing dtype, into y."""
+    """The epilogue of y in place, or from ``wide``, laid out as y in its computing dtype, into y."""
     if epilogue.nothing and wide is None:
         return
     run = y.shape[2] * y.shape[3] if image_layout(y) == "contiguous" else 1
@@ -275,7 +292,7 @@ def finish(call: Call, y: DeviceArray, epilogue: Epilogue, wide: DeviceArray | N
         scalar=y.dtype,
         wide=wide,
         y=y,
-        bias=epilogue.bias,
+        **epilogue.terms,
         channels=y.shape[1],
         run=run,
         count=y.size,

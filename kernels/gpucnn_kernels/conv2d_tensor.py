@@ -152,7 +152,7 @@ def convolve(
         input_strides=strides(image),
         filter=filters,
         filter_strides=filter_strides,
-        bias=epilogue.bias,
+        **epilogue.terms,
         output=output,
         output_strides=strides(output),
         channels={**channels, "source": -(-channels["source"] // chunk) * chunk},
@@ -160,7 +160,7 @@ def convolve(
         horizontal=horizontal,
         transposed=int(transposed),
         epilogue=epilogue.fields,
-        vectors=int(output.channels_last and channels["output"] % chunk == 0 and output.address % 16 == 0),
+        vectors=int(channels["output"] % chunk == 0 and _in_pieces(output) and _in_pieces(epilogue.residual)),
         units=units,
     )
 
@@ -248,12 +248,17 @@ def _chunk(dtype: str) -> int:
     return 16 // itemsize(dtype)
 
 
+def _in_pieces(image: DeviceArray | None) -> bool:
+    """Whether channels lie side by side from a multiple of 16 bytes on; of no image, yes."""
+    return image is None or (image.channels_last and image.address % 16 == 0)
+
+
 def _packed_image(call: Call, image: DeviceArray, groups: int) -> DeviceArray:
     """The image itself where the kernels can read it, or a workspace with each group's channels filled up."""
     n, c, h, w = image.shape
     depth, chunk = c // groups, _chunk(image.dtype)
     padded = -(-depth // chunk) * chunk
-    if image.channels_last and padded == depth and image.address % 16 == 0:
+    if padded == depth and _in_pieces(image):
         return image
     last = image_layout(image) == "channels_last"
     wide = groups * padded

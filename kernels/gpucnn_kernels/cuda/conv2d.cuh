@@ -28,6 +28,9 @@ struct Axis { int output, source, kernel, stride, dilation, pad, common, inverse
 
 struct Epilogue { int function; accumulate_t negative_slope; };
 
+// What is added to the sums, and what they are multiplied by; each may be null. A residual lies as the output does.
+struct Terms { const scalar_t *scale, *bias, *residual; };
+
 // The output rows first_output + i * phases meet source row start + i * advance + j * step with filter row
 // first + j * tap_step, for j < taps.
 struct Line { int phases, taps, first, tap_step, start, advance, step; };
@@ -59,9 +62,18 @@ __device__ __forceinline__ Line line_of(Axis axis, int transposed, int first_out
 // A negative number of rows above the image is as far outside as a large number below it.
 __device__ __forceinline__ bool inside(int place, int length) { return (unsigned)place < (unsigned)length; }
 
+// The sum times its channel's scale, plus its bias; all in the accumulating type, like what follows.
+__device__ __forceinline__ accumulate_t scaled(accumulate_t sum, Terms terms, int channel) {
+    if (terms.scale != nullptr) sum *= load(terms.scale[channel]);
+    if (terms.bias != nullptr) sum += load(terms.bias[channel]);
+    return sum;
+}
+
+// What is stored for the sum of ``channel`` at element ``place`` of the output: rounded once, here.
 __device__ __forceinline__ scalar_t finished(
-    accumulate_t sum, const scalar_t *bias, int channel, Epilogue epilogue
+    accumulate_t sum, Terms terms, int channel, long long place, Epilogue epilogue
 ) {
-    if (bias != nullptr) sum += load(bias[channel]);
+    sum = scaled(sum, terms, channel);
+    if (terms.residual != nullptr) sum += load(terms.residual[place]);
     return store(activate(epilogue.function, sum, epilogue.negative_slope));
 }

@@ -9,8 +9,9 @@
 // In the input gradient every channel is made from the ``channels.source`` channels of dy that its group has.
 extern "C" __global__ void __launch_bounds__(256, 2) conv2d_depthwise(
     const scalar_t *input, Strides input_strides, const scalar_t *filter, FilterStrides filter_strides,
-    const scalar_t *bias, scalar_t *output, Strides output_strides, Channels channels, Axis vertical,
-    Axis horizontal, int transposed, Epilogue epilogue, long long count
+    const scalar_t *scale, const scalar_t *bias, const scalar_t *residual, scalar_t *output,
+    Strides output_strides, Channels channels, Axis vertical, Axis horizontal, int transposed, Epilogue epilogue,
+    long long count
 ) {
     const int all_channels = channels.groups * channels.output;
     const bool by_channel = output_strides.c < output_strides.w;
@@ -52,7 +53,8 @@ extern "C" __global__ void __launch_bounds__(256, 2) conv2d_depthwise(
                 }
             }
         }
-        output[rest * output_strides.n + channel * output_strides.c + place_down * output_strides.h +
-               place_across * output_strides.w] = finished(sum, bias, channel, epilogue);
+        const long long place = rest * output_strides.n + channel * output_strides.c +
+                                place_down * output_strides.h + place_across * output_strides.w;
+        output[place] = finished(sum, {scale, bias, residual}, channel, place, epilogue);
     }
 }

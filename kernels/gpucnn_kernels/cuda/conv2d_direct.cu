@@ -20,8 +20,8 @@ struct Tap { int channel, row, column; };
 
 extern "C" __global__ void __launch_bounds__(256) conv2d_direct(
     const scalar_t *x, Strides x_strides, const scalar_t *filter, FilterStrides filter_strides,
-    const scalar_t *bias, scalar_t *y, Strides y_strides, Channels channels, Axis vertical, Axis horizontal,
-    Epilogue epilogue
+    const scalar_t *scale, const scalar_t *bias, const scalar_t *residual, scalar_t *y, Strides y_strides,
+    Channels channels, Axis vertical, Axis horizontal, Epilogue epilogue
 ) {
     // First the filters, [tap][channel]; at the end the results, [channel][position], a number longer than needed
     // so that reading by channel meets different banks.
@@ -95,8 +95,10 @@ extern "C" __global__ void __launch_bounds__(256) conv2d_direct(
         const int column = by_channel ? element / outputs : element % THREADS;
         if (places[column] >= 0) {
             const int channel = group * channels.output + first_channel + k;
-            y[places[column] + channel * y_strides.c] =
-                finished(numbers[k * (THREADS + 1) + column], bias, channel, epilogue);
+            const long long place = places[column] + channel * y_strides.c;
+            y[place] = finished(
+                numbers[k * (THREADS + 1) + column], {scale, bias, residual}, channel, place, epilogue
+            );
         }
     }
 }

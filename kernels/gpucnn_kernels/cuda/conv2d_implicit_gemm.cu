@@ -40,8 +40,8 @@ __host__ __device__ constexpr int stage_size(int rows, int columns) {
 template <int ROWS, int COLUMNS>
 __device__ __forceinline__ void convolve(
     const scalar_t *input, Strides input_strides, const scalar_t *filter, FilterStrides filter_strides,
-    const scalar_t *bias, scalar_t *output, Strides output_strides, Channels channels, Axis vertical,
-    Axis horizontal, int transposed, Epilogue epilogue, int unit, accumulate_t *stages, Place *places
+    Terms terms, scalar_t *output, Strides output_strides, Channels channels, Axis vertical, Axis horizontal,
+    int transposed, Epilogue epilogue, int unit, accumulate_t *stages, Place *places
 ) {
     constexpr int THREADS = ROWS / 4 * ACROSS;
     constexpr int WIDTH = COLUMNS / ACROSS;  // positions a thread
@@ -186,11 +186,11 @@ __device__ __forceinline__ void convolve(
         for (int element = threadIdx.x; element < ROWS * PART; element += THREADS) {
             const int row = output_by_channel ? element % ROWS : element / PART;
             const int column = output_by_channel ? element / ROWS : element % PART;
-            const long long place = places[part * PART + column].output;
-            if (first_channel + row < channels.output && place >= 0) {
+            const long long pixel = places[part * PART + column].output;
+            if (first_channel + row < channels.output && pixel >= 0) {
                 const int channel = group * channels.output + first_channel + row;
-                output[place + channel * output_strides.c] =
-                    finished(stages[row * (PART + 1) + column], bias, channel, epilogue);
+                const long long place = pixel + channel * output_strides.c;
+                output[place] = finished(stages[row * (PART + 1) + column], terms, channel, place, epilogue);
             }
         }
         __syncthreads();
@@ -200,30 +200,32 @@ __device__ __forceinline__ void convolve(
 // Grid: x the positions' tiles, y the channels', z the units (as many as there may be blocks; then the next ones).
 extern "C" __global__ void __launch_bounds__(256, 2) conv2d_implicit_gemm_large(
     const scalar_t *input, Strides input_strides, const scalar_t *filter, FilterStrides filter_strides,
-    const scalar_t *bias, scalar_t *output, Strides output_strides, Channels channels, Axis vertical,
-    Axis horizontal, int transposed, Epilogue epilogue, int units
+    const scalar_t *scale, const scalar_t *bias, const scalar_t *residual, scalar_t *output,
+    Strides output_strides, Channels channels, Axis vertical, Axis horizontal, int transposed, Epilogue epilogue,
+    int units
 ) {
     __shared__ __align__(16) accumulate_t stages[2 * stage_size(64, WIDE)];
     __shared__ Place places[WIDE];
     for (int unit = blockIdx.z; unit < units; unit += gridDim.z) {
         convolve<64, WIDE>(
-            input, input_strides, filter, filter_strides, bias, output, output_strides, channels, vertical,
-            horizontal, transposed, epilogue, unit, stages, places
+            input, input_strides, filter, filter_strides, {scale, bias, residual}, output, output_strides,
+            channels, vertical, horizontal, transposed, epilogue, unit, stages, places
         );
     }
 }
 
 extern "C" __global__ void __launch_bounds__(128, 3) conv2d_implicit_gemm_small(
     const scalar_t *input, Strides input_strides, const scalar_t *filter, FilterStrides filter_strides,
-    const scalar_t *bias, scalar_t *output, Strides output_strides, Channels channels, Axis vertical,
-    Axis horizontal, int transposed, Epilogue epilogue, int units
+    const scalar_t *scale, const scalar_t *bias, const scalar_t *residual, scalar_t *output,
+    Strides output_strides, Channels channels, Axis vertical, Axis horizontal, int transposed, Epilogue epilogue,
+    int units
 ) {
     __shared__ __align__(16) accumulate_t stages[2 * stage_size(32, 64)];
     __shared__ Place places[64];
     for (int unit = blockIdx.z; unit < units; unit += gridDim.z) {
         convolve<32, 64>(
-            input, input_strides, filter, filter_strides, bias, output, output_strides, channels, vertical,
-            horizontal, transposed, epilogue, unit, stages, places
+            input, input_strides, filter, filter_strides, {scale, bias, residual}, output, output_strides,
+            channels, vertical, horizontal, transposed, epilogue, unit, stages, places
         );
     }
 }

@@ -12,8 +12,8 @@
 // 32 or 32 x 16 of them. cp.async fills a ring of four stages in shared memory, three steps ahead, with zeros
 // where a window leaves the image; so there is one barrier a step. Rows of a stage are 64 bytes, their chunks
 // exchanged by the row's number, which lets eight rows of one chunk, as ldmatrix reads them, and two whole
-// rows, as cp.async writes them, each fall into all 32 banks. The sums go back through shared memory, bias and
-// activation on the way, and leave in pieces of 16 bytes, or one by one along whichever of channels and
+// rows, as cp.async writes them, each fall into all 32 banks. The sums go back through shared memory, the
+// epilogue on the way, and leave in pieces of 16 bytes, or one by one along whichever of channels and
 // positions are neighbours.
 //
 // Limit: 2 * N * K * P * Q * (C / groups) * R * S operations at the tensor cores' rate, or input, filter and
@@ -25,15 +25,19 @@
 // products do the fetching of one, and their conversions and additions take about as many instructions as the
 // products: 105 TFLOP/s at best.
 //
-// Compiled for sm_90, large, medium and small: registers 125, 124 and 62 (16 bits), 123, 125 and 66 (tf32), 192,
-// 198 and 80 (three products); shared memory 65, 49 and 25 KiB; of 64 warps 16, 16 and 32 are resident (tf32 16,
-// 16 and 28; three products 8, 8 and 24). Other architectures: docs/kernels.md.
+// Compiled for sm_90, large, medium and small: registers 128, 124 and 71 (16 bits), 123, 125 and 69 (tf32), 192,
+// 198 and 93 (three products); shared memory 65, 49 and 25 KiB; of 64 warps 16, 16 and 28 are resident (three
+// products 8, 8 and 20). Other architectures: docs/kernels.md.
 #include "conv2d_tensor.cuh"
 
 constexpr int LINE = 64;  // bytes of a row of a stage: four chunks
 constexpr int PART = 64;  // positions that are written at a time
 
 constexpr int NOWHERE = -(1 << 30);  // outside at every tap
+
+// Blocks of small tiles that a multiprocessor's registers are to hold: left to itself the compiler goes for more,
+// and puts numbers that it needs into memory.
+constexpr int SMALL_BLOCKS = PRODUCTS == 3 ? 5 : 7;
 
 __device__ __forceinline__ int swizzled(int row, int chunk) {
     return row * LINE + ((chunk ^ (row >> 1 & 3)) << 4);
@@ -44,9 +48,8 @@ struct alignas(16) Vector { scalar_t number[CHUNK]; };
 template <int POSITIONS, int OUTPUTS, int WARP_POSITIONS, int WARP_OUTPUTS>
 __device__ __forceinline__ void convolve(
     const scalar_t *input, Strides input_strides, const scalar_t *filter, FilterStrides filter_strides,
-    const scalar_t *bias, scalar_t *output, Strides output_strides, Channels channels, Axis vertical,
-    Axis horizontal, int transposed, Epilogue epilogue, int vectors, int unit, unsigned char *stages,
-    long long *places
+    Terms terms, scalar_t *output, Strides output_strides, Channels channels, Axis vertical, Axis horizontal,
+    int transposed, Epilogue epilogue, int vectors, int unit, unsigned char *stages, long long *places
 ) {
     constexpr int WARPS_ACROSS = OUTPUTS / WARP_OUTPUTS;
     constexpr int THREADS = POSITIONS / WARP_POSITIONS * WARPS_ACROSS * 32;
@@ -211,16 +214,26 @@ __device__ __forceinline__ void convolve(
 #pragma unroll 1
             for (int element = threadIdx.x; element < PART * (OUTPUTS / CHUNK); element += THREADS) {
                 const int row = element / (OUTPUTS / CHUNK), channel = element % (OUTPUTS / CHUNK) * CHUNK;
-                const long long place = places[part * PART + row];
-                if (channel < left_channels && place >= 0) {
+                const long long pixel = places[part * PART + row];
+                if (channel < left_channels && pixel >= 0) {
+                    // What is computed goes back to shared memory: there is no register to spare.
+                    const long long place = pixel + channel_of_output + channel;
+                    float *numbers = shared_sums + row * PITCH + channel;
                     Vector vector;
 #pragma unroll
                     for (int k = 0; k < CHUNK; ++k) {
-                        vector.number[k] = finished(
-                            shared_sums[row * PITCH + channel + k], bias, channel_of_output + channel + k, epilogue
-                        );
+                        numbers[k] = scaled(numbers[k], terms, channel_of_output + channel + k);
                     }
-                    *reinterpret_cast<Vector *>(output + place + channel_of_output + channel) = vector;
+                    if (terms.residual != nullptr) {
+                        vector = *reinterpret_cast<const Vector *>(terms.residual + place);
+#pragma unroll
+                        for (int k = 0; k < CHUNK; ++k) numbers[k] += load(vector.number[k]);
+                    }
+#pragma unroll
+                    for (int k = 0; k < CHUNK; ++k) {
+                        vector.number[k] = store(activate(epilogue.function, numbers[k], epilogue.negative_slope));
+                    }
+                    *reinterpret_cast<Vector *>(output + place) = vector;
                 }
             }
         } else {
@@ -228,10 +241,11 @@ __device__ __forceinline__ void convolve(
             for (int element = threadIdx.x; element < PART * OUTPUTS; element += THREADS) {
                 const int row = by_channel ? element / OUTPUTS : element % PART;
                 const int channel = by_channel ? element % OUTPUTS : element / PART;
-                const long long place = places[part * PART + row];
-                if (channel < left_channels && place >= 0) {
-                    output[place + (channel_of_output + channel) * output_strides.c] = finished(
-                        shared_sums[row * PITCH + channel], bias, channel_of_output + channel, epilogue
+                const long long pixel = places[part * PART + row];
+                if (channel < left_channels && pixel >= 0) {
+                    const long long place = pixel + (channel_of_output + channel) * output_strides.c;
+                    output[place] = finished(
+                        shared_sums[row * PITCH + channel], terms, channel_of_output + channel, place, epilogue
                     );
                 }
             }
@@ -242,48 +256,51 @@ __device__ __forceinline__ void convolve(
 // Grid: x the positions' tiles, y the channels', z the units (as many as there may be blocks; then the next
 // ones). Strides are in elements; input_strides.c and filter_strides.source are 1 and not looked at, and what
 // is read begins at multiples of 16 bytes. With ``vectors`` that holds for the output too, and so do its
-// channels.
+// channels, and for the residual.
 extern "C" __global__ void __launch_bounds__(256) conv2d_tensor_large(
     const scalar_t *input, Strides input_strides, const scalar_t *filter, FilterStrides filter_strides,
-    const scalar_t *bias, scalar_t *output, Strides output_strides, Channels channels, Axis vertical,
-    Axis horizontal, int transposed, Epilogue epilogue, int vectors, int units
+    const scalar_t *scale, const scalar_t *bias, const scalar_t *residual, scalar_t *output,
+    Strides output_strides, Channels channels, Axis vertical, Axis horizontal, int transposed, Epilogue epilogue,
+    int vectors, int units
 ) {
     extern __shared__ __align__(128) unsigned char stages[];
     __shared__ long long places[128];
     for (int unit = blockIdx.z; unit < units; unit += gridDim.z) {
         convolve<128, 128, 64, 32>(
-            input, input_strides, filter, filter_strides, bias, output, output_strides, channels, vertical,
-            horizontal, transposed, epilogue, vectors, unit, stages, places
+            input, input_strides, filter, filter_strides, {scale, bias, residual}, output, output_strides,
+            channels, vertical, horizontal, transposed, epilogue, vectors, unit, stages, places
         );
     }
 }
 
 extern "C" __global__ void __launch_bounds__(128) conv2d_tensor_medium(
     const scalar_t *input, Strides input_strides, const scalar_t *filter, FilterStrides filter_strides,
-    const scalar_t *bias, scalar_t *output, Strides output_strides, Channels channels, Axis vertical,
-    Axis horizontal, int transposed, Epilogue epilogue, int vectors, int units
+    const scalar_t *scale, const scalar_t *bias, const scalar_t *residual, scalar_t *output,
+    Strides output_strides, Channels channels, Axis vertical, Axis horizontal, int transposed, Epilogue epilogue,
+    int vectors, int units
 ) {
     extern __shared__ __align__(128) unsigned char stages[];
     __shared__ long long places[128];
     for (int unit = blockIdx.z; unit < units; unit += gridDim.z) {
         convolve<128, 64, 64, 32>(
-            input, input_strides, filter, filter_strides, bias, output, output_strides, channels, vertical,
-            horizontal, transposed, epilogue, vectors, unit, stages, places
+            input, input_strides, filter, filter_strides, {scale, bias, residual}, output, output_strides,
+            channels, vertical, horizontal, transposed, epilogue, vectors, unit, stages, places
         );
     }
 }
 
-extern "C" __global__ void __launch_bounds__(128) conv2d_tensor_small(
+extern "C" __global__ void __launch_bounds__(128, SMALL_BLOCKS) conv2d_tensor_small(
     const scalar_t *input, Strides input_strides, const scalar_t *filter, FilterStrides filter_strides,
-    const scalar_t *bias, scalar_t *output, Strides output_strides, Channels channels, Axis vertical,
-    Axis horizontal, int transposed, Epilogue epilogue, int vectors, int units
+    const scalar_t *scale, const scalar_t *bias, const scalar_t *residual, scalar_t *output,
+    Strides output_strides, Channels channels, Axis vertical, Axis horizontal, int transposed, Epilogue epilogue,
+    int vectors, int units
 ) {
     extern __shared__ __align__(128) unsigned char stages[];
     __shared__ long long places[64];
     for (int unit = blockIdx.z; unit < units; unit += gridDim.z) {
         convolve<64, 32, 32, 16>(
-            input, input_strides, filter, filter_strides, bias, output, output_strides, channels, vertical,
-            horizontal, transposed, epilogue, vectors, unit, stages, places
+            input, input_strides, filter, filter_strides, {scale, bias, residual}, output, output_strides,
+            channels, vertical, horizontal, transposed, epilogue, vectors, unit, stages, places
         );
     }
 }
