@@ -95,7 +95,17 @@ def _looped(loop: Callable[..., None], out: NDArray[Any], inputs: Sequence[NDArr
     if views is not None and compiled.usable(*views):
         loop(out.size, *views[1:], views[0])
         return True
-    result = numpy.empty(out.shape, out.dtype)
-    loop(out.size, *(numpy.require(each, requirements=("C", "A")) for each in inputs), result)
-    out[...] = result
+    contiguously(lambda *arrays: loop(out.size, *arrays), out, *inputs)
     return True
+
+
+def contiguously(loop: Callable[..., None], out: NDArray[Any], *inputs: NDArray[Any]) -> NDArray[Any]:
+    """Run a compiled ``loop(*inputs, out)`` on arrays in C order, copies where they are not; returns ``out``."""
+    given = [numpy.require(array, requirements=("C", "A")) for array in inputs]
+    if out.flags.c_contiguous and out.flags.aligned:
+        loop(*given, out)
+    else:
+        result = numpy.empty(out.shape, out.dtype)
+        loop(*given, result)
+        out[...] = result
+    return out

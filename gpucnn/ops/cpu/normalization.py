@@ -13,13 +13,17 @@ of the mean always subtracted and NumPy's sums, 1.7 and 2.6 as now.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy
 from numpy.typing import NDArray
 
 from gpucnn.ops.checks import check_batch, check_batch_norm, require_floating, require_shape
-from gpucnn.ops.cpu.blocks import PLANE_BYTES, SMALL, ranges
+from gpucnn.ops.cpu import compiled
+from gpucnn.ops.cpu.blocks import PLANE_BYTES, SMALL, contiguously, ranges
+from gpucnn.ops.cpu.compiled import normalization as loops
 from gpucnn.ops.cpu.memory import FloatArray, calculation_dtype, result_array
 from gpucnn.ops.cpu.threads import parallel_for, scratch
 
@@ -90,6 +94,16 @@ def _spread(values: NDArray[Any], dtype: Any) -> NDArray[Any]:
     return values.astype(dtype)[:, None, None, None]
 
 
+def _sizes(x: FloatArray) -> tuple[int, int, int]:
+    """(N, C, pixels) of x (N, C) or (N, C, H, W)."""
+    return x.shape[0], x.shape[1], math.prod(x.shape[2:])
+
+
+def _takes_loops(images: Sequence[FloatArray], per_channel: Sequence[FloatArray | None]) -> bool:
+    """Whether the compiled loops do it: float32 images of any layout, and arrays a channel as they take them."""
+    return compiled.usable(*per_channel) and all(array.dtype == numpy.float32 for array in images)
+
+
 def batch_norm_forward(
     x: FloatArray,
     weight: FloatArray | None = None,
@@ -112,6 +126,15 @@ def batch_norm_forward(
     count = x.size // max(1, channels)
     check_batch(x)
     y = numpy.empty_like(x, subok=False) if out is None else result_array(out, x.shape, x.dtype)
+    if _takes_loops((x, y), (weight, bias, running_mean, running_var)):
+        found_mean, inverse_std = numpy.empty((2, channels), numpy.float32)
+        moments = (weight, bias, running_mean, running_var, momentum, epsilon)
+
+        def normalize(images: FloatArray, result: FloatArray) -> None:
+            sizes = _sizes(images)
+            loops.batch_norm_forward(*sizes, images, *moments, result, found_mean, inverse_std)
+
+        return contiguously(normalize, y, x), found_mean, inverse_std
     wide = calculation_dtype(x.dtype)
     mean, variance = numpy.empty(channels, numpy.float64), numpy.empty(channels, numpy.float64)
     source, target = _by_channel(x), _by_channel(y)
@@ -174,6 +197,14 @@ def batch_norm_backward(
     channels = x.shape[1]
     count = max(1, x.size // max(1, channels))
     dx = numpy.empty_like(dy, subok=False) if out is None else result_array(out, dy.shape, dy.dtype)
+    if _takes_loops((x, dy, dx), (weight, mean, inverse_std)) and x.size:
+        loop_dweight, loop_dbias = numpy.empty((2, channels), numpy.float32)
+
+        def differentiate(gradient: FloatArray, images: FloatArray, result: FloatArray) -> None:
+            moments = (weight, mean, inverse_std)
+            loops.batch_norm_backward(*_sizes(x), gradient, images, *moments, result, loop_dweight, loop_dbias)
+
+        return contiguously(differentiate, dx, dy, x), loop_dweight, loop_dbias
     wide = calculation_dtype(x.dtype)
     dweight, dbias = numpy.empty(channels, numpy.float64), numpy.empty(channels, numpy.float64)
     source, gradient, target = _by_channel(x), _by_channel(dy), _by_channel(dx)
@@ -236,6 +267,13 @@ def batch_norm_inference(
     """(x - running_mean) / sqrt(running_var + epsilon) * weight + bias."""
     check_batch_norm(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     y = numpy.empty_like(x, subok=False) if out is None else result_array(out, x.shape, x.dtype)
+    if _takes_loops((x, y), (weight, bias, running_mean, running_var)):
+
+        def apply(images: FloatArray, result: FloatArray) -> None:
+            moments = (weight, bias, running_mean, running_var, epsilon)
+            loops.batch_norm_inference(*_sizes(images), images, *moments, result)
+
+        return contiguously(apply, y, x)
     wide = calculation_dtype(x.dtype)
     shape = (1, -1) + (1,) * (x.ndim - 2)
     with numpy.errstate(all="ignore"):

@@ -131,12 +131,12 @@ class Function:
             raise MemoryError(f"no memory left to work in for {self.name}")
 
 
-_KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
+_KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "d": ctypes.c_double}
 
 
 def function(name: str, kinds: str) -> Function:
     """The library's ``gpucnn_<name>``, looked up when first called.
 
-    ``kinds`` has a letter for each argument: p an array or None, i an integer (int64), f a number (float).
+    ``kinds`` has a letter for each argument: p an array or None, i an integer (int64), f a float, d a double.
     """
     return Function(name, tuple(_KINDS[kind] for kind in kinds))
