@@ -24,6 +24,7 @@ def dropout_forward(
     seed: int,
     offset: int,
     per_channel: bool = False,
+    start: Any = None,
     out: Any = None,
     stream: Any = None,
 ) -> Any:
@@ -31,12 +32,14 @@ def dropout_forward(
 
     Element i, in C order of the logical array (of (N, C) with ``per_channel``; the mask is then (N, C, 1, ...)),
     is kept where word i of the Philox4x32-10 stream of ``seed`` (0 to 2^64 - 1), from word ``offset`` on, is at
-    least probability * 2^32. So neither the layout nor the GPU changes a mask. y and a full mask are laid out as
-    x; ``out`` may be x itself. Raises ArgumentError for a probability outside 0 .. 1, or ``per_channel`` with
-    fewer than 2 axes.
+    least probability * 2^32. So neither the layout nor the GPU changes a mask. ``start``, an array of one uint64,
+    is added to the offset when the kernel runs: in a captured graph, the words that were used before. y and a full
+    mask are laid out as x; ``out`` may be x itself. Raises ArgumentError for a probability outside 0 .. 1, or
+    ``per_channel`` with fewer than 2 axes.
     """
-    with Call(stream, x=x, out=out) as call:
+    with Call(stream, x=x, start=start, out=out) as call:
         dtype = call.floating("x", "out")
+        call.require("start", "uint64", (1,))
         scale = _scale(probability)
         _known_layout(call["x"])
         call.elementwise("x", "out")
@@ -45,6 +48,7 @@ def dropout_forward(
             "seed": seed,
             "offset": offset,
             "threshold": math.ceil(probability * 2**32),
+            "start": call.get("start"),
         }
         y = call.output(source.shape, dtype, like=source)
         if per_channel:

@@ -4,6 +4,11 @@ A step takes 1-d contiguous arrays of one length: parameter and gradient of one 
 or float64), state of float32 (float64 with float64 parameters). 16-bit state is refused: an average of squared
 gradients vanishes in it. Arithmetic is that of the state, rounded once to the parameter's dtype. The gradient is
 never changed.
+
+A step that is captured in a graph, and started many times, must find in memory what changes from one to the
+next. So each takes ``schedule``, float64 numbers that it reads when it runs, in place of the arguments that
+:func:`sgd_schedule`, :func:`adam_schedule` or :func:`rmsprop_schedule` turn into them; and ``proceed``, an array
+of one float64, where 0 leaves everything as it is. With either, the bits are those of the same step without.
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ SOURCE = "optimizer_step"
 SUM_SOURCE = "sum_of_squares"
 SOURCES: dict[str, tuple[dict[str, str], ...]] = {SOURCE: ({},), SUM_SOURCE: ({},)}
 
-_CLIP_EPSILON = 1e-6  # PyTorch's, so that a norm of 0 divides nothing
+CLIP_EPSILON = 1e-6  # PyTorch's, so that a norm of 0 divides nothing
 _ELEMENTS_A_THREAD = 16
 _MOST_SUMS = 1024  # blocks of the first pass: fixed, so that the sum has one order of addition on every GPU
 
@@ -37,6 +42,8 @@ def sgd_step(
     nesterov: bool = False,
     maximize: bool = False,
     first_step: bool = False,
+    schedule: Any = None,
+    proceed: Any = None,
     stream: Any = None,
 ) -> None:
     """PyTorch's SGD on 1-d arrays, in place; ``first_step`` starts the momentum at the gradient itself.
@@ -46,11 +53,16 @@ def sgd_step(
     """
     if momentum and momentum_buffer is None:
         raise ArgumentError(f"SGD with momentum={momentum} needs a momentum_buffer, got None")
-    buffers = {"momentum_buffer": momentum_buffer if momentum else None}
-    with Call(stream, parameter=parameter, gradient=gradient, **buffers) as call:
+    arrays = {"momentum_buffer": momentum_buffer if momentum else None, "schedule": schedule, "proceed": proceed}
+    with Call(stream, parameter=parameter, gradient=gradient, **arrays) as call:
         options = {"lr": lr, "momentum": momentum, "keep": 1 - dampening, "weight_decay": weight_decay}
         flags = {"nesterov": int(nesterov), "maximize": int(maximize), "first_step": int(first_step)}
-        _step(call, "sgd_step", options | flags, velocity="momentum_buffer")
+        _step(call, "sgd_step", options | flags, len(sgd_schedule(lr, first_step)), velocity="momentum_buffer")
+
+
+def sgd_schedule(lr: float, first_step: bool) -> tuple[float, ...]:
+    """The numbers of a ``schedule`` that stand for these arguments of :func:`sgd_step`."""
+    return lr, float(first_step)
 
 
 def adam_step(
@@ -66,6 +78,8 @@ def adam_step(
     weight_decay: float = 0.0,
     decoupled: bool = False,
     step: int = 1,
+    schedule: Any = None,
+    proceed: Any = None,
     stream: Any = None,
 ) -> None:
     """Adam (Kingma and Ba), or AdamW (Loshchilov and Hutter) where ``decoupled``; ``step`` counts from 1.
@@ -73,22 +87,36 @@ def adam_step(
     The bias corrections 1 - beta^step are worked out in double precision on the host. Raises ArgumentError for a
     step below 1.
     """
-    if step < 1:
-        raise ArgumentError(f"Adam's step counts from 1, got {step}")
+    numbers = adam_schedule(lr, beta1, beta2, weight_decay, decoupled, step)
     arrays = {"first_moment": first_moment, "second_moment": second_moment}
-    with Call(stream, parameter=parameter, gradient=gradient, **arrays) as call:
+    changing = {"schedule": schedule, "proceed": proceed}
+    with Call(stream, parameter=parameter, gradient=gradient, **arrays, **changing) as call:
         options = {
-            "step_size": lr / (1 - beta1**step),
-            "root_correction": 1 / math.sqrt(1 - beta2**step),
+            "step_size": numbers[0],
+            "root_correction": numbers[1],
             "rest_1": 1 - beta1,
             "beta2": beta2,
             "rest_2": 1 - beta2,
             "epsilon": epsilon,
-            "weight_decay": lr * weight_decay if decoupled else weight_decay,
+            "weight_decay": numbers[2],
             "decoupled": int(decoupled),
         }
         _require_given(call, *arrays)
-        _step(call, "adam_step", options, first_moment="first_moment", second_moment="second_moment")
+        state = {"first_moment": "first_moment", "second_moment": "second_moment"}
+        _step(call, "adam_step", options, len(numbers), **state)
+
+
+def adam_schedule(
+    lr: float, beta1: float, beta2: float, weight_decay: float, decoupled: bool, step: int
+) -> tuple[float, ...]:
+    """The numbers of a ``schedule`` that stand for these arguments of :func:`adam_step`.
+
+    Raises ArgumentError for a step below 1.
+    """
+    if step < 1:
+        raise ArgumentError(f"Adam's step counts from 1, got {step}")
+    decay = lr * weight_decay if decoupled else weight_decay
+    return lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step), decay
 
 
 def rmsprop_step(
@@ -103,6 +131,8 @@ def rmsprop_step(
     epsilon: float = 1e-8,
     weight_decay: float = 0.0,
     momentum: float = 0.0,
+    schedule: Any = None,
+    proceed: Any = None,
     stream: Any = None,
 ) -> None:
     """PyTorch's RMSprop, centered where ``gradient_average`` is given.
@@ -115,6 +145,8 @@ def rmsprop_step(
         "square_average": square_average,
         "momentum_buffer": momentum_buffer if momentum else None,
         "gradient_average": gradient_average,
+        "schedule": schedule,
+        "proceed": proceed,
     }
     with Call(stream, parameter=parameter, gradient=gradient, **arrays) as call:
         options = {
@@ -130,10 +162,16 @@ def rmsprop_step(
             call,
             "rmsprop_step",
             options,
+            len(rmsprop_schedule(lr)),
             square_average="square_average",
             velocity="momentum_buffer",
             gradient_average="gradient_average",
         )
+
+
+def rmsprop_schedule(lr: float) -> tuple[float, ...]:
+    """The numbers of a ``schedule`` that stand for this argument of :func:`rmsprop_step`."""
+    return (lr,)
 
 
 def _require_given(call: Call, *names: str) -> None:
@@ -142,8 +180,11 @@ def _require_given(call: Call, *names: str) -> None:
         call[name]
 
 
-def _step(call: Call, kernel: str, options: dict[str, Any], **state: str) -> None:
-    """Check the buffers and start ``kernel``; ``state`` is the argument's name by the kernel's parameter."""
+def _step(call: Call, kernel: str, options: dict[str, Any], scheduled: int, **state: str) -> None:
+    """Check the buffers and start ``kernel``; ``state`` is the argument's name by the kernel's parameter.
+
+    ``scheduled`` is how many numbers its schedule has.
+    """
     dtype = call.floating("parameter", "gradient")
     parameter = call["parameter"]
     if len(parameter.shape) != 1:
@@ -151,7 +192,9 @@ def _step(call: Call, kernel: str, options: dict[str, Any], **state: str) -> Non
     call.require("gradient", shape=parameter.shape)
     for name in state.values():
         call.require(name, SCALARS[dtype][1], parameter.shape)
-    call.contiguous("parameter", "gradient", *state.values())
+    call.require("schedule", "float64", (scheduled,))
+    call.require("proceed", "float64", (1,))
+    call.contiguous("parameter", "gradient", "schedule", *state.values())
     buffers: dict[str, Any] = {kernel_name: call.get(name) for kernel_name, name in state.items()}
     call.launch(
         SOURCE,
@@ -162,6 +205,8 @@ def _step(call: Call, kernel: str, options: dict[str, Any], **state: str) -> Non
         gradient=call["gradient"],
         count=parameter.size,
         options=options,
+        schedule=call.get("schedule"),
+        proceed=call.get("proceed"),
         **buffers,
     )
 
@@ -169,20 +214,28 @@ def _step(call: Call, kernel: str, options: dict[str, Any], **state: str) -> Non
 # ---------------------------------------------------------------- norms
 
 
-def sum_of_squares(x: Any, *, stream: Any = None) -> float:
+def sum_of_squares(x: Any, *, out: Any = None, stream: Any = None) -> Any:
     """The sum of x * x over all elements of a dense array, accumulated in float64; inf or NaN pass through.
 
-    Waits for the GPU. The same numbers give the same bits, on any GPU.
+    A Python number, for which it waits for the GPU; or with ``out``, an array of one float64, that array, and
+    nothing waits. The same numbers give the same bits, on any GPU.
     """
-    with Call(stream, x=x) as call:
+    with Call(stream, x=x, out=out) as call:
         call.floating("x")
         call.elementwise("x")
-        return _number(_sum_of_squares(call, call["x"]))
+        call.require("out", "float64", (1,))
+        total = _sum_of_squares(call, call["x"], call.get("out"))
+        return _number(total) if out is None else out
 
 
-def scale(x: Any, factor: float, *, stream: Any = None) -> None:
-    """X *= factor, in place, for a dense array. 16-bit numbers are multiplied in float32."""
-    with Call(stream, x=x) as call:
+def scale(x: Any, factor: Any, *, stream: Any = None) -> None:
+    """X *= factor, in place, for a dense array. 16-bit numbers are multiplied in float32.
+
+    The factor is a number, or an array of one float64 that is read when the kernel runs.
+    """
+    scheduled = factor if getattr(factor, "shape", ()) else None
+    with Call(stream, x=x, factor=scheduled) as call:
+        call.require("factor", "float64", (1,))
         dtype = call.floating("x")
         call.elementwise("x")
         array = call["x"]
@@ -193,7 +246,8 @@ def scale(x: Any, factor: float, *, stream: Any = None) -> None:
             scalar=dtype,
             x=array,
             count=array.size,
-            factor=factor,
+            factor=factor if scheduled is None else 1.0,
+            scheduled=call.get("factor"),
         )
 
 
@@ -219,15 +273,15 @@ def clip_by_norm(x: Any, *, max_norm: float, stream: Any = None) -> float:
             sum=total,
             count=array.size,
             max_norm=max_norm,
-            epsilon=_CLIP_EPSILON,
+            epsilon=CLIP_EPSILON,
         )
         return math.sqrt(_number(total))
 
 
-def _sum_of_squares(call: Call, x: DeviceArray) -> DeviceArray:
-    """An array of one float64, still on the device."""
+def _sum_of_squares(call: Call, x: DeviceArray, out: DeviceArray | None = None) -> DeviceArray:
+    """An array of one float64, still on the device: ``out`` where it is given."""
     blocks = min(max(blocks_for(x.size, per_thread=_ELEMENTS_A_THREAD), 1), _MOST_SUMS)
-    partial, total = call.scratch(blocks, "float64"), call.scratch(1, "float64")
+    partial, total = call.scratch(blocks, "float64"), out or call.scratch(1, "float64")
     call.launch(SUM_SOURCE, "squares_by_block", blocks, scalar=x.dtype, x=x, partial=partial, count=x.size)
     call.launch(SUM_SOURCE, "sum_of_blocks", 1, scalar=x.dtype, partial=partial, sum=total, count=blocks)
     return total

@@ -6,13 +6,19 @@
 // w), in whatever layout the array lies. One form serves all layouts: planes (n, c) of ``size`` places, where a
 // contiguous array is one plane, and a channels-last one has its C planes interleaved. Threads next to each other
 // take the same four places of neighbouring planes, or neighbouring places of the one plane.
+//
+// ``start``, where it is not null, points to words to be added to the offset: a step that is captured once and
+// started many times finds there how far the stream has come.
 #include "philox.cuh"
 #include "scalar.cuh"
 
-extern "C" __global__ void __launch_bounds__(256) dropout_forward(
+// Four blocks a multiprocessor, said aloud: for more of them the compiler would spill on sm_120.
+extern "C" __global__ void __launch_bounds__(256, 4) dropout_forward(
     const scalar_t *x, scalar_t *y, bool *mask, long long images, int channels, long long size,
-    unsigned long long seed, unsigned long long offset, unsigned long long threshold, accumulate_t scale
+    unsigned long long seed, unsigned long long offset, unsigned long long threshold, accumulate_t scale,
+    const unsigned long long *start
 ) {
+    if (start) offset += *start;
     // A plane's words begin anywhere within a block of four, so it reaches into up to so many blocks.
     const long long blocks = (size + 6) / 4;
     const long long step = (long long)gridDim.x * blockDim.x, count = images * blocks * channels;
@@ -36,8 +42,10 @@ extern "C" __global__ void __launch_bounds__(256) dropout_forward(
 
 // ``count`` elements of a mask by themselves: for masks of whole channels.
 extern "C" __global__ void __launch_bounds__(256) dropout_mask(
-    bool *mask, long long count, unsigned long long seed, unsigned long long offset, unsigned long long threshold
+    bool *mask, long long count, unsigned long long seed, unsigned long long offset, unsigned long long threshold,
+    const unsigned long long *start
 ) {
+    if (start) offset += *start;
     const long long step = (long long)gridDim.x * blockDim.x;
     for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += step) {
         const unsigned long long word = offset + i;

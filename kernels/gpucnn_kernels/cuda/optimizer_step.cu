@@ -4,6 +4,10 @@
 // Arithmetic and state (momenta, moments) are accumulate_t: float32 for 16-bit parameters, whose second moments
 // would vanish in their own format. What is the same for all parameters, bias corrections above all, the host
 // works out in double precision. Options are uniform, so branches on them cost nothing.
+//
+// A step that is captured once and started many times has in memory what changes from step to step: the numbers of
+// ``schedule`` stand for those of the options that are named beside it, and where ``proceed`` points to 0, nothing
+// is changed. Both are null elsewhere. One kernel for both, so that both have the same roundings.
 #include "scalar.cuh"
 
 __device__ __forceinline__ float square_root(float x) { return sqrtf(x); }
@@ -16,8 +20,14 @@ struct SgdOptions {
 
 // PyTorch's SGD. ``velocity`` is null without momentum.
 extern "C" __global__ void __launch_bounds__(256) sgd_step(
-    scalar_t *parameter, const scalar_t *gradient, accumulate_t *velocity, long long count, SgdOptions options
+    scalar_t *parameter, const scalar_t *gradient, accumulate_t *velocity, long long count, SgdOptions options,
+    const double *schedule, const double *proceed
 ) {
+    if (proceed && *proceed == 0) return;
+    if (schedule) {
+        options.lr = (accumulate_t)schedule[0];
+        options.first_step = schedule[1] != 0;
+    }
     const long long stride = (long long)gridDim.x * blockDim.x;
     for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += stride) {
         const accumulate_t value = load(parameter[i]);
@@ -48,8 +58,14 @@ struct AdamOptions {
 // Adam (Kingma and Ba, 2015); decoupled: AdamW (Loshchilov and Hutter, 2019).
 extern "C" __global__ void __launch_bounds__(256) adam_step(
     scalar_t *parameter, const scalar_t *gradient, accumulate_t *first_moment, accumulate_t *second_moment,
-    long long count, AdamOptions options
+    long long count, AdamOptions options, const double *schedule, const double *proceed
 ) {
+    if (proceed && *proceed == 0) return;
+    if (schedule) {
+        options.step_size = (accumulate_t)schedule[0];
+        options.root_correction = (accumulate_t)schedule[1];
+        options.weight_decay = (accumulate_t)schedule[2];
+    }
     const long long stride = (long long)gridDim.x * blockDim.x;
     for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += stride) {
         accumulate_t value = load(parameter[i]), slope = load(gradient[i]);
@@ -78,8 +94,11 @@ struct RmspropOptions {
 // PyTorch's RMSprop: with momentum where ``velocity`` is given, centered where ``gradient_average`` is.
 extern "C" __global__ void __launch_bounds__(256) rmsprop_step(
     scalar_t *parameter, const scalar_t *gradient, accumulate_t *square_average, accumulate_t *velocity,
-    accumulate_t *gradient_average, long long count, RmspropOptions options
+    accumulate_t *gradient_average, long long count, RmspropOptions options, const double *schedule,
+    const double *proceed
 ) {
+    if (proceed && *proceed == 0) return;
+    if (schedule) options.lr = (accumulate_t)schedule[0];
     const long long stride = (long long)gridDim.x * blockDim.x;
     for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += stride) {
         const accumulate_t value = load(parameter[i]);

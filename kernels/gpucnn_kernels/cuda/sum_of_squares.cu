@@ -46,9 +46,11 @@ extern "C" __global__ void __launch_bounds__(256) sum_of_blocks(
     if (threadIdx.x == 0) *sum = total;
 }
 
+// ``scheduled``, where it is not null, points to the factor.
 extern "C" __global__ void __launch_bounds__(256) scale_elements(
-    scalar_t *x, long long count, accumulate_t factor
+    scalar_t *x, long long count, accumulate_t factor, const double *scheduled
 ) {
+    if (scheduled) factor = (accumulate_t)*scheduled;
     const long long step = (long long)gridDim.x * blockDim.x;
     for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += step) {
         x[i] = store(load(x[i]) * factor);
