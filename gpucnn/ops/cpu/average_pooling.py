@@ -26,7 +26,9 @@ import numpy
 from numpy.typing import NDArray
 
 from gpucnn.ops.checks import check_adaptive, check_pixels, require_floating, require_shape
+from gpucnn.ops.cpu import compiled
 from gpucnn.ops.cpu.blocks import SMALL, image_blocks
+from gpucnn.ops.cpu.compiled import pooling
 from gpucnn.ops.cpu.memory import FloatArray, calculation_dtype, is_channels_last, result_array
 from gpucnn.ops.cpu.threads import parallel_for, scratch
 from gpucnn.ops.cpu.windows import Reach, readers, rows_and_columns
@@ -53,6 +55,11 @@ def _reciprocal_divisor(problem: Pool2dProblem, count_include_pad: bool, dtype: 
         _lengths(problem, 0, count_include_pad), _lengths(problem, 1, count_include_pad)
     )
     return (1 / divisor).astype(dtype)
+
+
+def _is_global(problem: Pool2dProblem) -> bool:
+    """Whether there is one window, and it is the whole image."""
+    return (problem.R, problem.S) == (problem.H, problem.W) and problem.padding == (0, 0)
 
 
 def _scratch(name: str, shape: tuple[int, ...], dtype: Any, channels_last: bool) -> NDArray[Any]:
@@ -114,6 +121,14 @@ def avg_pool2d_forward(
     problem = Pool2dProblem.from_shapes(x.shape, kernel_size, stride=stride, padding=padding, ceil_mode=ceil_mode)
     y = result_array(out, problem.output_shape, x.dtype, like=x)
     wide = calculation_dtype(x.dtype)
+    if compiled.usable(x):
+        with pooling.target(y) as means:
+            if _is_global(problem):
+                pooling.plane_means(x, means)
+            else:
+                factor = _reciprocal_divisor(problem, count_include_pad, wide)
+                pooling.average_forward(problem, x, factor, means)
+        return y
     rows, columns = rows_and_columns(problem)
     factor = _reciprocal_divisor(problem, count_include_pad, wide)
     blocks = image_blocks(x.shape, x.itemsize)
@@ -158,6 +173,14 @@ def avg_pool2d_backward(
     require_shape(dy, problem.output_shape, "the output gradient")
     dx = result_array(out, problem.input_shape, dy.dtype, like=dy)
     wide = calculation_dtype(dy.dtype)
+    if compiled.usable(dy):
+        with pooling.target(dx) as shares:
+            if _is_global(problem):
+                pooling.plane_shares(dy, shares)
+            else:
+                factor = _reciprocal_divisor(problem, count_include_pad, wide)
+                pooling.average_backward(problem, dy, factor, shares)
+        return dx
     rows, columns = rows_and_columns(problem)
     factor = _reciprocal_divisor(problem, count_include_pad, wide)
     blocks = image_blocks(problem.input_shape, dy.itemsize)
@@ -195,6 +218,8 @@ def adaptive_avg_pool2d_forward(
     check_pixels(x.shape)
     n, c, h, w = x.shape
     p, q = pair(output_size, "output_size")
+    if compiled.usable(x) and h % p == w % q == 0:  # windows of one size, side by side
+        return avg_pool2d_forward(x, kernel_size=(h // p, w // q), out=out)
     y = result_array(out, (n, c, p, q), x.dtype, like=x)
     wide = calculation_dtype(x.dtype)
     with numpy.errstate(all="ignore"):
@@ -212,6 +237,8 @@ def adaptive_avg_pool2d_backward(
     n, c, p, q = dy.shape
     shape = (n, c, int(input_size[0]), int(input_size[1]))
     check_pixels(shape)
+    if compiled.usable(dy) and p and q and shape[2] % p == shape[3] % q == 0:
+        return avg_pool2d_backward(dy, input_size=shape[2:], kernel_size=(shape[2] // p, shape[3] // q), out=out)
     dx = result_array(out, shape, dy.dtype, like=dy)
     wide = calculation_dtype(dy.dtype)
     total = dx if wide == dx.dtype else numpy.empty(shape, wide)

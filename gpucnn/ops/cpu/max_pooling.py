@@ -1,5 +1,5 @@
-"""Max pooling, on blocks that stay in the cache: contiguous images as :class:`WindowMaxima` says, others with one
-NumPy pass over all windows for each place in the window.
+"""Max pooling: by the compiled loops where they take the arrays. Otherwise on blocks that stay in the cache,
+contiguous images as :class:`WindowMaxima` says, others with a NumPy pass over all windows for each place in them.
 
 The argmax is the place r * S + s in the window, one byte where it fits: a quarter of what an index into the image
 would take, and enough, with the shapes, for the backward pass.
@@ -14,7 +14,9 @@ import numpy
 from numpy.typing import NDArray
 
 from gpucnn.ops.checks import check_argmax, require_floating, require_shape
+from gpucnn.ops.cpu import compiled
 from gpucnn.ops.cpu.blocks import SMALL, image_blocks
+from gpucnn.ops.cpu.compiled import pooling
 from gpucnn.ops.cpu.memory import FloatArray, calculation_dtype, is_channels_last, result_array
 from gpucnn.ops.cpu.selection import keep
 from gpucnn.ops.cpu.threads import parallel_for
@@ -49,6 +51,10 @@ def max_pool2d_forward(
     )
     y = result_array(out, problem.output_shape, x.dtype, like=x)
     argmax = result_array(None, problem.output_shape, argmax_dtype(problem), like=x)
+    if compiled.usable(x) and pooling.usable_places(argmax):
+        with pooling.target(y) as maxima:
+            pooling.max_forward(problem, x, maxima, argmax)
+        return y, argmax
     rows, columns = rows_and_columns(problem)
     starts = numpy.add.outer(
         [problem.S * r for r in first_inside(rows, problem.P)], first_inside(columns, problem.Q)
@@ -56,7 +62,7 @@ def max_pool2d_forward(
     starts *= numpy.logical_and.outer(_any_inside(rows, problem.P), _any_inside(columns, problem.Q))
     blocks = image_blocks(x.shape, x.itemsize)
     channels_last = is_channels_last(x) and is_channels_last(y)  # slices are then long rows of channels
-    maxima = WindowMaxima(problem)
+    window_maxima = WindowMaxima(problem)
 
     def scan(best: FloatArray, place: NDArray[Any], image: FloatArray, with_nan: bool) -> None:
         best[...] = -numpy.inf
@@ -79,7 +85,7 @@ def max_pool2d_forward(
         if channels_last:
             scan(best, place, image, False)
         else:
-            maxima.find(image, best, place)
+            window_maxima.find(image, best, place)
         if not best.min(initial=numpy.inf) > -numpy.inf:  # a NaN, or a window with nothing above minus infinity
             scan(best, place, image, True)
 
@@ -120,6 +126,10 @@ def max_pool2d_backward(
     require_shape(dy, problem.output_shape, "the output gradient")
     check_argmax(argmax, problem.output_shape, argmax_dtype(problem))
     dx = result_array(out, problem.input_shape, dy.dtype, like=dy)
+    if compiled.usable(dy) and pooling.usable_places(argmax):
+        with pooling.target(dx) as gradient:
+            pooling.max_backward(problem, dy, argmax, gradient)
+        return dx
     blocks = image_blocks(problem.input_shape, dy.itemsize)
     wide = calculation_dtype(dy.dtype)
     rows, columns = rows_and_columns(problem)
@@ -134,12 +144,12 @@ def max_pool2d_backward(
 
     def task(number: int) -> None:
         block = blocks[number]
-        place, gradient = argmax[block], dy[block].astype(wide, copy=False)
+        place, slopes = argmax[block], dy[block].astype(wide, copy=False)
         total = dx[block] if wide == dx.dtype else numpy.empty(dx[block].shape, wide)
         if channels_last:
-            add_slices(total, gradient, place)
+            add_slices(total, slopes, place)
         else:
-            maxima.add(gradient, place, addresses, total)
+            maxima.add(slopes, place, addresses, total)
         if total.dtype != dx.dtype:
             dx[block] = total
 

@@ -56,8 +56,12 @@ void correlate_unrolled(
     int64_t place[S];
     Vector tap[R][S];
     for (int s = 0; s < S; ++s) place[s] = lines.place(s * w.dilation_w - w.left);
-    for (int r = 0; r < R; ++r)
+    // Unrolled, or the kernel would be numbered at run time, and so live in memory.
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
         for (int s = 0; s < S; ++s) tap[r][s] = broadcast(kernel[r * S + s]);
+    }
     Vector start = broadcast(bias);
     int64_t pitch = lines.row_pitch(), p = 0;
     auto row = [&] { return lines.row(p * STRIDE); };

@@ -53,8 +53,12 @@ void add_unrolled(const Windows &w, const Lines &lines, const float *dy, int64_t
         add_rows<R, S, STRIDE, TALL>(lines.row(p * STRIDE), pitch, place, dy + p * w.out_width, w.out_width, sum);
     for (; p < rows; ++p)
         add_rows<R, S, STRIDE, 1>(lines.row(p * STRIDE), pitch, place, dy + p * w.out_width, w.out_width, sum);
-    for (int r = 0; r < R; ++r)
+    // Unrolled, or the sums would be numbered at run time, and so live in memory.
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
         for (int s = 0; s < S; ++s) sums[r * S + s] += sum_of(sum[r][s]);
+    }
 }
 
 // V places side by side in a kernel's row.

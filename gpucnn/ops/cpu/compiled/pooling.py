@@ -1,0 +1,65 @@
+"""Pooling by the compiled loops, on float32 arrays in C order that are already checked; places are uint8."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy
+from numpy.typing import NDArray
+
+from gpucnn.ops.cpu.compiled.library import function, usable
+from gpucnn.ops.cpu.compiled.windows import windows
+from gpucnn_kernels.problem import Pool2dProblem
+
+_max_forward = function("max_pool_forward", "pppp")
+_max_backward = function("max_pool_backward", "pppp")
+_average_forward = function("average_pool_forward", "pppp")
+_average_backward = function("average_pool_backward", "pppp")
+_plane_means = function("plane_means", "iipp")
+_plane_shares = function("plane_shares", "iipp")
+
+
+@contextmanager
+def target(out: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """``out``, or memory for the loops that is copied to it at the end: results do not depend on its strides."""
+    memory = out if usable(out) else numpy.empty(out.shape, numpy.float32)
+    yield memory
+    if memory is not out:
+        out[...] = memory
+
+
+def usable_places(argmax: NDArray[Any]) -> bool:
+    """Whether the loops take these places: one byte each, in C order."""
+    return argmax.dtype == numpy.uint8 and argmax.flags.c_contiguous
+
+
+def max_forward(problem: Pool2dProblem, x: NDArray[Any], y: NDArray[Any], argmax: NDArray[numpy.uint8]) -> None:
+    """Y and argmax (N, C, P, Q), the place r * S + s in the window."""
+    _max_forward(windows(problem), x, y, argmax)
+
+
+def max_backward(problem: Pool2dProblem, dy: NDArray[Any], argmax: NDArray[numpy.uint8], dx: NDArray[Any]) -> None:
+    """Dx (N, C, H, W): each dy at its window's place."""
+    _max_backward(windows(problem), dy, argmax, dx)
+
+
+def average_forward(problem: Pool2dProblem, x: NDArray[Any], factor: NDArray[Any], y: NDArray[Any]) -> None:
+    """Y (N, C, P, Q): windows' sums times factor (P, Q)."""
+    _average_forward(windows(problem), x, factor, y)
+
+
+def average_backward(problem: Pool2dProblem, dy: NDArray[Any], factor: NDArray[Any], dx: NDArray[Any]) -> None:
+    """Dx (N, C, H, W): dy times factor (P, Q), on each place of the window."""
+    _average_backward(windows(problem), dy, factor, dx)
+
+
+def plane_means(x: NDArray[Any], y: NDArray[Any]) -> None:
+    """Y (N, C, 1, 1): the mean of each plane of x (N, C, H, W)."""
+    _plane_means(y.size, x.shape[2] * x.shape[3], x, y)
+
+
+def plane_shares(dy: NDArray[Any], dx: NDArray[Any]) -> None:
+    """Dx (N, C, H, W): each dy (N, C, 1, 1) over the number of its plane's pixels."""
+    _plane_shares(dy.size, dx.shape[2] * dx.shape[3], dy, dx)
