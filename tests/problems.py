@@ -12,6 +12,7 @@ from typing import Any
 import numpy
 from numpy.typing import DTypeLike, NDArray
 
+from gpucnn.ops.cpu import compiled
 from gpucnn_kernels.problem import Conv2dProblem
 from tests.oracles.convolution import Geometry
 
@@ -121,12 +122,16 @@ def options(problem: Conv2dProblem) -> dict[str, Any]:
     }
 
 
-def can_do(algorithm: str, direction: str, problem: Conv2dProblem) -> bool:
-    """Whether an algorithm of this name, of either backend, can do this direction of the problem."""
+def can_do(
+    algorithm: str, direction: str, problem: Conv2dProblem, backend: str, dtype: DTypeLike = numpy.float64
+) -> bool:
+    """Whether the algorithm of ``backend`` ("cpu", "numpy", "cuda") can do this direction of the problem."""
     if algorithm == "depthwise":
         return problem.groups == problem.C
     if algorithm == "direct":
-        return problem.C // problem.groups <= 4
+        if backend == "cuda":
+            return problem.C // problem.groups <= 4
+        return backend == "cpu" and numpy.dtype(dtype).itemsize < 8 and compiled.available()
     if algorithm == "winograd":
         kernel, settings = (problem.R, problem.S), (*problem.stride, *problem.dilation, problem.groups)
         limit = direction != "backward_data" or max(problem.padding) < problem.R

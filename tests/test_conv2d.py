@@ -17,9 +17,9 @@ from tests.problems import ALL, LARGE, SMALL, arrays, can_do, geometry, options,
 
 ALGORITHMS = {
     CPU: {
-        "forward": ("im2col", "rows", "bands", "tensordot", "depthwise", "winograd"),
-        "backward_data": ("col2im", "dilated", "phases", "scatter", "depthwise", "winograd"),
-        "backward_filter": ("im2col", "rows", "bands", "tensordot", "depthwise", "winograd"),
+        "forward": ("im2col", "rows", "bands", "tensordot", "depthwise", "winograd", "direct"),
+        "backward_data": ("col2im", "dilated", "phases", "scatter", "depthwise", "winograd", "direct"),
+        "backward_filter": ("im2col", "rows", "bands", "tensordot", "depthwise", "winograd", "direct"),
     },
     CUDA: {
         "forward": ("implicit_gemm", "direct", "depthwise", "im2col"),
@@ -89,7 +89,7 @@ def cases(direction: str) -> Any:
         for name, problem in ALL.items()
         for dtype in DTYPES
         for algorithm in ("auto", *algorithms[direction])
-        if can_do(algorithm, direction, problem)
+        if can_do(algorithm, direction, problem, backend.name, dtype)
         if backend is not NUMPY or (algorithm in WITH_LOOPS and dtype == "float32")
         if dtype == "float32" or name in SMALL or LONG_DOUBLE_IS_LONGER
     ]

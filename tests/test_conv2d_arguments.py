@@ -9,8 +9,9 @@ import pytest
 from numpy.typing import NDArray
 
 from gpucnn.errors import ArgumentError, DtypeError, ShapeError
+from gpucnn.ops.cpu import compiled
 from gpucnn_kernels.problem import Conv2dProblem, ProblemError
-from tests.backends import BACKENDS, CPU, CUDA, Backend
+from tests.backends import BACKENDS, CPU, CUDA, NUMPY, Backend
 from tests.oracles import convolution as oracle
 from tests.problems import ALL, SMALL, arrays, can_do, geometry, options
 
@@ -58,22 +59,35 @@ def test_auto_stands_for_one_of_the_names_that_can_do_it(backend: Backend, direc
     for problem in ALL.values():
         name = backend.conv2d_choose(direction, problem, "float32")
         assert name in backend.conv2d_algorithms(direction)
-        assert can_do(name, direction, problem)
+        assert can_do(name, direction, problem, backend.name, "float32")
 
 
 def test_the_table_of_choices() -> None:
-    def choices(name: str) -> list[str]:
+    def choices(name: str, backend: Backend = NUMPY, dtype: str = "float32") -> list[str]:
         directions = ("forward", "backward_data", "backward_filter")
-        return [CPU.conv2d_choose(direction, ALL[name], "float32") for direction in directions]
+        return [backend.conv2d_choose(direction, ALL[name], dtype) for direction in directions]
 
-    assert choices("mobilenet-depthwise") == ["depthwise", "phases", "depthwise"]
-    assert choices("depthwise-s2") == ["depthwise", "phases", "depthwise"]
+    assert choices("mobilenet-depthwise") == ["depthwise", "depthwise", "depthwise"]
+    assert choices("depthwise-s2") == ["depthwise", "depthwise", "depthwise"]
     assert choices("bottleneck") == ["im2col", "col2im", "im2col"]
     assert choices("resnet-shortcut") == ["im2col", "col2im", "im2col"]
     assert choices("resnet-stem") == ["bands", "col2im", "bands"]
     assert choices("lenet-1") == ["bands", "col2im", "bands"]
     assert choices("resnet-block") == ["rows", "phases", "rows"]
     assert choices("resnet-down") == ["im2col", "col2im", "im2col"]
+    if compiled.available():
+        for name in ("bottleneck", "resnet-stem", "resnet-down", "lenet-1", "groups-2"):
+            assert choices(name, CPU) == choices(name, CPU, "float16") == ["direct", "direct", "direct"]
+        assert choices("mobilenet-depthwise", CPU) == ["depthwise", "depthwise", "depthwise"]
+        assert choices("bottleneck", CPU, "float64") == choices("bottleneck", NUMPY, "float64")
+
+
+def test_what_direct_cannot_do() -> None:
+    with pytest.raises(ArgumentError, match=r"'direct' computes in float32, got float64; .* one of im2col, rows"):
+        CPU.conv2d_forward(X, WEIGHT, algorithm="direct")
+    x, dy = X.astype("float32"), DY.astype("float32")
+    with pytest.raises(ArgumentError, match=r"'direct' is not there: .*switched off.*; .* one of im2col, rows"):
+        NUMPY.conv2d_backward_filter(dy, x, kernel_size=3, algorithm="direct")
 
 
 def test_the_table_of_choices_on_a_gpu() -> None:
@@ -169,7 +183,7 @@ def test_an_empty_batch(backend: Backend, name: str) -> None:
 
     for direction, expected in {"forward": dy, "backward_data": x, "backward_filter": 0 * weight}.items():
         for algorithm in ("auto", *backend.conv2d_algorithms(direction)):
-            if can_do(algorithm, direction, problem):
+            if can_do(algorithm, direction, problem, backend.name, x.dtype):
                 assert numpy.array_equal(run(direction, algorithm), expected), f"{direction} by {algorithm}"
     assert numpy.array_equal(backend.conv2d_backward_bias(dy), numpy.zeros(problem.K, numpy.float32))
 
@@ -213,7 +227,7 @@ def test_infinities_and_nans_are_results_and_not_warnings(backend: Backend, valu
     x, weight, bias, _ = arrays(problem, "float32")
     x[1, 0, 3, 2] = value
     for algorithm in backend.conv2d_algorithms("forward"):
-        if not can_do(algorithm, "forward", problem):
+        if not can_do(algorithm, "forward", problem, backend.name, x.dtype):
             continue
         y = backend.conv2d_forward(x, weight, bias, algorithm=algorithm, **options(problem))
         assert not numpy.isfinite(y[1, :, 3, 2]).any()

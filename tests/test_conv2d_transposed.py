@@ -85,7 +85,7 @@ def test_forward_and_gradients(backend: Backend, name: str, kernel: tuple[int, i
     expected, dy, expected_dx, expected_dw = loops(x, weight, **case)
     problem = conv_transpose2d_problem(x.shape, weight.shape, **case)
     for algorithm in ("auto", *backend.conv2d_algorithms("backward_data")):
-        if not can_do(algorithm, "backward_data", problem):
+        if not can_do(algorithm, "backward_data", problem, backend.name, x.dtype):
             continue
         y = backend.conv_transpose2d_forward(x, weight, bias, algorithm=algorithm, **case)
         assert y.shape == expected.shape

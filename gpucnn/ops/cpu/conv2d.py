@@ -22,6 +22,7 @@ from gpucnn.ops.checks import (
     require_floating,
 )
 from gpucnn.ops.cpu import (
+    compiled,
     conv2d_bands,
     conv2d_col2im,
     conv2d_data,
@@ -33,6 +34,7 @@ from gpucnn.ops.cpu import (
     conv2d_wide,
     conv2d_winograd,
 )
+from gpucnn.ops.cpu.compiled import direct
 from gpucnn.ops.cpu.memory import calculation_dtype, result_array
 from gpucnn_kernels.problem import Conv2dProblem, IntOrPair, Padding
 
@@ -50,6 +52,7 @@ _FORWARD: dict[str, Forward] = {
     "tensordot": conv2d_positions.forward,
     "depthwise": conv2d_depthwise.forward,
     "winograd": conv2d_winograd.forward,
+    "direct": direct.forward,
 }
 _BACKWARD_DATA: dict[str, Backward] = {
     "col2im": conv2d_col2im.backward_data,
@@ -58,6 +61,7 @@ _BACKWARD_DATA: dict[str, Backward] = {
     "scatter": conv2d_positions.backward_data,
     "depthwise": conv2d_depthwise_data.backward_data,
     "winograd": conv2d_winograd.backward_data,
+    "direct": direct.backward_data,
 }
 _BACKWARD_FILTER: dict[str, Backward] = {
     "im2col": conv2d_im2col.backward_filter,
@@ -66,6 +70,7 @@ _BACKWARD_FILTER: dict[str, Backward] = {
     "tensordot": conv2d_positions.backward_filter,
     "depthwise": conv2d_depthwise.backward_filter,
     "winograd": conv2d_winograd.backward_filter,
+    "direct": direct.backward_filter,
 }
 _DIRECTIONS: dict[str, tuple[str, ...]] = {
     "forward": tuple(_FORWARD),
@@ -90,13 +95,16 @@ def conv2d_algorithms(direction: str) -> tuple[str, ...]:
 def conv2d_choose(direction: str, problem: Conv2dProblem, dtype: DTypeLike) -> str:
     """The name that "auto" stands for, for this Conv2dProblem and dtype.
 
-    The first line that fits, where depth is input channels a group times kernel columns, and "winograd pays" is
-    conv2d_winograd.pays: 3x3 of stride 1 and wide enough, or 5x5 forward, and no float64:
+    The first line that fits, where depth is input channels a group times kernel columns, "winograd pays" is
+    conv2d_winograd.pays (3x3 of stride 1 and wide enough, or 5x5 forward, and no float64), and "compiled" says
+    that there are compiled loops and the computation is in float32:
 
     =================  ===========================================  ==========
     direction          problem                                      algorithm
     =================  ===========================================  ==========
     any                one channel a group, more than one group     depthwise
+    any                compiled, winograd pays, >= 16 channels      winograd
+    any                compiled                                     direct
     backward_data      winograd pays, >= 16 channels a group        winograd
     backward_data      1x1, or few outputs and large weights        col2im
     backward_data      1 group: stride > 1, or < 16 channels        col2im
@@ -116,6 +124,8 @@ def conv2d_choose(direction: str, problem: Conv2dProblem, dtype: DTypeLike) -> s
     channels = problem.C // problem.groups
     wide = conv2d_wide.fits(problem)
     winograd = conv2d_winograd.pays(direction, problem, dtype)
+    if calculation_dtype(dtype) == numpy.float32 and compiled.available():
+        return "winograd" if winograd and channels >= 16 else "direct"
     if direction == "backward_data":
         if winograd and channels >= 16:
             return "winograd"
@@ -134,6 +144,16 @@ def _resolve(direction: str, algorithm: str, problem: Conv2dProblem, dtype: DTyp
     check_algorithm(direction, algorithm, names, problem)
     if algorithm == "auto":
         return conv2d_choose(direction, problem, dtype)
+    if algorithm == "direct":
+        others = ", ".join(name for name in names if name not in ("depthwise", "winograd", "direct"))
+        if calculation_dtype(dtype) != numpy.float32:
+            raise ArgumentError(
+                f"algorithm 'direct' computes in float32, got {numpy.dtype(dtype)}; choose auto or one of {others}"
+            )
+        if not compiled.available():
+            raise ArgumentError(
+                f"algorithm 'direct' is not there: {compiled.why_not()}; choose auto or one of {others}"
+            )
     if algorithm == "winograd" and not conv2d_winograd.is_possible(direction, problem):
         others = ", ".join(name for name in names if name not in ("depthwise", "winograd"))
         raise ArgumentError(
@@ -170,8 +190,8 @@ def conv2d_forward(
     ArgumentError for an algorithm that is unknown or cannot do this problem.
     """
     problem = forward_problem(x, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups)
-    name = _resolve("forward", algorithm, problem, x.dtype)
     dtype = _common_dtype(x, weight)
+    name = _resolve("forward", algorithm, problem, dtype)
 
     def compute(target: NDArray[Any]) -> None:
         offset = None if bias is None else bias.astype(dtype, copy=False)
@@ -200,8 +220,8 @@ def conv2d_backward_data(
     problem = backward_data_problem(
         dy, weight, input_size, stride=stride, padding=padding, dilation=dilation, groups=groups
     )
-    name = _resolve("backward_data", algorithm, problem, dy.dtype)
     dtype = _common_dtype(dy, weight)
+    name = _resolve("backward_data", algorithm, problem, dtype)
 
     def compute(target: NDArray[Any]) -> None:
         _BACKWARD_DATA[name](problem, dy.astype(dtype, copy=False), _dense(weight, dtype), target)
@@ -230,8 +250,8 @@ def conv2d_backward_filter(
     problem = backward_filter_problem(
         dy, x, kernel_size, groups, stride=stride, padding=padding, dilation=dilation
     )
-    name = _resolve("backward_filter", algorithm, problem, x.dtype)
     dtype = _common_dtype(dy, x)
+    name = _resolve("backward_filter", algorithm, problem, dtype)
 
     def compute(target: NDArray[Any]) -> None:
         if problem.N == 0:
@@ -247,6 +267,10 @@ def conv2d_backward_bias(dy: NDArray[Any], *, out: NDArray[Any] | None = None) -
     require_floating(dy, "dy")
     require_dimensions(dy, 4, "(N, K, P, Q)", "dy")
     out = result_array(out, (dy.shape[1],), dy.dtype)
+    # Pixels first: those are contiguous, and NumPy sums contiguous numbers pairwise, which keeps rounding small.
+    with numpy.errstate(all="ignore"):
+        out[...] = dy.sum(axis=(2, 3), dtype=calculation_dtype(dy.dtype)).sum(axis=0)
+    return out
     # Pixels first: those are contiguous, and NumPy sums contiguous numbers pairwise, which keeps rounding small.
     with numpy.errstate(all="ignore"):
         out[...] = dy.sum(axis=(2, 3), dtype=calculation_dtype(dy.dtype)).sum(axis=0)

@@ -1,0 +1,189 @@
+// The filter gradient: dw[k][c][r][s] is the sum over images and output pixels of dy[k][pixel] times the input pixel
+// that the weight met there. Both are staged rows (direct.h) of the same pitch, so each weight's gradient is a scalar
+// product of two contiguous runs. FILTERS runs of dy times POSITIONS runs of x are done together, in vectors of
+// partial sums that are summed across once they have met a whole chunk of pixels.
+//
+// Pixels beyond a row's end count for nothing since dy is zero there; a NaN or infinity in x would make a NaN of that,
+// so that the caller is told of NaNs and looks into them.
+#include <atomic>
+
+#include "direct.h"
+
+namespace gpucnn {
+namespace {
+
+constexpr int FILTERS = REGISTERS == 32 ? 4 : 2;
+constexpr int POSITIONS = REGISTERS == 32 ? 6 : 4;
+constexpr int64_t RUN = 1536;          // pixels of a chunk, about: FILTERS runs of dy stay in the first-level cache
+constexpr int64_t STAGED = 96 << 10;   // numbers of staged x at most, 384 KiB
+constexpr int64_t FILTER_BLOCK = 64;   // filters a task
+constexpr int64_t TASKS = 16;          // from so many blocks of weights on, the images are not cut as well
+
+enum Slot { PARTIAL, TABLE, PIXELS, GRADIENTS, SUMS };
+
+struct Chunk {  // runs of `vectors` vectors, one an image
+    int64_t images, vectors, x_image, dy_image;
+};
+
+// to[m][n] += the product of dy's run m and the run of x at offset[n], n < positions; the other offsets are repeats.
+template <int M>
+void multiply(
+    const Chunk &chunk, const float *dy, int64_t dy_pitch, const float *x, const int32_t *offset, int positions,
+    float *to, int64_t pitch) {
+    constexpr int N = POSITIONS;
+    Vector sum[M * N] = {};
+    const float *run[N];
+    for (int n = 0; n < N; ++n) run[n] = x + offset[n];
+    for (int64_t image = 0; image < chunk.images; ++image) {
+        for (int64_t i = 0; i < chunk.vectors * LANES; i += LANES) {
+            Vector row[M];
+#pragma GCC unroll 8
+            for (int m = 0; m < M; ++m) row[m] = load(dy + m * dy_pitch + i);
+#pragma GCC unroll 8
+            for (int n = 0; n < N; ++n) {
+                Vector column = load(run[n] + i);
+#pragma GCC unroll 8
+                for (int m = 0; m < M; ++m) sum[m * N + n] += row[m] * column;
+            }
+        }
+        dy += chunk.dy_image;
+        for (int n = 0; n < N; ++n) run[n] += chunk.x_image;
+    }
+    constexpr int WHOLE = M * N / LANES * LANES, REST = M * N - WHOLE;
+    float total[WHOLE + LANES];
+#pragma GCC unroll 8
+    for (int i = 0; i < WHOLE; i += LANES) store(total + i, sums_of<LANES>(sum + i));
+    if constexpr (REST > 0) store(total + WHOLE, sums_of<REST>(sum + WHOLE));
+    for (int m = 0; m < M; ++m)
+        for (int n = 0; n < positions; ++n) to[m * pitch + n] += total[m * N + n];
+}
+
+// The rows of a plane of dy with the pitch of x, zeros in between and up to `length`.
+void stage_gradient(
+    const float *dy, int64_t rows, int64_t columns, int64_t pitch, int64_t length, float *to) {
+    for (int64_t y = 0; y < rows; ++y) stage_row(dy + y * columns, columns, 0, 1, pitch, to + y * pitch);
+    fill_zeros(to + rows * pitch, length - rows * pitch);
+}
+
+}  // namespace
+
+// out = the gradient for the weight, from dy and x. `nan` is 1 where a number of it is NaN, and 0 elsewhere.
+GPUCNN_EXPORT int gpucnn_direct_backward_filter(
+    int threads, const Problem *problem, const float *dy, const float *x, float *out, int64_t *nan) {
+    const Problem &p = *problem;
+    int64_t channels = p.c / p.groups, filters = p.k / p.groups, kernel = p.r * p.s;
+    int64_t shift_h = (p.r - 1) * p.dilation_h / p.stride_h, shift_w = (p.s - 1) * p.dilation_w / p.stride_w;
+    Staging staging = {};
+    staging.height = p.h, staging.width = p.w, staging.step_h = p.stride_h, staging.step_w = p.stride_w;
+    staging.top = p.top, staging.left = p.left;
+    staging.phases_h = phases(p.r, p.dilation_h, p.stride_h);
+    staging.phases_w = phases(p.s, p.dilation_w, p.stride_w);
+    staging.pitch = staging_pitch(staging, p.q, shift_w);
+    int64_t pitch = staging.pitch;
+
+    // A chunk is a band of rows of one image, or a few whole images.
+    int64_t band = larger(1, smaller(p.p, RUN / pitch));
+    int64_t bands = ceiling(p.p, band);
+    band = ceiling(p.p, bands);
+    staging.rows = band + shift_h;
+    int64_t most = bands > 1 ? 1 : larger(1, smaller(p.n, RUN / (band * pitch)));
+    int64_t sets = ceiling(p.n, most), images = ceiling(p.n, sets), chunks = sets * bands;
+    int64_t length = ceiling(band * pitch, LANES) * LANES;  // of an image's run of dy
+
+    // A task is a block of filters times a block of channels, over all chunks or a share of them.
+    int64_t filter_block = smaller(filters, FILTER_BLOCK), filter_blocks = ceiling(filters, filter_block);
+    filter_block = ceiling(ceiling(filters, filter_blocks), FILTERS) * FILTERS;
+    filter_blocks = ceiling(filters, filter_block);
+    int64_t channel_block = larger(1, smaller(channels, STAGED / (staging.channel() * images)));
+    channel_block = smaller(channel_block, larger(1, ceiling(512, kernel)));
+    int64_t channel_blocks = ceiling(channels, channel_block);
+    channel_block = ceiling(channels, channel_blocks);
+    channel_blocks = ceiling(channels, channel_block);
+    int64_t blocks = p.groups * filter_blocks * channel_blocks;
+    int64_t shares = larger(1, smaller(chunks, TASKS / blocks));
+    int64_t positions = channel_block * kernel, width = ceiling(positions, POSITIONS) * POSITIONS;
+    int64_t count = p.k * channels * kernel;
+
+    float *partial = shares > 1 ? scratch(PARTIAL, shares * count) : out;
+    float *memory = scratch(TABLE, width);
+    if (!partial || !memory) return 1;
+    int32_t *offset = reinterpret_cast<int32_t *>(memory);
+    for (int64_t i = 0; i < width; ++i) {
+        int64_t j = smaller(i, positions - 1), r = j % kernel / p.s * p.dilation_h, s = j % p.s * p.dilation_w;
+        int64_t plane = r % p.stride_h * staging.phases_w + s % p.stride_w;
+        offset[i] = static_cast<int32_t>(
+            j / kernel * staging.channel() + plane * staging.plane() + r / p.stride_h * pitch + s / p.stride_w);
+    }
+
+    std::atomic<int> failed{0};
+    parallel_for(threads, blocks * shares, [&](int64_t task) {
+        int64_t share = task / blocks, block = task % blocks, group = block / (filter_blocks * channel_blocks);
+        int64_t k = block / channel_blocks % filter_blocks * filter_block, c = block % channel_blocks * channel_block;
+        int64_t many_k = smaller(filter_block, filters - k), many_c = smaller(channel_block, channels - c);
+        int64_t x_image = many_c * staging.channel(), dy_pitch = length * images;
+        float *pixels = scratch(PIXELS, images * x_image + STAGING_END + LANES);
+        float *gradients = scratch(GRADIENTS, filter_block * dy_pitch + LANES);
+        float *sums = scratch(SUMS, filter_block * width);
+        if (!pixels || !gradients || !sums) {
+            failed.store(1);
+            return;
+        }
+        fill_zeros(sums, filter_block * width);
+        for (int64_t chunk = chunks * share / shares; chunk < chunks * (share + 1) / shares; ++chunk) {
+            int64_t y = chunk % bands * band, rows = smaller(band, p.p - y), first = chunk / bands * images;
+            Chunk runs = {smaller(images, p.n - first), ceiling((rows - 1) * pitch + p.q, LANES), x_image, length};
+            for (int64_t i = 0; i < runs.images; ++i)
+                stage(
+                    staging, x + (((first + i) * p.groups + group) * channels + c) * p.h * p.w, many_c, y,
+                    pixels + i * x_image);
+            for (int64_t m = 0; m < many_k; ++m)  // in this order, since a row is written a little beyond its end
+                for (int64_t i = 0; i < runs.images; ++i)
+                    stage_gradient(
+                        dy + ((((first + i) * p.groups + group) * filters + k + m) * p.p + y) * p.q, rows, p.q, pitch,
+                        length, gradients + m * dy_pitch + i * length);
+            // Zeros times what lies behind must be zeros, so that it has to be numbers.
+            fill_zeros(pixels + runs.images * x_image, STAGING_END + LANES);
+            for (int64_t i = 0; i < many_c * kernel; i += POSITIONS) {
+                int there = static_cast<int>(smaller(POSITIONS, many_c * kernel - i));
+                int64_t m = 0;
+                for (; m + FILTERS <= many_k; m += FILTERS)
+                    multiply<FILTERS>(
+                        runs, gradients + m * dy_pitch, dy_pitch, pixels, offset + i, there, sums + m * width + i,
+                        width);
+                if (FILTERS == 4 && m + 2 <= many_k) {
+                    multiply<2>(
+                        runs, gradients + m * dy_pitch, dy_pitch, pixels, offset + i, there, sums + m * width + i,
+                        width);
+                    m += 2;
+                }
+                if (m < many_k)
+                    multiply<1>(
+                        runs, gradients + m * dy_pitch, dy_pitch, pixels, offset + i, there, sums + m * width + i,
+                        width);
+            }
+        }
+        for (int64_t m = 0; m < many_k; ++m)
+            copy(
+                partial + share * count + ((group * filters + k + m) * channels + c) * kernel, sums + m * width,
+                many_c * kernel);
+    });
+    if (failed.load()) return 1;
+
+    constexpr int64_t PART = 1 << 14;
+    std::atomic<int64_t> found{0};
+    parallel_for(threads, ceiling(count, PART), [&](int64_t task) {
+        int64_t end = smaller(count, (task + 1) * PART);
+        bool any = false;
+        for (int64_t i = task * PART; i < end; ++i) {
+            float sum = partial[i];
+            for (int64_t share = 1; share < shares; ++share) sum += partial[share * count + i];
+            out[i] = sum;
+            any |= sum != sum;
+        }
+        if (any) found.store(1);
+    });
+    *nan = found.load();
+    return 0;
+}
+
+}  // namespace gpucnn
