@@ -6,6 +6,7 @@
 #include <sched.h>
 #include <signal.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 #include <time.h>
 
 #include <atomic>
@@ -16,6 +17,7 @@ namespace {
 
 constexpr int MAXIMUM_HELPERS = 255;
 constexpr int64_t SPIN_NANOSECONDS = 30000;
+constexpr size_t HUGE_PAGE = 2 << 20;
 
 void relax() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -173,7 +175,15 @@ float *scratch(int slot, int64_t count) {
     if (kept.size[slot] < count) {
         free(kept.memory[slot]);
         void *memory = nullptr;
-        if (posix_memalign(&memory, 64, count * sizeof(float)) != 0) memory = nullptr;
+        // From half a huge page on, whole ones: work that goes through many places at once is bound by how many
+        // pages the processor remembers (measured: a product of blocks of 36 places, 6 to 8 percent).
+        size_t bytes = count * sizeof(float);
+        bool huge = bytes >= HUGE_PAGE / 2;
+        if (huge) bytes = (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+        if (posix_memalign(&memory, huge ? HUGE_PAGE : 64, bytes) != 0) memory = nullptr;
+#if defined(MADV_HUGEPAGE)
+        if (memory && huge) madvise(memory, bytes, MADV_HUGEPAGE);  // a wish, no more
+#endif
         kept.memory[slot] = static_cast<float *>(memory);
         kept.size[slot] = memory ? count : 0;
     }

@@ -46,41 +46,55 @@ struct Tiles {
     float *at(int64_t e, int64_t block) const { return values + e * element() + block * rows() * LANES; }
 };
 
-// Transformed filters: for each element, panels of PANEL * LANES outputs (the last is as wide as what is left), and
-// in each [depth][width].
-struct Filters {
+// Transformed filters of `depth` inputs and `vectors` * LANES outputs (a panel): [depth][outputs] for each element.
+struct Panel {
     float *values;
-    int64_t depth, outputs;
-    int64_t blocks() const { return up(outputs, LANES); }
-    int64_t panels() const { return up(blocks(), PANEL); }
-    int64_t vectors(int64_t panel) const { return least(PANEL, blocks() - panel * PANEL); }
-    int64_t element() const { return blocks() * LANES * depth + LANES; }
+    int64_t depth, vectors;
+    int64_t element() const { return depth * vectors * LANES + LANES; }
     int64_t size() const { return ELEMENTS * element(); }
-    float *at(int64_t e, int64_t panel) const { return values + e * element() + panel * PANEL * LANES * depth; }
+    float *at(int64_t e, int64_t input) const { return values + e * element() + input * vectors * LANES; }
 };
 
-// winograd_tiles.cpp. For 3x3 kernels and (kernel = 5) 5x5 ones; each works on one block of LANES channels.
+// A part of the filter gradient: sums over tiles for `rows` outputs and `columns` inputs, in blocks of LANES, from
+// the given blocks on: [rows][columns] for each element.
+struct Sums {
+    float *values;
+    int64_t row, rows, column, columns;
+    int64_t pitch() const { return columns * LANES; }
+    int64_t element() const { return rows * LANES * pitch() + LANES; }
+    int64_t size() const { return ELEMENTS * element(); }
+};
+
+// winograd_tiles.cpp: tiles of LANES channels, `block` of the images. For kernels of 3x3 and of 5x5. False where
+// there is no memory.
 bool input_tiles(int kernel, const Images &images, const float *x, const Tiles &to, int64_t block);
 bool gradient_tiles(int kernel, const Images &images, const float *dy, const Tiles &to, int64_t block);
-bool place_tiles(int kernel, const Images &images, const Tiles &from, int64_t block, const float *bias, float *y);
+// Block `source` of the tiles becomes block `block` of the images.
+bool place_tiles(int kernel, const Images &images, const Tiles &from, int64_t source, const float *bias, float *y,
+                 int64_t block);
 
-// winograd_filters.cpp. Filters (outputs, depth, kernel, kernel); where `turned`, of (depth, outputs, ...) rotated
-// by 180 degrees. `part` is one of filter_parts().
-int64_t filter_parts(const Filters &to);
-void filters_of(int kernel, bool turned, const float *weight, const Filters &to, int64_t part);
-// dw (k, c, kernel, kernel) of output channel k from sums (ELEMENTS, k, c padded to LANES).
-void filter_gradient(int kernel, int64_t outputs, int64_t inputs, const float *sums, int64_t k, float *dw);
+// winograd_filters.cpp
+struct Weight {
+    const float *values;  // (outputs, inputs, kernel, kernel), or (inputs, outputs, ...) to be rotated by 180 degrees
+    int64_t inputs, outputs;
+    int kernel;
+    bool turned;
+};
+// Inputs input .. input + count - 1 (from first + input on in the weight) of vector `vector`, which is block `block`
+// of the weight's outputs.
+void filters_of(const Weight &weight, int64_t block, int64_t first, const Panel &to, int64_t vector, int64_t input,
+                int64_t count);
+// Row `row` of the sums becomes a part of dw (outputs, inputs, kernel, kernel).
+void filter_gradient(int kernel, int64_t inputs, const Sums &sums, int64_t row, float *dw);
 
 // winograd_product.cpp
-// to[e] = from[e] * filters[e], panels by tiles.
-void multiply(const Tiles &from, const Filters &filters, const Tiles &to, int64_t e, int64_t panel);
-// sums[e] (k, c padded to LANES), of LANES rows k from block * LANES on: the sum over tiles of dy * x, added to
-// what is there unless `first`.
-void correlate(const Tiles &dy, const Tiles &x, float *sums, bool first, int64_t e, int64_t block);
-constexpr int64_t sums_size(int64_t outputs, int64_t inputs) {
-    return ELEMENTS * (up(outputs, LANES) * LANES * up(inputs, LANES) * LANES + LANES);
-}
-constexpr int64_t sums_element(int64_t outputs, int64_t inputs) { return sums_size(outputs, inputs) / ELEMENTS; }
+constexpr int64_t DEPTH = 128;  // input channels of a stretch, a multiple of LANES
+// Blocks to .. of `to`, element e, become (or, unless `first`, grow by) the tiles' inputs from begin on times the
+// panel's from `input` on, `depth` of them.
+void multiply(const Tiles &from, int64_t begin, const Panel &panel, int64_t input, int64_t depth, const Tiles &to,
+              int64_t block, int64_t e, bool first);
+// The sums of element e become (or, unless `first`, grow by) the sum over tiles of dy times x.
+void correlate(const Tiles &dy, const Tiles &x, const Sums &sums, int64_t e, bool first);
 
 }  // namespace winograd
 }  // namespace gpucnn

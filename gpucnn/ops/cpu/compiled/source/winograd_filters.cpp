@@ -37,22 +37,24 @@ void transform(const float *kernel, bool turned, float *to, int64_t element) {
 }
 
 template <int K>
-void filters(bool turned, const float *weight, const Filters &to, int64_t part) {
-    int64_t stretches = up(to.depth, STRETCH), block = part / stretches, begin = part % stretches * STRETCH;
-    int64_t count = least(STRETCH, to.depth - begin), panel = block / PANEL, width = to.vectors(panel) * LANES;
-    int lanes = static_cast<int>(least(LANES, to.outputs - block * LANES));
-    float *target = to.at(0, panel) + block % PANEL * LANES;
+void filters(const Weight &weight, int64_t block, int64_t first, const Panel &to, int64_t vector, int64_t input,
+             int64_t count) {
+    int lanes = static_cast<int>(least(LANES, weight.outputs - block * LANES));
     alignas(64) float kernels[STRETCH * K * K * LANES];
-    if (turned) {
-        for (int64_t d = 0; d < count; ++d)
-            planes_to_places(weight + ((begin + d) * to.outputs + block * LANES) * K * K, K * K, lanes, K * K,
-                             kernels + d * K * K * LANES);
-    } else {
-        planes_to_places(weight + (block * LANES * to.depth + begin) * K * K, to.depth * K * K, lanes, count * K * K,
-                         kernels);
+    for (int64_t end = input + count; input < end; input += STRETCH) {
+        int64_t some = least(STRETCH, end - input);
+        if (weight.turned) {
+            const float *from = weight.values + ((first + input) * weight.outputs + block * LANES) * K * K;
+            for (int64_t i = 0; i < some; ++i, from += weight.outputs * K * K)
+                planes_to_places(from, K * K, lanes, K * K, kernels + i * K * K * LANES);
+        } else {
+            const float *from = weight.values + (block * LANES * weight.inputs + first + input) * K * K;
+            planes_to_places(from, weight.inputs * K * K, lanes, some * K * K, kernels);
+        }
+        for (int64_t i = 0; i < some; ++i)
+            transform<K>(kernels + i * K * K * LANES, weight.turned, to.at(0, input + i) + vector * LANES,
+                         to.element());
     }
-    for (int64_t d = 0; d < count; ++d)
-        transform<K>(kernels + d * K * K * LANES, turned, target + (begin + d) * width, to.element());
 }
 
 template <int K>
@@ -84,19 +86,18 @@ void gradient(int64_t inputs, const float *sums, int64_t element, float *dw) {
 
 }  // namespace
 
-int64_t filter_parts(const Filters &to) { return to.blocks() * up(to.depth, STRETCH); }
-
-void filters_of(int kernel, bool turned, const float *weight, const Filters &to, int64_t part) {
-    if (kernel == 3) filters<3>(turned, weight, to, part);
-    else filters<5>(turned, weight, to, part);
+void filters_of(const Weight &weight, int64_t block, int64_t first, const Panel &to, int64_t vector, int64_t input,
+                int64_t count) {
+    if (weight.kernel == 3) filters<3>(weight, block, first, to, vector, input, count);
+    else filters<5>(weight, block, first, to, vector, input, count);
 }
 
-void filter_gradient(int kernel, int64_t outputs, int64_t inputs, const float *sums, int64_t k, float *dw) {
-    int64_t element = sums_element(outputs, inputs);
-    const float *row = sums + k * up(inputs, LANES) * LANES;
-    float *target = dw + k * inputs * kernel * kernel;
-    if (kernel == 3) gradient<3>(inputs, row, element, target);
-    else gradient<5>(inputs, row, element, target);
+void filter_gradient(int kernel, int64_t inputs, const Sums &sums, int64_t row, float *dw) {
+    int64_t first = sums.column * LANES, count = least(sums.columns * LANES, inputs - first);
+    const float *from = sums.values + row * sums.pitch();
+    float *to = dw + ((sums.row * LANES + row) * inputs + first) * kernel * kernel;
+    if (kernel == 3) gradient<3>(count, from, sums.element(), to);
+    else gradient<5>(count, from, sums.element(), to);
 }
 
 }  // namespace winograd

@@ -9,7 +9,6 @@ namespace gpucnn {
 namespace winograd {
 namespace {
 
-constexpr int64_t DEPTH = 128;   // input channels of a stretch, a multiple of LANES
 constexpr int GRADIENT_ROWS = 4;  // outputs of a gradient's block: a divisor of LANES
 static_assert(DEPTH % LANES == 0 && LANES % GRADIENT_ROWS == 0);
 
@@ -20,6 +19,8 @@ GPUCNN_INLINE void add_stretch(
     int64_t depth, const float *tiles, int64_t stride, const float *panel, Vector (&sum)[M][V]) {
     for (int64_t begin = 0; begin < depth; begin += LANES, tiles += stride) {
         int64_t lanes = least(LANES, depth - begin);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) __builtin_prefetch(tiles + (M + m) * LANES);
         for (int64_t lane = 0; lane < lanes; ++lane, panel += V * LANES) {
             Vector column[V];
 #pragma GCC unroll 8
@@ -35,26 +36,21 @@ GPUCNN_INLINE void add_stretch(
 }
 
 template <int V>
-void multiply_panel(const Tiles &from, const Filters &filters, const Tiles &to, int64_t e, int64_t panel) {
-    const float *values = filters.at(e, panel);
-    int64_t in = from.rows() * LANES, out = to.rows() * LANES;
-    for (int64_t begin = 0; begin < filters.depth; begin += DEPTH) {
-        int64_t depth = least(DEPTH, filters.depth - begin);
-        for (int64_t tile = 0; tile < to.rows(); tile += TILE_ROWS) {
-            float *sums = to.at(e, panel * PANEL) + tile * LANES;
-            Vector sum[TILE_ROWS][V] = {};
-            if (begin) {
-#pragma GCC unroll 8
-                for (int m = 0; m < TILE_ROWS; ++m)
-#pragma GCC unroll 8
-                    for (int v = 0; v < V; ++v) sum[m][v] = load(sums + v * out + m * LANES);
-            }
-            add_stretch(depth, from.at(e, begin / LANES) + tile * LANES, in, values + begin * V * LANES, sum);
+void multiply_panel(int64_t rows, int64_t depth, const float *tiles, int64_t in, const float *panel, float *sums,
+                    int64_t out, bool first) {
+    for (int64_t row = 0; row < rows; row += TILE_ROWS, tiles += TILE_ROWS * LANES, sums += TILE_ROWS * LANES) {
+        Vector sum[TILE_ROWS][V] = {};
+        if (!first) {
 #pragma GCC unroll 8
             for (int m = 0; m < TILE_ROWS; ++m)
 #pragma GCC unroll 8
-                for (int v = 0; v < V; ++v) store(sums + v * out + m * LANES, sum[m][v]);
+                for (int v = 0; v < V; ++v) sum[m][v] = load(sums + v * out + m * LANES);
         }
+        add_stretch(depth, tiles, in, panel, sum);
+#pragma GCC unroll 8
+        for (int m = 0; m < TILE_ROWS; ++m)
+#pragma GCC unroll 8
+            for (int v = 0; v < V; ++v) store(sums + v * out + m * LANES, sum[m][v]);
     }
 }
 
@@ -88,28 +84,33 @@ void correlate_block(
 
 }  // namespace
 
-void multiply(const Tiles &from, const Filters &filters, const Tiles &to, int64_t e, int64_t panel) {
-    switch (filters.vectors(panel)) {
-        case 1: return multiply_panel<1>(from, filters, to, e, panel);
-        case 2: return multiply_panel<2>(from, filters, to, e, panel);
-        case 3: return multiply_panel<PANEL < 3 ? 2 : 3>(from, filters, to, e, panel);
-        default: return multiply_panel<PANEL>(from, filters, to, e, panel);
+void multiply(const Tiles &from, int64_t begin, const Panel &panel, int64_t input, int64_t depth, const Tiles &to,
+              int64_t block, int64_t e, bool first) {
+    auto with = [&](auto function) {
+        function(to.rows(), depth, from.at(e, begin / LANES), from.rows() * LANES, panel.at(e, input),
+                 to.at(e, block), to.rows() * LANES, first);
+    };
+    switch (panel.vectors) {
+        case 1: return with(multiply_panel<1>);
+        case 2: return with(multiply_panel<2>);
+        case 3: return with(multiply_panel<PANEL < 3 ? 2 : 3>);
+        default: return with(multiply_panel<PANEL>);
     }
 }
 
-void correlate(const Tiles &dy, const Tiles &x, float *sums, bool first, int64_t e, int64_t block) {
-    int64_t pitch = x.blocks * LANES, stride = x.rows() * LANES;
-    float *target = sums + e * (dy.blocks * LANES * pitch + LANES) + block * LANES * pitch;
-    for (int64_t c = 0; c < x.blocks; c += PANEL) {
-        const float *columns = x.at(e, c);
-        for (int row = 0; row < LANES; row += GRADIENT_ROWS) {
-            const float *rows = dy.at(e, block) + row;
-            float *to = target + row * pitch + c * LANES;
-            switch (least(PANEL, x.blocks - c)) {
-                case 1: correlate_block<1>(x.count, rows, columns, stride, to, pitch, first); break;
-                case 2: correlate_block<2>(x.count, rows, columns, stride, to, pitch, first); break;
-                case 3: correlate_block<PANEL < 3 ? 2 : 3>(x.count, rows, columns, stride, to, pitch, first); break;
-                default: correlate_block<PANEL>(x.count, rows, columns, stride, to, pitch, first);
+void correlate(const Tiles &dy, const Tiles &x, const Sums &sums, int64_t e, bool first) {
+    for (int64_t c = 0; c < sums.columns; c += PANEL) {
+        for (int64_t row = 0; row < sums.rows * LANES; row += GRADIENT_ROWS) {
+            const float *rows = dy.at(e, sums.row + row / LANES) + row % LANES;
+            float *to = sums.values + e * sums.element() + row * sums.pitch() + c * LANES;
+            auto with = [&](auto function) {
+                function(x.count, rows, x.at(e, sums.column + c), x.rows() * LANES, to, sums.pitch(), first);
+            };
+            switch (least(PANEL, sums.columns - c)) {
+                case 1: with(correlate_block<1>); break;
+                case 2: with(correlate_block<2>); break;
+                case 3: with(correlate_block<PANEL < 3 ? 2 : 3>); break;
+                default: with(correlate_block<PANEL>);
             }
         }
     }

@@ -100,7 +100,7 @@ bool tiles_of(const Images &images, const float *from, const Tiles &to, int64_t 
 }
 
 template <int OUT>
-bool place(const Images &images, const Tiles &from, int64_t block, const float *bias, float *y) {
+bool place(const Images &images, const Tiles &from, int64_t origin, const float *bias, float *y, int64_t block) {
     // Rows of up to OUT * PIECE places, of which places_to_planes reads whole vectors.
     constexpr int64_t MOST = (OUT * OUT * PIECE + LANES) * LANES;
     float *rectangle = scratch(SLOT, MOST);
@@ -109,7 +109,7 @@ bool place(const Images &images, const Tiles &from, int64_t block, const float *
     int lanes = static_cast<int>(least(LANES, images.channels - block * LANES));
     Vector offset = bias ? load_first(bias + block * LANES, lanes) : Vector{};
     for_pieces(images, from.first, from.count, [&](const Piece &piece, int64_t number) {
-        const float *source = from.at(0, block) + number * LANES;
+        const float *source = from.at(0, origin) + number * LANES;
         int64_t width = OUT * piece.columns;
         for (int64_t row = 0; row < piece.rows; ++row) {
             for (int64_t column = 0; column < piece.columns; ++column, source += LANES) {
@@ -158,8 +158,10 @@ bool gradient_tiles(int kernel, const Images &images, const float *dy, const Til
                                         [](const Vector(&d)[2], Vector(&e)[TILE]) { of_gradient(d, e); });
 }
 
-bool place_tiles(int kernel, const Images &images, const Tiles &from, int64_t block, const float *bias, float *y) {
-    return kernel == 3 ? place<4>(images, from, block, bias, y) : place<2>(images, from, block, bias, y);
+bool place_tiles(int kernel, const Images &images, const Tiles &from, int64_t source, const float *bias, float *y,
+                 int64_t block) {
+    return kernel == 3 ? place<4>(images, from, source, bias, y, block)
+                       : place<2>(images, from, source, bias, y, block);
 }
 
 }  // namespace winograd
