@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy
 import pytest
 
 from gpucnn.data import ImageFolder, Loader, Preprocessing, load, read_image
-from gpucnn.data.image_files import read_header
+from gpucnn.data.image_files import read_header, read_planes
 from gpucnn.errors import ArgumentError, DataError, MissingDependencyError
 
 image_module = pytest.importorskip("PIL.Image")
@@ -103,6 +104,23 @@ def test_a_turned_jpeg_is_not_decoded_too_small(tmp_path):
     assert numpy.abs(result - upright[350:450]).max() <= 24
 
 
+def test_a_jpeg_is_turned_as_xmp_says(tmp_path):
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    path = save(tmp_path / "a.jpg", gradient(30, 40), xmp=xmp, quality=95)
+    with image_module.open(path) as image:
+        if "xmp" not in image.info:
+            pytest.skip("Pillow before 11 neither writes nor reads it")
+    upright = numpy.rot90(gradient(30, 40), -1).astype(int)
+    assert numpy.abs(read_image(path, (40, 30, 3)) - upright).max() <= 16
+
+
+def test_a_file_that_gives_its_bytes_in_parts(tmp_path, monkeypatch):
+    path = save(tmp_path / "a.png", gradient(9, 7))
+    whole, read = read_image(path, (9, 7, 3)), os.read
+    monkeypatch.setattr(os, "read", lambda descriptor, count: read(descriptor, min(count, 10)))
+    assert (read_image(path, (9, 7, 3)) == whole).all()
+
+
 @pytest.mark.parametrize("kind", ["jpg", "png"])
 @pytest.mark.parametrize(("orientation", "turn"), [(3, 2), (6, -1), (8, 1)])
 def test_images_are_turned_as_exif_says(tmp_path, kind, orientation, turn):
@@ -182,11 +200,11 @@ def decoded(monkeypatch):
     """The names of files as they are decoded."""
     names = []
 
-    def noting(path, shape):
+    def noting(path, planes):
         names.append(path.name)
-        return read_image(path, shape)
+        read_planes(path, planes)
 
-    monkeypatch.setattr("gpucnn.data.folder.read_image", noting)
+    monkeypatch.setattr("gpucnn.data.folder.read_planes", noting)
     return names
 
 
@@ -215,6 +233,26 @@ def test_the_cache_stays_within_its_budget(pets, decoded):
     assert (without.images(range(14)) == everything).all()
     assert (without.images(range(14)) == everything).all()
     assert len(decoded) == 28
+
+
+@pytest.mark.parametrize("cache_bytes", [2 << 30, 5 * 8 * 8 * 3])
+def test_what_was_given_out_stays_as_it_was(pets, cache_bytes):
+    dataset = ImageFolder(pets, (8, 8), cache_bytes=cache_bytes)
+    first = dataset.images(range(7))
+    copy = first.copy()
+    first_again = dataset.images(range(7))
+    for _ in range(4):
+        dataset.images(range(7, 14))
+    assert (first == copy).all()
+    first[:] = 0
+    assert (first_again == copy).all()
+    assert (dataset.images(range(7)) == copy).all()
+
+
+def test_images_lie_in_planes(pets):
+    dataset = ImageFolder(pets, (8, 6))
+    for _ in range(2):  # decoded, and from the cache
+        assert dataset.images([0, 9]).transpose(0, 3, 1, 2).flags.c_contiguous
 
 
 def test_threads_share_a_folder(pets):

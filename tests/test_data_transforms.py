@@ -336,6 +336,42 @@ def test_channel_statistics():
     assert std[2] == 1  # constant
 
 
+@pytest.mark.parametrize("size", [(1, 1), (255, 3), (256, 2), (257, 2), (700, 5)])
+@pytest.mark.parametrize("planes", [False, True])
+def test_channel_statistics_are_exact(size, planes):
+    """White images are the most that sums of float32 have to hold; noise shows what would be left out."""
+    for images in (numpy.full((3, *size, 3), 255, numpy.uint8), noise(3, *size, 3)):
+        if planes:  # as a folder gives them
+            images = numpy.ascontiguousarray(images.transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1)
+        mean, std = channel_statistics(ArrayDataset(images, [0] * 3))
+        for channel in range(3):
+            values = images[..., channel].reshape(-1).astype(object)
+            expected = sum(values) / len(values) / 255
+            assert mean[channel] == expected
+            variance = sum(value * value for value in values) / len(values) / 255**2 - expected**2
+            assert abs(std[channel] - (math.sqrt(variance) if variance > 1e-12 else 1)) <= 1e-12
+
+
+def test_channel_statistics_do_not_depend_on_the_threads(monkeypatch):
+    dataset = ArrayDataset(noise(40, 200, 210, 3), [0] * 40)
+    found = set()
+    for count in (1, 2, 5):
+        monkeypatch.setattr("gpucnn.data.parallel.cpu_count", lambda count=count: count)
+        found.add(channel_statistics(dataset))
+    assert len(found) == 1
+
+
+def test_images_in_planes_become_the_same_input():
+    images = noise(5, 12, 10, 3)
+    planes = numpy.ascontiguousarray(images.transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1)
+    strong = Augmentation(True, 2, 0.3, 15.0, 0.3, 0.3, 0.3, 4)
+    for augmentation in (None, Augmentation(horizontal_flip=True, shift=3), strong):
+        for size in ((12, 10), (9, 11)):
+            preprocessing = Preprocessing(size, (0.4,) * 3, (0.2,) * 3)
+            first, second = (preprocessing.apply(given, augmentation) for given in (images, planes))
+            assert (first == second).all()
+
+
 def test_channel_statistics_of_a_sample():
     images = numpy.repeat(numpy.arange(100, dtype=numpy.uint8), 4).reshape(100, 2, 2)
     mean, _ = channel_statistics(ArrayDataset(images, [0] * 100), maximum_images=10)

@@ -11,9 +11,14 @@ import numpy
 from numpy.typing import ArrayLike, NDArray
 
 from gpucnn.data.dataset import Dataset
-from gpucnn.data.image_files import SUFFIXES, read_header, read_image
+from gpucnn.data.image_files import SUFFIXES, read_header, read_planes
 from gpucnn.data.parallel import in_parallel
+from gpucnn.data.recycling import Recycler
+from gpucnn.data.scratch import scratch
 from gpucnn.errors import ArgumentError, DataError, GpucnnError
+
+_IDLE_BATCHES = 2
+_NOT_KEPT, _BEING_KEPT = -1, -2  # in the place of an image's slot in the cache
 
 
 class ImageFolder(Dataset):
@@ -64,11 +69,13 @@ class ImageFolder(Dataset):
         self.labels = numpy.repeat(numbers, [len(files) for files in by_class.values()]).astype(numpy.int64)
         self.image_shape = (*image_size, self._checked_channels(channels, convert_grey))
         room = min(len(self.files), cache_bytes // math.prod(self.image_shape))
-        self._cache = numpy.empty(
-            (room, *self.image_shape), numpy.uint8
-        )  # the system gives pages as they are used
-        self._slots = numpy.full(len(self.files), -1, numpy.int64)
+        # Planes, as the model's input has them: the bytes of a pixel are brought apart once, not every epoch.
+        self._plane_shape = (self.image_shape[2], *image_size)
+        # The system gives pages as they are used.
+        self._cache = numpy.empty((room, *self._plane_shape), numpy.uint8)
+        self._slots = numpy.full(len(self.files), _NOT_KEPT, numpy.int64)
         self._used = 0
+        self._recycler = Recycler(_IDLE_BATCHES)
         self._lock = threading.Lock()
 
     def _checked_channels(self, channels: int | None, convert_grey: bool) -> int:
@@ -89,40 +96,44 @@ class ImageFolder(Dataset):
         return channels
 
     def images(self, indices: ArrayLike) -> NDArray[numpy.uint8]:
-        """The images with these numbers, (len(indices), height, width, channels) uint8.
+        """The images with these numbers, (len(indices), height, width, channels) uint8; in memory, planes.
 
         Raises DataError naming the file where one is damaged.
         """
         numbers = numpy.asarray(indices, numpy.int64)
+        images = self._recycler.empty((len(numbers), *self._plane_shape), numpy.uint8)
         with self._lock:
             slots = self._slots[numbers]
         if (slots >= 0).all():
-            return self._cache[slots]
-        images = numpy.empty((len(numbers), *self.image_shape), numpy.uint8)
+            numpy.take(self._cache, slots, axis=0, mode="clip", out=images)
+            return images.transpose(0, 2, 3, 1)
         kept = numpy.flatnonzero(slots >= 0)
         images[kept] = self._cache[slots[kept]]  # a slot is never written twice, so no lock is needed to read it
 
         def decode(position: int) -> None:
-            images[position] = self._decode(int(numbers[position]))
+            self._decode(int(numbers[position]), images[position])
 
         in_parallel(decode, numpy.flatnonzero(slots < 0).tolist())
-        return images
+        return images.transpose(0, 2, 3, 1)
 
-    def _decode(self, number: int) -> NDArray[numpy.uint8]:
-        image = read_image(self.files[number], self.image_shape)
+    def _decode(self, number: int, planes: NDArray[numpy.uint8]) -> None:
+        """Fill ``planes``, (channels, height, width), with the image, and keep it where there is room."""
+        read_planes(self.files[number], planes)
         with self._lock:
-            if self._slots[number] < 0 and self._used < len(self._cache):
-                self._cache[self._used] = image
-                self._slots[number] = self._used
-                self._used += 1
-        return image
+            if self._slots[number] != _NOT_KEPT or self._used == len(self._cache):
+                return
+            slot, self._used = self._used, self._used + 1
+            self._slots[number] = _BEING_KEPT
+        self._cache[slot] = planes  # outside the lock: fresh pages take as long as some decoding
+        with self._lock:
+            self._slots[number] = slot
 
     def verify(self) -> None:
         """Decode every image, and name all that are damaged in one DataError."""
 
         def problem(number: int) -> str | None:
             try:
-                self._decode(number)
+                self._decode(number, scratch.get("planes", self._plane_shape, numpy.uint8))
             except GpucnnError as error:
                 return str(error)
             return None

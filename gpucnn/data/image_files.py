@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,6 +21,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 _GREY_MODES = ("1", "L", "LA", "La", "I", "F")
 _ORIENTATION = 0x0112  # EXIF: how the camera was held; from 5 on, height and width are exchanged
+_EXIF_IN_JPEG = {"exif", "xmp"}  # where Pillow finds the orientation of a JPEG
 
 
 class Header(NamedTuple):
@@ -60,31 +63,62 @@ def read_image(path: str | Path, image_shape: tuple[int, int, int]) -> NDArray[n
     transparent parts on white; made grey or colour to fit the channels. Raises DataError where the file is
     missing, no image, or damaged, ArgumentError for other numbers of channels.
     """
-    height, width, channels = image_shape
+    image = numpy.empty(image_shape, numpy.uint8)
+    read_planes(path, image.transpose(2, 0, 1))
+    return image
+
+
+def read_planes(path: str | Path, planes: NDArray[numpy.uint8]) -> None:
+    """Read the image in ``path`` into ``planes``, uint8 (1 or 3, height, width), as :func:`read_image` does.
+
+    The planes are filled when nothing can fail any more.
+    """
+    channels, height, width = planes.shape
     if channels not in (1, 3):
         raise ArgumentError(f"image files are read with 1 channel (grey) or 3 (colour), not {channels}")
     image_module = pillow()
     mode = "L" if channels == 1 else "RGB"
     try:
-        with image_module.open(path) as image:
-            upright = _load_upright(image, mode, height, width)
-            top, left, box_height, box_width = centre_box((upright.height, upright.width), (height, width))
-            plain = _convert(upright, mode)
-            if plain.size != (width, height):
-                box = (left, top, left + box_width, top + box_height)
-                plain = plain.resize((width, height), image_module.Resampling.BILINEAR, box=box)
-            return numpy.asarray(plain).reshape(image_shape)
+        # All of the file is needed, and Pillow asks for a few bytes at a time.
+        upright = _load_upright(image_module.open(io.BytesIO(_content(path))), mode, height, width)
+        plain = _convert(upright, mode)
+        if plain.size != (width, height):
+            top, left, box_height, box_width = centre_box((plain.height, plain.width), (height, width))
+            box = (left, top, left + box_width, top + box_height)
+            plain = plain.resize((width, height), image_module.Resampling.BILINEAR, box=box)
+        # Quicker than all bands at once and then apart: Pillow keeps four bytes a pixel.
+        bands = [plain.tobytes("raw", band) for band in mode]
     except MemoryError:
         raise
     except Exception as error:  # as above; a file cut short shows only here
         raise _unreadable(Path(path), error) from error
+    for plane, band in zip(planes, bands, strict=True):
+        plane[...] = numpy.frombuffer(band, numpy.uint8).reshape(height, width)
+
+
+def _content(path: str | Path) -> bytes:
+    """The file's bytes, with as few calls of the system as it takes."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
+    try:
+        expected = os.fstat(descriptor).st_size
+        content = os.read(descriptor, expected + 1)
+        if len(content) != expected:  # longer than 2 GiB, growing, or no plain file
+            parts = [content]
+            while parts[-1]:
+                parts.append(os.read(descriptor, 1 << 20))
+            content = b"".join(parts)
+        return content
+    finally:
+        os.close(descriptor)
 
 
 def _load_upright(image: Any, mode: str, height: int, width: int) -> Image:
     """The image decoded and turned; a JPEG much larger than needed is decoded at 1/2, 1/4 or 1/8 of its size."""
     from PIL import ImageOps
 
-    orientation = image.getexif().get(_ORIENTATION, 1)
+    orientation = 1
+    if image.format != "JPEG" or _EXIF_IN_JPEG & image.info.keys():  # looking costs as much as opening the file
+        orientation = image.getexif().get(_ORIENTATION, 1)
     if image.format == "JPEG":
         if orientation >= 5:
             height, width = width, height
@@ -98,6 +132,8 @@ def _load_upright(image: Any, mode: str, height: int, width: int) -> Image:
 
 
 def _convert(image: Any, mode: str) -> Image:
+    if image.mode == mode and "transparency" not in image.info:
+        return image  # type: ignore[no-any-return]  # as above; convert() would copy it
     image_module = pillow()
     if image.mode == "I" or image.mode.startswith("I;"):  # 16 bits a value, which convert() would clip at 255
         image = image_module.fromarray((numpy.asarray(image) >> 8).clip(0, 255).astype(numpy.uint8))

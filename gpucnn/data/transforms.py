@@ -11,6 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from gpucnn.data.augmentation import PRESETS, Augmentation, check_fits, parse_augmentation, preset
 from gpucnn.data.dataset import Dataset
+from gpucnn.data.parallel import in_parallel
+from gpucnn.data.recycling import Recycler
 from gpucnn.data.resampling import centre_box, resize, rotate
 from gpucnn.data.scratch import scratch
 from gpucnn.errors import ArgumentError, DtypeError, ShapeError
@@ -19,6 +21,8 @@ __all__ = ["PRESETS", "Augmentation", "Preprocessing", "channel_statistics", "pa
 
 _GREY = numpy.array([0.299, 0.587, 0.114], numpy.float32)  # luma of ITU-R BT.601
 _VALUES_AT_A_TIME = 1 << 18  # a part of the batch that stays in the second-level cache from step to step
+_VALUES_A_TASK = 1 << 20  # of the statistics: enough to be worth a thread, and few enough to share evenly
+_ROWS_EXACT = 256  # see _sums
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ class Preprocessing:
         seed: int = 0,
         epoch: int = 0,
         indices: ArrayLike | None = None,
+        recycler: Recycler | None = None,
     ) -> NDArray[Any]:
         """The model's input for ``images``.
 
@@ -79,6 +84,7 @@ class Preprocessing:
             seed: with ``epoch`` and an image's number in ``indices`` decides all that is random about it.
             epoch: see ``seed``.
             indices: the images' numbers in their data set; 0, 1, ... without it.
+            recycler: where the memory of the result comes from; fresh without it.
 
         Returns:
             (count, channels, *image_size) of ``dtype``, contiguous.
@@ -101,7 +107,8 @@ class Preprocessing:
         if augmentation:
             check_fits(augmentation, self.image_size)
             draws = augmentation.draw(seed, epoch, numbers)
-        out = numpy.empty((len(images), len(self.mean), *self.image_size), numpy.float32)
+        shape = (len(images), len(self.mean), *self.image_size)
+        out = numpy.empty(shape, numpy.float32) if recycler is None else recycler.empty(shape, numpy.float32)
         step = max(1, _VALUES_AT_A_TIME // out[0].size) if len(out) else 1
         for start in range(0, len(images), step):
             part = slice(start, start + step)
@@ -150,9 +157,9 @@ class Preprocessing:
 
     def _normalize(self, planar: NDArray[Any], out: NDArray[numpy.float32]) -> None:
         factor, offset = self._factor_and_offset()
-        scaled = scratch.get("scaled", planar.shape)
-        numpy.multiply(planar, factor[:, None, None], out=scaled)
-        numpy.add(scaled, offset[:, None, None], out=out)
+        out[...] = planar  # by itself: a product of bytes and floats converts them in small pieces
+        out *= factor[:, None, None]
+        out += offset[:, None, None]
 
     def _factor_and_offset(self) -> tuple[NDArray[numpy.float32], NDArray[numpy.float32]]:
         std = numpy.array(self.std)
@@ -259,17 +266,32 @@ def channel_statistics(
     count = min(len(dataset), maximum_images)
     chosen = numpy.arange(count) * len(dataset) // count
     height, width, channels = dataset.image_shape
-    step = max(1, min((1 << 22) // (height * width * channels), (1 << 16) // height))
-    total, squares = numpy.zeros(channels), numpy.zeros(channels)
-    for start in range(0, count, step):
-        images = dataset.images(chosen[start : start + step])
-        rows = images.reshape(-1, width * channels).astype(numpy.uint16)
-        # Exact in uint32, of up to 2**16 rows: nothing depends on the order of the additions.
-        total += rows.sum(axis=0, dtype=numpy.uint32).reshape(width, channels).sum(axis=0)
-        rows *= rows
-        squares += rows.sum(axis=0, dtype=numpy.uint32).reshape(width, channels).sum(axis=0)
+    step = max(1, _VALUES_A_TASK // (height * width * channels))
+    tasks = [chosen[start : start + step] for start in range(0, count, step)]
+    total, squares = numpy.sum(in_parallel(lambda numbers: _sums(dataset.images(numbers)), tasks), axis=0)
     values = count * height * width
     mean = total / values / 255
     std = numpy.sqrt(numpy.maximum(squares / values / 255**2 - mean**2, 0))
     std[std < 1e-6] = 1
     return tuple(mean.tolist()), tuple(std.tolist())
+
+
+def _sums(images: NDArray[numpy.uint8]) -> NDArray[numpy.float64]:
+    """The sum of the values and that of their squares, (2, channels), of images (count, height, width, channels).
+
+    Exact, so nothing depends on the order of the additions: float32 holds every whole number up to 2**24, which
+    the squares of 256 bytes stay below, and float64 up to 2**53.
+    """
+    planar = images.transpose(0, 3, 1, 2)
+    count, channels, height, _ = planar.shape
+    result = numpy.zeros((2, channels))
+    together = max(1, _ROWS_EXACT // height)
+    for start in range(0, count, together):
+        for top in range(0, height, _ROWS_EXACT):
+            rows = planar[start : start + together, :, top : top + _ROWS_EXACT]
+            values = scratch.get("values", rows.shape)
+            values[...] = rows
+            result[0] += values.sum(axis=(0, 2)).sum(axis=1, dtype=numpy.float64)
+            values *= values
+            result[1] += values.sum(axis=(0, 2)).sum(axis=1, dtype=numpy.float64)
+    return result
