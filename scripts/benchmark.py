@@ -1,10 +1,14 @@
 """Measures gpucnn beside its peers, on a CPU or a GPU, and writes the table.
 
     python3 scripts/benchmark.py --device cpu --suite operations
-    python3 scripts/benchmark.py --device cuda --suite all --json docs/benchmarks/cuda.json
+    python3 scripts/benchmark.py --device cuda --minutes 8 --json docs/benchmarks/NAME.json   until it exits with 0
+    python3 scripts/benchmark.py --device cuda --runtime host --json rehearsal.json           without a GPU
 
-Peers are PyTorch (eager, channels-last, compiled), where it is installed. Each library works in a process of its
-own, and all take turns on each row, so that a busy machine is busy for all of them. It runs from a checkout.
+Peers are PyTorch (eager, channels-last, compiled) and, on a GPU, CuPy by itself and JAX, where they are installed.
+Each library works in a process of its own, and all take turns on each row, so that a busy machine is busy for all
+of them. It runs from a checkout; docs/benchmarks/README.md says how things are measured on a GPU.
+
+Exit status: 0 done; 2 it cannot be done, for the reason given; 3 the minutes were over, and what is left is said.
 """
 
 from __future__ import annotations
@@ -151,19 +155,41 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--suite", choices=(*SUITES, "all"), default="all")
-    parser.add_argument("--peers", default="torch,torch channels-last", help="comma-separated; 'none' for none")
+    parser.add_argument("--peers", help="comma-separated; 'none' for none; by default all on a GPU")
     parser.add_argument("--rows", default="", help="only rows whose name contains this")
-    parser.add_argument("--rounds", type=int, default=9, help="measurements a row and peer")
+    parser.add_argument("--rounds", type=int, help="measurements a row and peer (default 9, on a GPU 5)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--images", type=Path, help="a folder of JPEG files, a subfolder a class, for end-to-end")
     parser.add_argument("--json", type=Path, help="write the results here, and the table beside it as .md")
+    gpu = parser.add_argument_group("with --device cuda")
+    gpu.add_argument("--runtime", choices=("cuda", "host"), default="cuda", help="host: rehearse without a GPU")
+    gpu.add_argument("--minutes", type=float, default=8.0, help="stop after this time (default 8)")
+    gpu.add_argument("--precisions", help="some of float32,tf32,bfloat16,float16 (default: all)")
     return parser.parse_args()
+
+
+def on_gpu(options: argparse.Namespace) -> int:
+    """The same on a GPU, which goes on with the file that --json names; the exit status."""
+    if options.suite == "end-to-end":
+        print("benchmark: the suite end-to-end is the CPU's; choose operations, steps or all", file=sys.stderr)
+        return 2
+    sys.path[1:1] = [str(HERE.parent), str(HERE.parent / "kernels")]
+    from benchmarking import gpu_run
+    from benchmarking.gpu_worker import LIBRARY_NAMES
+
+    options.rounds = options.rounds or 5
+    peers = ",".join(LIBRARY_NAMES[1:]) if options.peers is None else options.peers
+    return gpu_run.main(options, [] if peers == "none" else [name.strip() for name in peers.split(",")])
 
 
 def main() -> int:
     """Measure, print, write; the exit status."""
     options = arguments()
-    wanted = [] if options.peers == "none" else [name.strip() for name in options.peers.split(",")]
+    if options.device == "cuda":
+        return on_gpu(options)
+    options.rounds = options.rounds or 9
+    peers_wanted = "torch,torch channels-last" if options.peers is None else options.peers
+    wanted = [] if peers_wanted == "none" else [name.strip() for name in peers_wanted.split(",")]
     unknown = set(wanted) - set(PEERS)
     if unknown:
         print(f"benchmark: unknown peers {sorted(unknown)}; there are {', '.join(PEERS[1:])}", file=sys.stderr)
