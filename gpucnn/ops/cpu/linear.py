@@ -10,7 +10,9 @@ from gpucnn.ops.checks import (
     check_linear_gradient,
     check_linear_weight,
 )
+from gpucnn.ops.cpu import compiled
 from gpucnn.ops.cpu.blocks import ranges
+from gpucnn.ops.cpu.compiled.sums import column_sums
 from gpucnn.ops.cpu.memory import FloatArray, calculation_dtype, result_array
 from gpucnn.ops.cpu.threads import parallel_for
 
@@ -80,6 +82,9 @@ def linear_backward_bias(dy: FloatArray, *, out: FloatArray | None = None) -> Fl
     """The sum of dy over the batch: (out,)."""
     check_linear_gradient(dy)
     result = result_array(out, dy.shape[1:], dy.dtype)
+    if compiled.usable(dy, result):
+        column_sums(dy, result)
+        return result
     with numpy.errstate(all="ignore"):
         result[...] = dy.sum(axis=0, dtype=numpy.float64)
     return result

@@ -23,7 +23,10 @@ from collections.abc import Callable
 import numpy
 
 from gpucnn.ops.checks import check_buffers, check_momentum, check_step, require_floating
+from gpucnn.ops.cpu import compiled
 from gpucnn.ops.cpu.blocks import ELEMENTS, SMALL, ranges
+from gpucnn.ops.cpu.compiled import optimizers as loops
+from gpucnn.ops.cpu.compiled import sums
 from gpucnn.ops.cpu.memory import FloatArray, calculation_dtype, flat_views
 from gpucnn.ops.cpu.threads import parallel_for, scratch
 
@@ -32,7 +35,6 @@ _SQUARES = 1 << 13  # below OpenBLAS's threshold for threads, so that a sum has 
 
 def _update(kernel: Callable[..., None], parameter: FloatArray, *buffers: FloatArray | None) -> None:
     """Run ``kernel`` on equal blocks of the buffers, each float32 or wider; what it changed is written back."""
-    check_buffers(parameter, *buffers)
     wide = calculation_dtype(parameter.dtype)
     parts = ranges(parameter.size, ELEMENTS)
 
@@ -66,6 +68,12 @@ def sgd_step(
 ) -> None:
     """PyTorch's SGD on 1-d arrays, in place; ``first_step`` starts the momentum at the gradient itself."""
     check_momentum("SGD", momentum, momentum_buffer)
+    check_buffers(parameter, gradient, momentum_buffer)
+    if compiled.usable(parameter, gradient, momentum_buffer):
+        velocity = momentum_buffer if momentum else None
+        rates = (lr, momentum, 1 - dampening, weight_decay, -1.0 if maximize else 1.0)
+        loops.sgd_step(parameter.size, parameter, gradient, velocity, *rates, nesterov, first_step)
+        return
 
     def kernel(parameter: FloatArray, gradient: FloatArray, velocity: FloatArray | None) -> None:
         work = scratch("step", gradient.shape, gradient.dtype)
@@ -114,6 +122,13 @@ def adam_step(
     check_step(step)
     step_size = lr / (1 - beta1**step)
     root_correction = 1 / math.sqrt(1 - beta2**step)
+    check_buffers(parameter, gradient, first_moment, second_moment)
+    if compiled.usable(parameter, gradient, first_moment, second_moment):
+        shrink, decay = (1 - lr * weight_decay, 0.0) if decoupled else (1.0, weight_decay)
+        rates = (step_size / root_correction, beta2, 1 - beta1, 1 - beta2, epsilon / root_correction)
+        moments = (first_moment, second_moment)
+        loops.adam_step(parameter.size, parameter, gradient, *moments, *rates, decay, shrink)
+        return
 
     def kernel(parameter: FloatArray, gradient: FloatArray, first: FloatArray, second: FloatArray) -> None:
         if weight_decay and decoupled:
@@ -152,6 +167,12 @@ def rmsprop_step(
 ) -> None:
     """PyTorch's RMSprop, centered where ``gradient_average`` is given."""
     check_momentum("RMSprop", momentum, momentum_buffer)
+    check_buffers(parameter, gradient, square_average, momentum_buffer, gradient_average)
+    if compiled.usable(parameter, gradient, square_average, momentum_buffer, gradient_average):
+        averages = (square_average, momentum_buffer if momentum else None, gradient_average)
+        rates = (lr, alpha, 1 - alpha, epsilon, weight_decay, momentum)
+        loops.rmsprop_step(parameter.size, parameter, gradient, *averages, *rates)
+        return
 
     def kernel(
         parameter: FloatArray,
@@ -195,8 +216,10 @@ def sum_of_squares(x: FloatArray) -> float:
     require_floating(x, "the array")
     views = flat_views(x)
     flat = views[0] if views is not None else x.reshape(-1)
+    if compiled.usable(flat):
+        return sums.sum_of_squares(flat)
     parts = ranges(flat.size, 8 * _SQUARES)
-    sums = numpy.zeros(len(parts), numpy.float64)
+    totals = numpy.zeros(len(parts), numpy.float64)
 
     def task(number: int) -> None:
         part = flat[parts[number]]
@@ -205,14 +228,17 @@ def sum_of_squares(x: FloatArray) -> float:
             for chunk in ranges(part.size, _SQUARES):
                 wide = part[chunk].astype(numpy.float64)
                 total += float(numpy.dot(wide, wide))
-            sums[number] = total
+            totals[number] = total
 
     parallel_for(len(parts), task, small=flat.size < SMALL)
-    return math.fsum(sums) if numpy.isfinite(sums).all() else float(sums.sum())
+    return math.fsum(totals) if numpy.isfinite(totals).all() else float(totals.sum())
 
 
 def scale(x: FloatArray, factor: float) -> None:
     """X *= factor, in place."""
     require_floating(x, "the array")
+    if compiled.usable(x):
+        loops.scale(x.size, factor, x)
+        return
     with numpy.errstate(all="ignore"):
         numpy.multiply(x, x.dtype.type(factor), out=x)

@@ -1,0 +1,15 @@
+"""Optimizer steps in place over flat float32 buffers, each number once from memory and back."""
+
+from gpucnn.ops.cpu.compiled.library import function
+
+sgd_step = function("sgd_step", "ipppfffffii")
+"""count, parameter, gradient, velocity, lr, momentum, share, decay, sign, nesterov, first_step."""
+
+adam_step = function("adam_step", "ippppfffffff")
+"""count, parameter, gradient, first, second, step_size, beta2, 1 - beta1, 1 - beta2, epsilon, decay, shrink."""
+
+rmsprop_step = function("rmsprop_step", "ipppppffffff")
+"""count, parameter, gradient, square, velocity, average, lr, alpha, 1 - alpha, epsilon, decay, momentum."""
+
+scale = function("scale", "ifp")
+"""count, factor, array."""
