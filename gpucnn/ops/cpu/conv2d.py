@@ -35,6 +35,7 @@ from gpucnn.ops.cpu import (
     conv2d_winograd,
 )
 from gpucnn.ops.cpu.compiled import direct
+from gpucnn.ops.cpu.compiled.sums import channel_sums
 from gpucnn.ops.cpu.memory import calculation_dtype, result_array
 from gpucnn_kernels.problem import Conv2dProblem, IntOrPair, Padding
 
@@ -267,10 +268,9 @@ def conv2d_backward_bias(dy: NDArray[Any], *, out: NDArray[Any] | None = None) -
     require_floating(dy, "dy")
     require_dimensions(dy, 4, "(N, K, P, Q)", "dy")
     out = result_array(out, (dy.shape[1],), dy.dtype)
-    # Pixels first: those are contiguous, and NumPy sums contiguous numbers pairwise, which keeps rounding small.
-    with numpy.errstate(all="ignore"):
-        out[...] = dy.sum(axis=(2, 3), dtype=calculation_dtype(dy.dtype)).sum(axis=0)
-    return out
+    if compiled.usable(dy, out):
+        channel_sums(dy, out)
+        return out
     # Pixels first: those are contiguous, and NumPy sums contiguous numbers pairwise, which keeps rounding small.
     with numpy.errstate(all="ignore"):
         out[...] = dy.sum(axis=(2, 3), dtype=calculation_dtype(dy.dtype)).sum(axis=0)
