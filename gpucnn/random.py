@@ -7,7 +7,8 @@ computed alone, in any order and on any device, and "where the generator is" is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy
@@ -85,6 +86,7 @@ class Generator:
 
     def __init__(self, seed: int = 0) -> None:
         self.manual_seed(seed)
+        self._scheduled: tuple[int, Any] | None = None
 
     def manual_seed(self, seed: int) -> None:
         """Start again at the beginning of the stream that ``seed`` (0 .. 2**64 - 1) names."""
@@ -97,6 +99,29 @@ class Generator:
         offset = self.offset
         self.offset += -(-count // 4) * 4
         return offset
+
+    def place(self, count: int) -> tuple[int, Any]:
+        """Where the next ``count`` words, set aside as by :meth:`reserve`, are: (offset, start).
+
+        Start is None; or, inside :meth:`counted_from`, its array, to whose number the offset is to be added.
+        """
+        offset = self.reserve(count)
+        if self._scheduled is None:
+            return offset, None
+        first, start = self._scheduled
+        return offset - first, start
+
+    @contextlib.contextmanager
+    def counted_from(self, start: Any) -> Iterator[None]:
+        """Inside, :meth:`place` counts from here, and ``start``, an array on a device, says where here is.
+
+        What is captured inside can be started again with another number in ``start``: it draws other words.
+        """
+        self._scheduled = self.offset, start
+        try:
+            yield
+        finally:
+            self._scheduled = None
 
     def uniform(
         self, shape: Sequence[int], low: float = 0.0, high: float = 1.0, dtype: DTypeLike = numpy.float32

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from gpucnn.errors import ArgumentError
 from gpucnn.layers.layer import Layer, check_gradient, check_input
@@ -36,13 +36,14 @@ class Dropout(Layer):
             self._save(None, x.shape)
             return x
         generator = self.generator or default_generator
-        y, mask = backend_of(x).dropout_forward(
-            x,
-            probability=self.p,
-            seed=generator.seed,
-            offset=generator.reserve(self._mask_size(x)),
-            per_channel=self.per_channel,
-        )
+        offset, start = generator.place(self._mask_size(x))
+        options: dict[str, Any] = {"probability": self.p, "seed": generator.seed, "per_channel": self.per_channel}
+        if start is None:
+            y, mask = backend_of(x).dropout_forward(x, offset=offset, **options)
+        else:  # in a step that is captured
+            from gpucnn.ops.cuda import scheduled
+
+            y, mask = scheduled.dropout_forward(x, offset=offset, start=start, **options)
         self._save(mask, x.shape)
         return y
 

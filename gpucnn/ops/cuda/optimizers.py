@@ -22,9 +22,10 @@ from gpucnn.ops.cuda.arrays import (
 )
 
 
-def _update(
+def update(
     function: Callable[..., Any], parameter: Array, gradient: Array, state: dict[str, Array | None], **options: Any
 ) -> None:
+    """A step by ``function`` of gpucnn_kernels, on checked buffers of any layout and dtype."""
     check_devices(parameter=parameter, gradient=gradient, **state)
     check_buffers(parameter, gradient, *state.values())
     wide = accumulating_dtype(parameter.dtype)
@@ -52,7 +53,7 @@ def sgd_step(
 ) -> None:
     """PyTorch's SGD on 1-d arrays, in place; ``first_step`` starts the momentum at the gradient itself."""
     check_momentum("SGD", momentum, momentum_buffer)
-    _update(
+    update(
         kernels.sgd_step,
         parameter,
         gradient,
@@ -83,7 +84,7 @@ def adam_step(
 ) -> None:
     """Adam (Kingma and Ba), or AdamW (Loshchilov and Hutter) where ``decoupled``; ``step`` counts from 1."""
     check_step(step)
-    _update(
+    update(
         kernels.adam_step,
         parameter,
         gradient,
@@ -113,7 +114,7 @@ def rmsprop_step(
 ) -> None:
     """PyTorch's RMSprop, centered where ``gradient_average`` is given."""
     check_momentum("RMSprop", momentum, momentum_buffer)
-    _update(
+    update(
         kernels.rmsprop_step,
         parameter,
         gradient,

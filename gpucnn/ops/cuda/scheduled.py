@@ -1,0 +1,114 @@
+"""Operations of a training step that is captured in a graph, beside those of the contract.
+
+A graph starts its kernels with the arguments of the capture. So what changes from step to step is read from memory
+when the kernels run, and what a plain step asks Python is decided by a kernel: nothing here waits for the GPU. The
+bits are those of the contract's operations.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gpucnn_kernels as kernels
+from gpucnn.ops.contract import Array
+from gpucnn.ops.cuda.arrays import call, contiguous, is_contiguous, is_image
+from gpucnn.ops.cuda.optimizers import update
+from gpucnn_kernels.training_step import VERDICT
+
+__all__ = [
+    "VERDICT",
+    "adam_step",
+    "average_step",
+    "clip",
+    "dropout_forward",
+    "judge_step",
+    "rmsprop_step",
+    "scale",
+    "sgd_step",
+    "sum_of_squares",
+]
+
+
+def sgd_step(
+    parameter: Array,
+    gradient: Array,
+    momentum_buffer: Array | None,
+    *,
+    schedule: Array,
+    proceed: Array,
+    **options: Any,
+) -> None:
+    """The contract's, but for ``schedule`` in place of lr and first_step, and ``proceed``."""
+    state = {"momentum_buffer": momentum_buffer}
+    update(kernels.sgd_step, parameter, gradient, state, schedule=schedule, proceed=proceed, **options)
+
+
+def adam_step(
+    parameter: Array,
+    gradient: Array,
+    first_moment: Array,
+    second_moment: Array,
+    *,
+    schedule: Array,
+    proceed: Array,
+    **options: Any,
+) -> None:
+    """The contract's, but for ``schedule`` in place of lr and step, and ``proceed``."""
+    state = {"first_moment": first_moment, "second_moment": second_moment}
+    update(kernels.adam_step, parameter, gradient, state, schedule=schedule, proceed=proceed, **options)
+
+
+def rmsprop_step(
+    parameter: Array,
+    gradient: Array,
+    square_average: Array,
+    momentum_buffer: Array | None,
+    gradient_average: Array | None,
+    *,
+    schedule: Array,
+    proceed: Array,
+    **options: Any,
+) -> None:
+    """The contract's, but for ``schedule`` in place of lr, and ``proceed``."""
+    state = {
+        "square_average": square_average,
+        "momentum_buffer": momentum_buffer,
+        "gradient_average": gradient_average,
+    }
+    update(kernels.rmsprop_step, parameter, gradient, state, schedule=schedule, proceed=proceed, **options)
+
+
+def scale(x: Array, factor: Array) -> None:
+    """X *= factor, in place: an array of one float64."""
+    call(kernels.scale, x, factor)
+
+
+def sum_of_squares(x: Array, out: Array) -> None:
+    """The sum of x * x into ``out``, an array of one float64."""
+    call(kernels.sum_of_squares, x, out=out)
+
+
+def judge_step(squares: Array, loss: Array, correct: Array, verdict: Array) -> None:
+    """``verdict`` (5,) of a step, as VERDICT names them: see :func:`gpucnn_kernels.judge_step`."""
+    call(kernels.judge_step, squares, loss, correct, verdict=verdict)
+
+
+def clip(x: Array, total: Array, max_norm: float) -> None:
+    """X scaled to the share of ``max_norm``, where the norm of all gradients, ``total`` its square, is larger."""
+    call(kernels.clip_by_total, x, total, max_norm=max_norm)
+
+
+def average_step(live: Array, average: Array, share: Array, proceed: Array) -> None:
+    """Average += share * (live - average), unless ``proceed`` is 0."""
+    call(kernels.average_step, live, average, share=share, proceed=proceed)
+
+
+def dropout_forward(
+    x: Array, *, probability: float, seed: int, offset: int, start: Array, per_channel: bool = False
+) -> tuple[Array, Array]:
+    """The contract's, but for ``start``, an array of one uint64 that is added to the offset."""
+    fits = is_image(x) if x.ndim == 4 else is_contiguous(x)
+    given = x if fits else contiguous(x)
+    options = {"seed": seed, "offset": offset, "start": start, "per_channel": per_channel}
+    y, mask = call(kernels.dropout_forward, given, probability=probability, **options)
+    return y, mask
