@@ -21,13 +21,17 @@ powers times coefficients, a matrix product, was no faster than Horner's rule.
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
 import numpy
 
 from gpucnn.ops.checks import check_axis, check_gradient, require_floating, require_shape
-from gpucnn.ops.cpu.blocks import elementwise
+from gpucnn.ops.cpu import compiled
+from gpucnn.ops.cpu.blocks import contiguously, elementwise
 from gpucnn.ops.cpu.compiled import activations as loops
+from gpucnn.ops.cpu.compiled import losses as row_loops
 from gpucnn.ops.cpu.memory import FloatArray, calculation_dtype, result_array
 from gpucnn.ops.cpu.selection import choose, keep
 from gpucnn.ops.cpu.threads import scratch
@@ -198,6 +202,15 @@ def silu_backward(dy: FloatArray, x: FloatArray, *, out: FloatArray | None = Non
     return backward(kernel, dy, x, out, loops.silu_backward)
 
 
+def _last(x: FloatArray, axis: int) -> bool:
+    """Whether numbers along ``axis`` are neighbors in C order."""
+    return math.prod(x.shape[axis % x.ndim + 1 :]) == 1
+
+
+def _rows(x: FloatArray, axis: int) -> tuple[int, int]:
+    return x.size // x.shape[axis], x.shape[axis]
+
+
 def softmax_forward(x: FloatArray, *, axis: int = -1, out: FloatArray | None = None) -> FloatArray:
     """exp(x - max) / sum, along ``axis``."""
     require_floating(x, "the input")
@@ -205,6 +218,8 @@ def softmax_forward(x: FloatArray, *, axis: int = -1, out: FloatArray | None = N
     result = _result(out, x)
     if x.size == 0:
         return result
+    if _last(x, axis) and compiled.available() and x.dtype == result.dtype == numpy.float32:
+        return contiguously(functools.partial(row_loops.softmax_forward, *_rows(x, axis)), result, x)
     wide = x.astype(calculation_dtype(x.dtype), copy=False)
     # A row of minus infinities has no softmax: it becomes NaN, quietly, as inf - inf does.
     with numpy.errstate(all="ignore"):
@@ -221,6 +236,9 @@ def softmax_backward(
     require_shape(dy, y.shape, "the output gradient")
     check_axis(y, axis)
     result = _result(out, dy)
+    float32 = dy.dtype == y.dtype == result.dtype == numpy.float32
+    if dy.size and _last(y, axis) and compiled.available() and float32:
+        return contiguously(functools.partial(row_loops.softmax_backward, *_rows(y, axis)), result, dy, y)
     wide = calculation_dtype(dy.dtype)
     gradient, probability = dy.astype(wide, copy=False), y.astype(wide, copy=False)
     with numpy.errstate(all="ignore"):

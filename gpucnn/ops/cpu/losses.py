@@ -17,9 +17,15 @@ from numpy.typing import NDArray
 
 from gpucnn.errors import ShapeError
 from gpucnn.ops.checks import check_broadcast, check_classification, check_loss_pair, label_error
-from gpucnn.ops.cpu.blocks import ELEMENTS, SMALL, ranges
+from gpucnn.ops.cpu import compiled
+from gpucnn.ops.cpu.blocks import ELEMENTS, SMALL, contiguously, ranges
+from gpucnn.ops.cpu.compiled import losses as loops
 from gpucnn.ops.cpu.memory import FloatArray, calculation_dtype, result_array
 from gpucnn.ops.cpu.threads import parallel_for
+
+
+def _takes_loops(*arrays: FloatArray) -> bool:
+    return all(array.dtype == numpy.float32 for array in arrays) and compiled.available()
 
 
 def _reduced(terms: NDArray[Any], reduction: str, divisor: float, dtype: Any) -> NDArray[Any]:
@@ -29,6 +35,12 @@ def _reduced(terms: NDArray[Any], reduction: str, divisor: float, dtype: Any) ->
     if reduction == "mean":
         total /= numpy.float64(divisor)  # 0 / 0, the mean of nothing, is NaN as in PyTorch
     return numpy.asarray(total, dtype)
+
+
+def _loop_total(total: float, reduction: str, terms: FloatArray) -> NDArray[Any]:
+    """A loop's sum over the terms, or its mean; 0 / 0, the mean of nothing, is NaN as in PyTorch."""
+    with numpy.errstate(all="ignore"):
+        return numpy.asarray(numpy.float64(total) / (terms.size if reduction == "mean" else 1), numpy.float32)
 
 
 # ---------------------------------------------------------------- softmax cross-entropy
@@ -71,6 +83,12 @@ def _of_labels(logits: FloatArray, labels: NDArray[Any], dtype: numpy.dtype[Any]
     """(losses (N,) in ``dtype``, probabilities) of class numbers without smoothing, a block of rows at a time."""
     n, classes = logits.shape
     losses, probabilities = numpy.empty(n, dtype), numpy.empty(logits.shape, logits.dtype)
+    if _takes_loops(logits):
+
+        def classify(rows: FloatArray, result: FloatArray) -> None:
+            loops.cross_entropy_forward(rows, labels, losses, result)
+
+        return losses, contiguously(classify, probabilities, logits)
     parts = ranges(n, max(1, ELEMENTS // classes))
 
     def task(number: int) -> None:
@@ -95,6 +113,13 @@ def _gradient_of_labels(
 ) -> None:
     """``factor`` (N,) times the probabilities, 1 less at the labels, into ``result``."""
     n, classes = probabilities.shape
+    if _takes_loops(probabilities, result):
+
+        def differentiate(rows: FloatArray, gradient: FloatArray) -> None:
+            loops.cross_entropy_backward(rows, labels, numpy.ascontiguousarray(factor), gradient)
+
+        contiguously(differentiate, result, probabilities)
+        return
     parts = ranges(n, max(1, ELEMENTS // max(1, classes)))
 
     def task(number: int) -> None:
@@ -209,6 +234,16 @@ def binary_cross_entropy_with_logits_forward(
     ``targets`` has the shape of the logits; ``weight`` (w) and ``positive_weight`` (p) broadcast to it.
     """
     check_loss_pair(logits, targets, reduction, "the logits", "the targets")
+    if weight is None and positive_weight is None and _takes_loops(logits, targets):
+        rows, wanted = (
+            numpy.require(logits, requirements=("C", "A")),
+            numpy.require(targets, requirements=("C", "A")),
+        )
+        if reduction == "none":
+            terms = numpy.empty(logits.shape, numpy.float32)
+            loops.binary_cross_entropy_terms(rows, wanted, terms)
+            return terms
+        return _loop_total(loops.binary_cross_entropy_sum(rows, wanted), reduction, logits)
     dtype = calculation_dtype(logits.dtype)
     x, t = logits.astype(dtype, copy=False), targets.astype(dtype, copy=False)
     w = _broadcast(weight, logits.shape, "weight")
@@ -237,6 +272,13 @@ def binary_cross_entropy_with_logits_backward(
     w = _broadcast(weight, logits.shape, "weight")
     p = _broadcast(positive_weight, logits.shape, "positive_weight")
     result = result_array(out, logits.shape, logits.dtype)
+    if weight is None and positive_weight is None and _takes_loops(logits, targets, result):
+        share = 1 / max(1, x.size) if reduction == "mean" else 1.0
+
+        def differentiate(rows: FloatArray, wanted: FloatArray, gradient: FloatArray) -> None:
+            loops.binary_cross_entropy_backward(rows.size, share, rows, wanted, gradient)
+
+        return contiguously(differentiate, result, logits, targets)
     with numpy.errstate(all="ignore"):
         # sigmoid(x) and 1 - sigmoid(x) = sigmoid(-x), each with all its digits at either end; where exp overflows,
         # the reciprocal is the right 0.
@@ -256,6 +298,9 @@ def mean_squared_error_forward(
 ) -> FloatArray:
     """(prediction - target) ** 2, its mean or sum."""
     check_loss_pair(prediction, target, reduction, "the prediction", "the target")
+    if reduction != "none" and _takes_loops(prediction, target):
+        found, wanted = (numpy.require(each, requirements=("C", "A")) for each in (prediction, target))
+        return _loop_total(loops.squared_error_sum(found, wanted), reduction, prediction)
     dtype = calculation_dtype(prediction.dtype)
     with numpy.errstate(all="ignore"):
         difference = numpy.subtract(prediction, target, dtype=dtype, casting="same_kind")
@@ -270,6 +315,12 @@ def mean_squared_error_backward(
     dtype = calculation_dtype(prediction.dtype)
     result = result_array(out, prediction.shape, prediction.dtype)
     factor = 2 / max(1, prediction.size) if reduction == "mean" else 2.0
+    if _takes_loops(prediction, target, result):
+
+        def differentiate(found: FloatArray, wanted: FloatArray, gradient: FloatArray) -> None:
+            loops.squared_error_backward(found.size, factor, found, wanted, gradient)
+
+        return contiguously(differentiate, result, prediction, target)
     with numpy.errstate(all="ignore"):
         difference = numpy.subtract(prediction, target, dtype=dtype, casting="same_kind")
         result[...] = difference * dtype.type(factor)
