@@ -39,6 +39,7 @@ _TILES = 160
 # For each size of the kernel: the geometric mean of inputs and outputs from which it is faster than the plain sum.
 _CHANNELS = {3: 44, 5: 90}
 _LEAST_TILES = 48
+_COMPILED_CHANNELS = 16  # the same for the compiled loops
 
 
 def is_possible(direction: str, problem: Conv2dProblem) -> bool:
@@ -58,7 +59,49 @@ def is_possible(direction: str, problem: Conv2dProblem) -> bool:
 def pays(direction: str, problem: Conv2dProblem, dtype: DTypeLike) -> bool:
     """Whether "auto" takes it: where it is possible, faster, and its rounding is welcome.
 
-    By measurement against the plain sum (time over "rows", forward, one thread):
+    float64 is asked for when digits count, so it is always summed plainly; ``GPUCNN_WINOGRAD=0`` sums float32
+    plainly too.
+    """
+    if not is_possible(direction, problem) or numpy.dtype(dtype).itemsize > 4:
+        return False
+    if os.environ.get("GPUCNN_WINOGRAD") == "0":
+        return False
+    return (_pays_compiled if compiled.available() else _pays_on_numpy)(direction, problem)
+
+
+def _tiles(direction: str, problem: Conv2dProblem) -> tuple[int, float]:
+    """(tiles, outputs they have room for over outputs there are)."""
+    height, width = (problem.H, problem.W) if direction == "backward_data" else (problem.P, problem.Q)
+    size = OUTPUTS[problem.R]
+    tiles = -(-height // size) * -(-width // size)
+    return max(problem.N, 1) * tiles, tiles * size * size / (height * width)
+
+
+def _pays_compiled(direction: str, problem: Conv2dProblem) -> bool:
+    """Where there are compiled loops, by measurement against "direct".
+
+    Time over that of "direct" (forward, input gradient, filter gradient; one thread):
+
+    ====================  ================  ====================  ================
+    layer                                   layer
+    ====================  ================  ====================  ================
+    16->16 k3 56x56 N16   0.65  0.63  0.57  16->16 k5 56x56 N16   0.82  0.77  0.76
+    32->32 k3 56x56 N16   0.51  0.52  0.43  32->32 k5 28x28 N16   0.56  0.61  0.50
+    64->64 k3 56x56 N16   0.43  0.42  0.36  64->64 k5 28x28 N16   0.51  0.53  0.41
+    16->32 k3 14x14 N64   0.60  0.61  0.64  64->64 k3 7x7 N1      0.54  0.58  0.47
+    24->24 k3 28x28 N64   0.70  0.69  0.68  3->64 k3 224x224 N4   1.21  1.27  1.68
+    ====================  ================  ====================  ================
+
+    Products are made six tiles and 16 outputs at a time, so what is missing there is done for nothing.
+    """
+    tiles, waste = _tiles(direction, problem)
+    outputs = problem.C if direction == "backward_data" else problem.K
+    waste *= -(-tiles // 6) * 6 / tiles * (-(-outputs // 16) * 16 / outputs)
+    return math.sqrt(problem.C * problem.K) >= _COMPILED_CHANNELS * waste**2
+
+
+def _pays_on_numpy(direction: str, problem: Conv2dProblem) -> bool:
+    """Without compiled loops, by measurement against the plain sum (time over "rows", forward, one thread).
 
     ========  =====  =====  =====  =====  ============
     channels  56x56  28x28  14x14  7x7    28x28, N = 1
@@ -73,20 +116,12 @@ def pays(direction: str, problem: Conv2dProblem, dtype: DTypeLike) -> bool:
     nothing. 5x5 kernels gain less, for their tiles have fewer outputs: of 64->192 on 27x27, 50 ms in place of 57
     forward, 67 for 66 and 54 for 62 backward; of 128->128 on 28x28, 44 for 51, 46 for 53 and 49 for 47. So they
     take it forward only.
-
-    float64 is asked for when digits count, so it is always summed plainly; ``GPUCNN_WINOGRAD=0`` sums float32
-    plainly too.
     """
-    if not is_possible(direction, problem) or numpy.dtype(dtype).itemsize > 4:
-        return False
     if problem.R == 5 and direction != "forward":
         return False
-    height, width = (problem.H, problem.W) if direction == "backward_data" else (problem.P, problem.Q)
-    size = OUTPUTS[problem.R]
-    tiles = -(-height // size) * -(-width // size)
-    waste = tiles * size * size / (height * width)
+    tiles, waste = _tiles(direction, problem)
     wide = math.sqrt(problem.C * problem.K) >= _CHANNELS[problem.R] * waste**2
-    return wide and problem.N * tiles >= _LEAST_TILES and os.environ.get("GPUCNN_WINOGRAD") != "0"
+    return wide and tiles >= _LEAST_TILES
 
 
 def _blocks(problem: Conv2dProblem, tiles: int) -> list[Block]:
