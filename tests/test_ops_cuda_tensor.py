@@ -7,6 +7,7 @@ import pytest
 
 from gpucnn.errors import ArgumentError, DtypeError
 from gpucnn.ops import cuda
+from gpucnn_kernels.launch import Call
 from gpucnn_kernels.runtime import using
 from gpucnn_kernels.runtime.host_array import host_arrays
 from tests.kernel_arrays import cast, wide
@@ -68,6 +69,31 @@ def test_transposed_convolution():
     for algorithm, most in (("tensor", 2.0**-20), ("tensor_tf32", 2.0**-9)):
         found = cuda.conv_transpose2d_forward(dy, weight, bias, algorithm=algorithm, **where).get()
         assert float(numpy.abs(found - expected).max()) <= most * float(numpy.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability", "tensor"),
+    [
+        ("float16", (8, 0), True),
+        ("bfloat16", (9, 0), True),
+        ("float16", (7, 5), False),  # no asynchronous copies
+        ("float32", (9, 0), False),  # they would round, or take three products for one
+    ],
+)
+def test_auto_takes_tensor_cores_where_products_are_exact(dtype, capability, tensor, monkeypatch):
+    launched = []
+    launch = Call.launch
+    monkeypatch.setattr(
+        Call,
+        "launch",
+        lambda self, source, *rest, **more: (launched.append(source), launch(self, source, *rest, **more)),
+    )
+    monkeypatch.setattr(Call, "capability", capability)
+    found = results("auto", dtype)
+    for error in relative_errors(found, dtype):
+        assert error <= {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-20}[dtype]
+    assert ({"conv2d_tensor", "conv2d_tensor_filter"} <= set(launched)) == tensor
+    assert any(source.startswith("conv2d_tensor") for source in launched) == tensor
 
 
 def test_what_is_refused():

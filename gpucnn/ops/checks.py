@@ -88,6 +88,13 @@ def check_bias(bias: Any, channels: int) -> None:
         require_shape(bias, (channels,), "bias")
 
 
+def check_residual(residual: Any, shape: Sequence[int]) -> None:
+    """Raise ShapeError or DtypeError unless ``residual`` is None or of the ``shape`` of what it is added to."""
+    if residual is not None:
+        require_floating(residual, "residual")
+        require_shape(residual, shape, "residual")
+
+
 def forward_problem(x: Any, weight: Any, bias: Any, **parameters: Any) -> Conv2dProblem:
     """The convolution of x with weight, its arrays checked; ``parameters`` are stride, padding, ..., groups."""
     require_floating(x, "x")

@@ -85,6 +85,53 @@ class Operations(Protocol):
     def conv2d_choose(self, direction: str, problem: Any, dtype: Any) -> str:
         """The name that "auto" stands for, for this Conv2dProblem and dtype."""
 
+    def conv2d_inference(
+        self,
+        x: Array,
+        weight: Array,
+        bias: Array | None = None,
+        residual: Array | None = None,
+        *,
+        stride: IntOrPair = 1,
+        padding: Padding = 0,
+        dilation: IntOrPair = 1,
+        groups: int = 1,
+        algorithm: str = "auto",
+        activation: str = "identity",
+        negative_slope: float = 0.01,
+        out: Array | None = None,
+    ) -> Array:
+        """activation(convolution + bias + residual), with residual (N, K, P, Q) or None.
+
+        ``activation`` is one of identity, relu, leaky_relu (of ``negative_slope``), sigmoid, tanh, gelu, gelu_tanh
+        and silu; the rest is :meth:`conv2d_forward`'s.
+        """
+
+    def conv2d_max_pool2d_inference(
+        self,
+        x: Array,
+        weight: Array,
+        bias: Array | None = None,
+        *,
+        pool_size: IntOrPair,
+        pool_stride: IntOrPair | None = None,
+        pool_padding: IntOrPair = 0,
+        pool_dilation: IntOrPair = 1,
+        ceil_mode: bool = False,
+        stride: IntOrPair = 1,
+        padding: Padding = 0,
+        dilation: IntOrPair = 1,
+        groups: int = 1,
+        activation: str = "identity",
+        negative_slope: float = 0.01,
+        out: Array | None = None,
+    ) -> Array:
+        """The largest value of each window of activation(convolution + bias), (N, K, P', Q').
+
+        What begins with ``pool_``, and ``ceil_mode``, are :meth:`max_pool2d_forward`'s, the rest
+        :meth:`conv2d_inference`'s.
+        """
+
     def conv_transpose2d_forward(
         self,
         x: Array,

@@ -42,6 +42,7 @@ _MODULES = {
         "conv2d_choose",
         "conv2d_forward",
     ],
+    "conv2d_max_pool": ["conv2d_max_pool2d_forward", "conv2d_max_pool2d_pays"],
     "conv_transpose2d": [
         "conv_transpose2d_backward_data",
         "conv_transpose2d_backward_filter",

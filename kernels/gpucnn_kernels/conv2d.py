@@ -179,11 +179,11 @@ def conv2d_forward(
             images.shape, weights.shape, stride=stride, padding=padding, dilation=dilation, groups=groups
         )
         name = _resolved(call, "forward", algorithm, problem, dtype, precision)
-        by_channel = {name: _of_channels(call, name, problem.K) for name in ("bias", "scale")}
+        vectors = {name: by_channel(call, name, problem.K) for name in ("bias", "scale")}
         epilogue = Epilogue(
-            activation=activation, negative_slope=negative_slope, residual=call.get("residual"), **by_channel
+            activation=activation, negative_slope=negative_slope, residual=call.get("residual"), **vectors
         )
-        y = _result(call, problem.output_shape, dtype, images, *by_channel.values())
+        y = result_array(call, problem.output_shape, dtype, images, *vectors.values())
         _check_residual(call, y)
         if name == "tensor":
             conv2d_tensor.convolve(call, problem, images, weights, y, epilogue, precision=precision)
@@ -239,9 +239,9 @@ def input_gradient(
     The bias is the transposed convolution's, which this is too.
     """
     name = _resolved(call, "backward_data", algorithm, problem, dy.dtype, precision)
-    bias = _of_channels(call, "bias", problem.C)
+    bias = by_channel(call, "bias", problem.C)
     epilogue = Epilogue(bias)
-    dx = _result(call, problem.input_shape, dy.dtype, dy, bias)
+    dx = result_array(call, problem.input_shape, dy.dtype, dy, bias)
     if name == "tensor":
         conv2d_tensor.convolve(
             call, problem, dy, call["weight"], dx, epilogue, precision=precision, transposed=True
@@ -251,7 +251,7 @@ def input_gradient(
     return dx
 
 
-def _of_channels(call: Call, name: str, channels: int) -> DeviceArray | None:
+def by_channel(call: Call, name: str, channels: int) -> DeviceArray | None:
     """The argument ``name``, bias or scale, where there is one, checked."""
     array = call.get(name)
     if array is not None:
@@ -274,13 +274,13 @@ def _check_residual(call: Call, y: DeviceArray) -> None:
     require_apart(y, residual)
 
 
-def _result(
-    call: Call, shape: tuple[int, ...], dtype: str, source: DeviceArray, *by_channel: DeviceArray | None
+def result_array(
+    call: Call, shape: tuple[int, ...], dtype: str, source: DeviceArray, *vectors: DeviceArray | None
 ) -> DeviceArray:
     """``out`` or a new array, checked against the arrays that are read, whose layouts are checked too."""
     for array in (source, call["weight"]):
         image_layout(array)
     output = call.output(shape, dtype, like=source)
     image_layout(output)
-    require_apart(output, source, call["weight"], *by_channel)
+    require_apart(output, source, call["weight"], *vectors)
     return output

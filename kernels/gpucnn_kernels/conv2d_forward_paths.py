@@ -61,7 +61,7 @@ class Epilogue:
         return self.activation == "identity" and not any(term is not None for term in self.terms.values())
 
     @property
-    def terms(self) -> dict[str, DeviceArray | None]:
+    def terms(self) -> dict[str, Any]:
         """The arrays, by the kernels' names for them."""
         return {"scale": self.scale, "bias": self.bias, "residual": self.residual}
 
@@ -93,7 +93,8 @@ def channel_counts(problem: Conv2dProblem, transposed: bool) -> dict[str, int]:
     return {"images": problem.N, "groups": problem.groups, "output": outputs, "source": depth}
 
 
-def _filter_strides(weight: DeviceArray, problem: Conv2dProblem, transposed: bool) -> dict[str, int]:
+def filter_strides(weight: DeviceArray, problem: Conv2dProblem, transposed: bool) -> dict[str, int]:
+    """The kernels' struct FilterStrides."""
     k, c, r, s = weight.strides
     output, source = (c, k) if transposed else (k, c)
     return {"output": output, "source": source, "r": r, "s": s, "group": problem.K // problem.groups * k}
@@ -158,7 +159,7 @@ def implicit_gemm(
         input=source,
         input_strides=strides(source),
         filter=weight,
-        filter_strides=_filter_strides(weight, problem, transposed),
+        filter_strides=filter_strides(weight, problem, transposed),
         **epilogue.terms,
         output=output,
         output_strides=strides(output),
@@ -202,7 +203,7 @@ def direct(
         x=x,
         x_strides=strides(x),
         filter=weight,
-        filter_strides=_filter_strides(weight, problem, transposed=False),
+        filter_strides=filter_strides(weight, problem, transposed=False),
         **epilogue.terms,
         y=y,
         y_strides=strides(y),
@@ -233,7 +234,7 @@ def depthwise(
         input=source,
         input_strides=strides(source),
         filter=weight,
-        filter_strides=_filter_strides(weight, problem, transposed),
+        filter_strides=filter_strides(weight, problem, transposed),
         **epilogue.terms,
         output=output,
         output_strides=strides(output),

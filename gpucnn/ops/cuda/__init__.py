@@ -42,6 +42,10 @@ from gpucnn.ops.cuda.dropout import (
 from gpucnn.ops.cuda.images import (
     images_to_float,
 )
+from gpucnn.ops.cuda.inference import (
+    conv2d_inference,
+    conv2d_max_pool2d_inference,
+)
 from gpucnn.ops.cuda.linear import (
     linear_backward_bias,
     linear_backward_data,
@@ -95,6 +99,8 @@ __all__ = [
     "conv2d_backward_filter",
     "conv2d_choose",
     "conv2d_forward",
+    "conv2d_inference",
+    "conv2d_max_pool2d_inference",
     "conv_transpose2d_backward_data",
     "conv_transpose2d_backward_filter",
     "conv_transpose2d_forward",

@@ -40,12 +40,19 @@ TENSOR_CORES: dict[str, dict[str, Any]] = {
 """Further names, of all directions, as gpucnn_kernels takes them: tensor cores, in the arrays' precision or, for
 float32, in tf32. They are not for float64, nor for GPUs before compute capability 8.0, and say so there."""
 
+NARROW = ("float16", "bfloat16")
 
-def _algorithm(direction: str, algorithm: str, problem: Conv2dProblem) -> dict[str, Any]:
-    """``algorithm``, checked, as gpucnn_kernels takes it."""
+
+def algorithm_options(direction: str, algorithm: str, problem: Conv2dProblem, dtype: Any) -> dict[str, Any]:
+    """``algorithm``, checked, as gpucnn_kernels takes it for arrays of ``dtype``.
+
+    "auto" says with it that products of 16-bit arrays may be those of tensor cores, which are exact.
+    """
     if algorithm in TENSOR_CORES:
         return TENSOR_CORES[algorithm]
     check_algorithm(direction, algorithm, conv2d_algorithms(direction), problem)
+    if algorithm == "auto" and str(dtype) in NARROW:
+        return {"algorithm": algorithm, "precision": str(dtype)}
     return {"algorithm": algorithm}
 
 
@@ -83,8 +90,8 @@ def conv2d_forward(
     check_devices(x=x, weight=weight, bias=bias, out=out)
     options: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     problem = forward_problem(x, weight, bias, **options)
-    way = _algorithm("forward", algorithm, problem)
     dtype = common_dtype(x, weight)
+    way = algorithm_options("forward", algorithm, problem, dtype)
     given, filters = image(x, dtype), image(weight, dtype)
     offset = None if bias is None else contiguous(bias, dtype)
     target = usable(out, problem.output_shape, x.dtype, dtype, given, filters, offset, layout=is_image)
@@ -108,8 +115,8 @@ def conv2d_backward_data(
     check_devices(dy=dy, weight=weight, out=out)
     options: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     problem = backward_data_problem(dy, weight, input_size, **options)
-    way = _algorithm("backward_data", algorithm, problem)
     dtype = common_dtype(dy, weight)
+    way = algorithm_options("backward_data", algorithm, problem, dtype)
     gradient, filters = image(dy, dtype), image(weight, dtype)
     options |= {"input_size": (problem.H, problem.W), **way}
     target = usable(out, problem.input_shape, dy.dtype, dtype, gradient, filters, layout=is_image)
@@ -132,8 +139,8 @@ def conv2d_backward_filter(
     check_devices(dy=dy, x=x, out=out)
     options: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
     problem = backward_filter_problem(dy, x, kernel_size, groups, **options)
-    way = _algorithm("backward_filter", algorithm, problem)
     dtype = common_dtype(x, dy)
+    way = algorithm_options("backward_filter", algorithm, problem, dtype)
     gradient, given = image(dy, dtype), image(x, dtype)
     options |= {"kernel_size": kernel_size, "groups": groups, **way}
     target = usable(out, problem.weight_shape, x.dtype, dtype, gradient, given)
@@ -174,8 +181,8 @@ def conv_transpose2d_forward(
     options["output_padding"] = output_padding
     problem = conv_transpose2d_problem(x.shape, weight.shape, **options)
     check_bias(bias, problem.C)
-    way = _algorithm("backward_data", algorithm, problem)
     dtype = common_dtype(x, weight)
+    way = algorithm_options("backward_data", algorithm, problem, dtype)
     given, filters = image(x, dtype), image(weight, dtype)
     offset = None if bias is None else contiguous(bias, dtype)
     target = usable(out, problem.input_shape, x.dtype, dtype, given, filters, offset, layout=is_image)

@@ -1,0 +1,127 @@
+"""A convolution together with what follows it in a network that only predicts, in one launch where that pays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy
+
+import gpucnn_kernels as kernels
+from gpucnn.device import device_of, module_of, on_device
+from gpucnn.ops.checks import check_residual, forward_problem, require_choice
+from gpucnn.ops.contract import Array
+from gpucnn.ops.cuda.arrays import call, check_devices, common_dtype, contiguous, finish, image, is_image, usable
+from gpucnn.ops.cuda.convolution import algorithm_options
+from gpucnn.ops.cuda.pooling import max_pool2d_forward
+from gpucnn_kernels.activations import FUNCTIONS
+from gpucnn_kernels.problem import IntOrPair, Padding, Pool2dProblem
+
+
+def conv2d_inference(
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    residual: Array | None = None,
+    *,
+    stride: IntOrPair = 1,
+    padding: Padding = 0,
+    dilation: IntOrPair = 1,
+    groups: int = 1,
+    algorithm: str = "auto",
+    activation: str = "identity",
+    negative_slope: float = 0.01,
+    out: Array | None = None,
+) -> Array:
+    """activation(convolution + bias + residual), with residual (N, K, P, Q) or None: one launch."""
+    check_devices(x=x, weight=weight, bias=bias, residual=residual, out=out)
+    require_choice(activation, tuple(FUNCTIONS), "activation")
+    options: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    problem = forward_problem(x, weight, bias, **options)
+    check_residual(residual, problem.output_shape)
+    dtype = common_dtype(x, weight)
+    way = algorithm_options("forward", algorithm, problem, dtype)
+    given, filters = image(x, dtype), image(weight, dtype)
+    offset = None if bias is None else contiguous(bias, dtype)
+    target = usable(out, problem.output_shape, x.dtype, dtype, given, filters, offset, residual, layout=is_image)
+    y = call(
+        kernels.conv2d_forward,
+        given,
+        filters,
+        offset,
+        **options,
+        **way,
+        residual=None if residual is None else _ordered_as(given if target is None else target, residual, dtype),
+        activation=activation,
+        negative_slope=negative_slope,
+        out=target,
+    )
+    return finish(y, out, x.dtype)
+
+
+def conv2d_max_pool2d_inference(
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    *,
+    pool_size: IntOrPair,
+    pool_stride: IntOrPair | None = None,
+    pool_padding: IntOrPair = 0,
+    pool_dilation: IntOrPair = 1,
+    ceil_mode: bool = False,
+    stride: IntOrPair = 1,
+    padding: Padding = 0,
+    dilation: IntOrPair = 1,
+    groups: int = 1,
+    activation: str = "identity",
+    negative_slope: float = 0.01,
+    out: Array | None = None,
+) -> Array:
+    """The largest value of each window of activation(convolution + bias), (N, K, P', Q').
+
+    One launch where :func:`gpucnn_kernels.conv2d_max_pool2d_pays` says so, otherwise two.
+    """
+    check_devices(x=x, weight=weight, bias=bias, out=out)
+    require_choice(activation, tuple(FUNCTIONS), "activation")
+    options: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    problem = forward_problem(x, weight, bias, **options)
+    pooling: dict[str, Any] = {"stride": pool_stride, "padding": pool_padding, "dilation": pool_dilation}
+    pooling["ceil_mode"] = ceil_mode
+    pool = Pool2dProblem.from_shapes(problem.output_shape, pool_size, **pooling)
+    epilogue: dict[str, Any] = {"activation": activation, "negative_slope": negative_slope}
+    if not call(kernels.conv2d_max_pool2d_pays, problem, pool):
+        y = conv2d_inference(x, weight, bias, **options, **epilogue)
+        return max_pool2d_forward(y, kernel_size=pool_size, **pooling, out=out)[0]
+    dtype = common_dtype(x, weight)
+    given, filters = image(x, dtype), image(weight, dtype)
+    offset = None if bias is None else contiguous(bias, dtype)
+    target = usable(out, pool.output_shape, x.dtype, dtype, given, filters, offset, layout=is_image)
+    y = call(
+        kernels.conv2d_max_pool2d_forward,
+        given,
+        filters,
+        offset,
+        pool_size=pool_size,
+        pool_stride=pool_stride,
+        pool_padding=pool_padding,
+        pool_dilation=pool_dilation,
+        ceil_mode=ceil_mode,
+        **options,
+        **epilogue,
+        with_argmax=False,
+        out=target,
+    )
+    return finish(y, out, x.dtype)
+
+
+def _ordered_as(model: Array, array: Array, dtype: Any) -> Array:
+    """``array`` as a convolution lays out what it makes of ``model``, and of ``dtype``: itself or a copy.
+
+    Contiguous where the image ``model`` is, otherwise channels-last.
+    """
+    if model.flags.c_contiguous:
+        return contiguous(array, dtype)
+    rows = array.transpose(0, 2, 3, 1)
+    if rows.flags.c_contiguous and array.dtype == dtype:
+        return array
+    with on_device(device_of(array)), numpy.errstate(all="ignore"):
+        return module_of(array).ascontiguousarray(rows, dtype).transpose(0, 3, 1, 2)
