@@ -8,6 +8,9 @@ import numpy
 
 from gpucnn import random
 from gpucnn.ops.checks import check_mask, check_probability, dropout_mask_shape, require_floating
+from gpucnn.ops.cpu import compiled
+from gpucnn.ops.cpu.blocks import contiguously
+from gpucnn.ops.cpu.compiled import dropout as loops
 from gpucnn.ops.cpu.memory import FloatArray, result_array
 
 
@@ -18,6 +21,16 @@ def _scale(probability: float) -> float:
 
 def _masked(x: FloatArray, mask: numpy.ndarray, scale: float, out: FloatArray | None) -> FloatArray:
     result = numpy.empty_like(x, subok=False) if out is None else result_array(out, x.shape, x.dtype)
+    if compiled.available() and x.dtype == numpy.float32 and mask.dtype == numpy.bool_:
+        bits = numpy.ascontiguousarray(mask)
+
+        def multiply(values: FloatArray, kept: FloatArray) -> None:
+            if bits.shape == values.shape:
+                loops.dropout_multiply(values.size, scale, values, bits, kept)
+            else:
+                loops.dropout_rows(bits.size, math.prod(values.shape[2:]), scale, values, bits, kept)
+
+        return contiguously(multiply, result, x)
     with numpy.errstate(all="ignore"):
         # Not x * mask: a dropped infinity or NaN is 0.
         result[...] = numpy.where(mask, x * x.dtype.type(scale), x.dtype.type(0))
@@ -46,6 +59,13 @@ def dropout_forward(
     count = math.prod(shape)
     if threshold > 0xFFFFFFFF:
         mask = numpy.zeros(shape, numpy.bool_)
+    elif compiled.available():
+        mask = numpy.empty(shape, numpy.bool_)
+        result = numpy.empty_like(x, subok=False) if out is None else result_array(out, x.shape, x.dtype)
+        if not per_channel and compiled.usable(x, result):
+            loops.dropout_forward(count, seed, offset, threshold, scale, x, mask, result)
+            return result, mask
+        loops.dropout_mask(count, seed, offset, threshold, mask)
     else:
         mask = (random.words(seed, offset, count) >= numpy.uint32(threshold)).reshape(shape)
     return _masked(x, mask, scale, out), mask

@@ -9,6 +9,8 @@ import numpy
 from numpy.typing import DTypeLike, NDArray
 
 from gpucnn.ops.checks import check_images
+from gpucnn.ops.cpu import compiled
+from gpucnn.ops.cpu.compiled import images as loops
 from gpucnn.ops.cpu.memory import result_array
 from gpucnn.ops.cpu.threads import parallel_for
 
@@ -39,6 +41,12 @@ def images_to_float(
     result = result_array(out, (n, channels, h, w), dtype)
     factor = [1 / (255 * float(value)) for value in std]
     shift = [-float(m) / float(s) for m, s in zip(mean, std, strict=True)]
+    if compiled.usable(result) and images.flags.c_contiguous:
+        mirror = None if flip is None else numpy.ascontiguousarray(flip, numpy.bool_)
+        offsets = None if crop_offset is None else numpy.require(crop_offset, numpy.int64, ("C", "A"))
+        factors, shifts = numpy.asarray(factor, numpy.float32), numpy.asarray(shift, numpy.float32)
+        loops.images_to_float(*images.shape, h, w, images, factors, shifts, mirror, offsets, result)
+        return result
 
     def convert(target: NDArray[Any], source: NDArray[Any]) -> None:
         for channel in range(channels):
