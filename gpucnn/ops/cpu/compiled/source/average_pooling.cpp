@@ -77,10 +77,12 @@ GPUCNN_EXPORT int gpucnn_average_pool_backward(
     int threads, const Windows *windows, const float *dy, const float *factor, float *dx) {
     const Windows &w = *windows;
     Gather gather(w, 1);
+    if (!gather.prepare(2)) return 1;
     std::atomic<int> failed{0};
     parallel_for(threads, gather.bands.tasks(), [&](int64_t task) {
         Lines lines = gather.lines;
-        if (!lines.allocate(0, gather.held, 0)) {
+        float *memory = scratch(3, w.stride_w * gather.length);
+        if (!memory || !lines.allocate(0, gather.held, 0)) {
             failed.store(1);
             return;
         }
@@ -97,8 +99,9 @@ GPUCNN_EXPORT int gpucnn_average_pool_backward(
                     store_first(to + q, load_first(from + q, count) * load_first(factors + q, count), count);
                 }
             }
-            gather.rows(band, false, dx + plane * w.height * w.width, [&](int64_t row, int64_t index, int64_t) {
-                return load(lines.row(row) + index);
+            const float *shares = lines.row(0);
+            gather.rows(band, false, dx + plane * w.height * w.width, memory, [=](int64_t offset, int64_t) {
+                return load(shares + offset);
             });
         });
     });

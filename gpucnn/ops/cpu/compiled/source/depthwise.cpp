@@ -162,10 +162,12 @@ int turned(int threads, const Windows &w, const float *dy, const float *weight, 
 int gathered(int threads, const Windows &w, const float *dy, const float *weight, float *dx) {
     Gather gather(w, w.multiplier);
     int64_t taps = w.rows * w.columns;
+    if (!gather.prepare(2)) return 1;
     std::atomic<int> failed{0};
     parallel_for(threads, gather.bands.tasks(), [&](int64_t task) {
         Lines lines = gather.lines;
-        if (!lines.allocate(0, gather.held, 0)) {
+        float *memory = scratch(3, w.stride_w * gather.length);
+        if (!memory || !lines.allocate(0, gather.held, 0)) {
             failed.store(1);
             return;
         }
@@ -176,8 +178,9 @@ int gathered(int threads, const Windows &w, const float *dy, const float *weight
                 lines.lay(
                     dy + (plane * w.multiplier + m) * w.out_height * w.out_width, w.out_height, w.out_width,
                     band.first, band.count, 0);
-                gather.rows(band, m > 0, dx + plane * w.height * w.width, [&](int64_t row, int64_t index, int64_t place) {
-                    return broadcast(kernel[place]) * load(lines.row(row) + index);
+                const float *from = lines.row(0);
+                gather.rows(band, m > 0, dx + plane * w.height * w.width, memory, [=](int64_t offset, int64_t place) {
+                    return broadcast(kernel[place]) * load(from + offset);
                 });
             }
         });

@@ -13,19 +13,11 @@ namespace {
 
 typedef uint8_t ByteVector __attribute__((vector_size(LANES)));
 
-GPUCNN_INLINE IntVector load_bytes(const uint8_t *from) {
-    ByteVector bytes;
-    std::memcpy(&bytes, from, sizeof bytes);
-    return __builtin_convertvector(bytes, IntVector);
-}
-
 GPUCNN_INLINE void store_bytes(uint8_t *to, IntVector value, int64_t count) {
     ByteVector bytes = __builtin_convertvector(value, ByteVector);
     if (count >= LANES) std::memcpy(to, &bytes, sizeof bytes);
     else std::memcpy(to, &bytes, count);
 }
-
-GPUCNN_INLINE IntVector load_integers(const float *from) { return (IntVector)load(from); }
 
 // For each window its first place that lies in the image, along one axis; -1 where there is none.
 void first_places(
@@ -131,10 +123,12 @@ GPUCNN_EXPORT int gpucnn_max_pool_backward(
     int threads, const Windows *windows, const float *dy, const uint8_t *place, float *dx) {
     const Windows &w = *windows;
     Gather gather(w, 1);
+    if (!gather.prepare(2)) return 1;
     std::atomic<int> failed{0};
     parallel_for(threads, gather.bands.tasks(), [&](int64_t task) {
         Lines slopes = gather.lines, places = gather.lines;  // places as integers, in memory for floats
-        if (!slopes.allocate(0, gather.held, 0) || !places.allocate(1, gather.held, 0)) {
+        float *memory = scratch(3, w.stride_w * gather.length);
+        if (!memory || !slopes.allocate(0, gather.held, 0) || !places.allocate(1, gather.held, 0)) {
             failed.store(1);
             return;
         }
@@ -145,17 +139,16 @@ GPUCNN_EXPORT int gpucnn_max_pool_backward(
                 dy + plane * w.out_height * w.out_width, w.out_height, w.out_width, band.first, band.count, 0);
             for (int64_t i = 0; i < band.count; ++i, from += w.out_width) {
                 float *to = places.row(i);
-                int64_t q = 0;
-                for (; q + LANES <= w.out_width; q += LANES) store(to + q, (Vector)load_bytes(from + q));
-                for (; q < w.out_width; ++q) {
+                for (int64_t q = 0; q < w.out_width; ++q) {
                     int32_t number = from[q];
                     std::memcpy(to + q, &number, sizeof number);
                 }
             }
-            gather.rows(band, false, dx + plane * w.height * w.width, [&](int64_t row, int64_t index, int64_t at) {
+            const float *slope = slopes.row(0), *number = places.row(0);
+            gather.rows(band, false, dx + plane * w.height * w.width, memory, [=](int64_t offset, int64_t at) {
                 // A window beyond the edge has no slope, whatever its place.
-                IntVector here = load_integers(places.row(row) + index) == static_cast<int32_t>(at);
-                return here ? load(slopes.row(row) + index) : Vector{};
+                IntVector here = (IntVector)load(number + offset) == static_cast<int32_t>(at);
+                return here ? load(slope + offset) : Vector{};
             });
         });
     });
