@@ -13,13 +13,16 @@
 namespace gpucnn {
 namespace {
 
-constexpr int64_t DEPTH = 384;           // products before a sum is put down: a panel fits the first-level cache,
-                                         // and rounding grows with this length, not with the whole depth
-constexpr int64_t STAGED = 96 << 10;     // numbers of staged pixels at most, 384 KiB: the second-level cache
-constexpr int64_t BUFFERED = 16 << 10;   // numbers of one panel's results, 64 KiB
-constexpr int64_t TASKS = 16;            // from so many images and bands on, the outputs are not cut as well
+// Products before a sum is put down: a tile's pixels stay in the first-level cache while all panels of weights meet
+// them, and rounding grows with this length, not with the whole depth.
+constexpr int64_t DEPTH = 192;
+constexpr int64_t STAGED = 160 << 10;   // numbers of staged pixels at most, 640 KiB,
+constexpr int64_t RESULTS_AT_MOST = 128 << 10;  // of results, 512 KiB,
+constexpr int64_t OUTPUTS = 512;        // and rows of weights in a task: DEPTH of them are 384 KiB
+constexpr int64_t COLUMNS_TOGETHER = 384;  // pixels of small images that are put together, about
+constexpr int64_t TASKS = 8;            // from so many images and bands on, the outputs are not cut as well
 
-enum Slot { WEIGHTS, TABLE, PIXELS, RESULTS, LINE };
+enum Slot { WEIGHTS, TABLE, PIXELS, RESULTS, LINE, TILES };
 
 struct Correlation {
     Staging staging;  // of the source, whose channels are summed over
@@ -121,78 +124,177 @@ void write_row(const Correlation &c, const float *phases, int64_t apart, float *
     copy(to, line - c.column, c.width);
 }
 
+// What a task does: a band of rows of one image, or a few whole images whose pixels are put together without the
+// columns between rows that are computed in vain.
+struct Cut {
+    int64_t images, rows, outputs;  // of a task
+    bool together;
+    int64_t sets, bands, cuts;      // how many tasks along each
+    int64_t pitch, image;           // of results: from row to row, from image to image
+    int64_t length;                 // of a row of results
+};
+
+// How much longer vectors are than the pixels they are for.
+double waste(int64_t columns, int64_t pixels) {
+    return static_cast<double>(ceiling(columns, LANES) * LANES) / static_cast<double>(pixels);
+}
+
+Cut cut(const Correlation &c) {
+    const Staging &s = c.staging;
+    Cut cut = {};
+    int64_t pixels = c.rows * c.columns, a_row = c.channels * s.phases_h * s.phases_w * s.pitch;
+    cut.cuts = ceiling(c.outputs, OUTPUTS);
+    cut.outputs = ceiling(ceiling(c.outputs, cut.cuts), ROWS) * ROWS;
+    // Putting together costs a copy of each column for each kernel position, about 4 cycles a vector of which
+    // `outputs` / 2 cycles of products are made.
+    cut.images = larger(1, smaller(COLUMNS_TOGETHER / pixels, c.images / TASKS));
+    while (cut.images < c.images && cut.images * pixels < 8 * LANES) ++cut.images;
+    double apart = waste((c.rows - 1) * s.pitch + c.columns, pixels), dense = waste(cut.images * pixels, pixels);
+    double products = static_cast<double>(cut.outputs) / 2;
+    cut.together = pixels <= COLUMNS_TOGETHER && apart * products > dense / cut.images * products + 6;
+    if (cut.together) {
+        cut.sets = ceiling(c.images, cut.images);
+        cut.images = ceiling(c.images, cut.sets);
+        cut.rows = c.rows, cut.bands = 1;
+        cut.pitch = c.columns, cut.image = pixels;
+        cut.length = cut.images * pixels;
+    } else {
+        cut.images = 1, cut.sets = c.images;
+        int64_t results = RESULTS_AT_MOST / (cut.outputs * c.spread_w * s.pitch);
+        int64_t rows = larger(1, smaller(c.rows, smaller(STAGED / a_row - c.shift_h, results)));
+        cut.bands = ceiling(c.rows, rows);
+        cut.rows = ceiling(c.rows, cut.bands);
+        cut.bands = ceiling(c.rows, cut.rows);
+        cut.pitch = s.pitch;
+        cut.length = (cut.rows - 1) * s.pitch + c.columns;
+    }
+    int64_t tasks = c.groups * cut.sets * cut.bands;
+    cut.cuts = larger(cut.cuts, smaller(ceiling(c.outputs, 4 * ROWS), TASKS / tasks));
+    cut.outputs = ceiling(ceiling(c.outputs, cut.cuts), ROWS) * ROWS;
+    cut.cuts = ceiling(c.outputs, cut.outputs);
+    return cut;
+}
+
+// Columns of pixels of several images, in the order of the product: to[tile][k][column of the tile].
+void put_together(
+    const Correlation &c, int64_t images, int64_t depth, const float *staged, const int32_t *offset, int step,
+    int64_t vectors, float *line, float *to) {
+    int64_t image = c.channels * c.staging.channel();
+    for (int64_t k = 0; k < depth; ++k) {
+        float *at = line;
+        for (int64_t i = 0; i < images; ++i)
+            for (int64_t y = 0; y < c.rows; ++y, at += c.columns) {
+                const float *row = staged + i * image + offset[k] + y * c.staging.pitch;
+                for (int64_t x = 0; x < c.columns; x += LANES) store(at + x, load(row + x));
+            }
+        for (int64_t v = 0; v < vectors; v += step)
+            for (int i = 0; i < step; ++i)
+                store(to + (v / step * DEPTH + k) * step * LANES + i * LANES, load(line + (v + i) * LANES));
+    }
+}
+
 int correlate(
-    int threads, const Correlation &c, const float *source, const float *weights, const float *bias, float *out) {
-    const Staging &staging = c.staging;
+    int threads, Correlation &c, const float *source, const float *weights, const float *bias, float *out) {
+    Staging &staging = c.staging;
+    const Cut cut = gpucnn::cut(c);
+    staging.rows = cut.rows + c.shift_h;
     int64_t panels = ceiling(c.outputs, ROWS), positions = c.kernel_h * c.kernel_w;
-    int64_t band = staging.rows - c.shift_h, bands = ceiling(c.rows, band);
-    int64_t cuts = larger(1, smaller(panels, TASKS / (c.groups * c.images * bands)));
-    int64_t apart = (ceiling(band * staging.pitch, LANES) + WIDEST) * LANES;  // from phase to phase of the results
-    int64_t pitch = apart * c.spread_w;                                       // from row to row of a panel
-    int64_t pixels = c.channels * staging.channel();
+    int64_t apart = (ceiling(cut.length, LANES) + WIDEST) * LANES;  // from phase to phase of a row of results
+    apart += apart % 1024 == 0 ? LANES : 0;                         // rows 4 KiB apart would share a few cache lines
+    int64_t pitch = apart * c.spread_w, image = c.channels * staging.channel();
+    int64_t count = c.groups * panels * ROWS * c.channels * positions;
 
     Table table;
-    float *packed = scratch(WEIGHTS, c.groups * panels * ROWS * c.channels * positions);
+    float *packed = scratch(WEIGHTS, count + c.groups * panels * ROWS);
     if (!packed || !make_table(c, table)) return 1;
+    float *starts = packed + count;
     pack(threads, c, table, weights, packed);
+    for (int64_t group = 0; group < c.groups; ++group)
+        for (int64_t i = 0; i < panels * ROWS; ++i)
+            starts[group * panels * ROWS + i] = bias && i < c.outputs ? bias[group * c.outputs + i] : 0;
 
     std::atomic<int> failed{0};
-    parallel_for(threads, c.groups * c.images * bands * cuts, [&](int64_t task) {
-        int64_t cut = task % cuts, y = task / cuts % bands * band, image = task / cuts / bands % c.images;
-        int64_t group = task / cuts / bands / c.images, rows = smaller(band, c.rows - y);
-        int64_t vectors = ceiling((rows - 1) * staging.pitch + c.columns, LANES);
-        float *staged = scratch(PIXELS, pixels + STAGING_END), *results = scratch(RESULTS, ROWS * pitch);
-        float *line = scratch(LINE, (c.columns + 2 * LANES) * c.spread_w);
-        if (!staged || !results || !line) {
+    parallel_for(threads, c.groups * cut.sets * cut.bands * cut.cuts, [&](int64_t task) {
+        int64_t output = task % cut.cuts * cut.outputs, y = task / cut.cuts % cut.bands * cut.rows;
+        int64_t first = task / cut.cuts / cut.bands % cut.sets * cut.images;
+        int64_t group = task / cut.cuts / cut.bands / cut.sets;
+        int64_t rows = smaller(cut.rows, c.rows - y), images = smaller(cut.images, c.images - first);
+        int64_t outputs = smaller(cut.outputs, c.outputs - output);
+        int64_t length = cut.together ? images * cut.image : (rows - 1) * cut.pitch + c.columns;
+        int64_t vectors = ceiling(length, LANES);
+        float *staged = scratch(PIXELS, images * image + STAGING_END);
+        float *results = scratch(RESULTS, cut.outputs * pitch + LANES);
+        float *line = scratch(LINE, larger((c.columns + 2 * LANES) * c.spread_w, apart + LANES));
+        float *columns = staged;
+        int32_t *dense = nullptr;
+        if (cut.together) {
+            columns = scratch(TILES, DEPTH * (apart + 1));
+            dense = reinterpret_cast<int32_t *>(columns + DEPTH * apart);
+        }
+        if (!staged || !results || !line || !columns) {
             failed.store(1);
             return;
         }
-        int64_t plane = image * c.groups + group;
-        stage(staging, source + plane * c.channels * staging.height * staging.width, c.channels, y, staged);
-        fill_zeros(staged + pixels, STAGING_END);
-        for (int64_t p = panels * cut / cuts; p < panels * (cut + 1) / cuts; ++p) {
-            int64_t left = c.outputs - p * ROWS, there = smaller(left, ROWS);
-            int m = panel_rows(left);
-            float start[ROWS] = {};
-            for (int64_t i = 0; bias && i < there; ++i) start[i] = bias[group * c.outputs + p * ROWS + i];
-            float *planes = out + (plane * c.outputs + p * ROWS) * c.height * c.width;
-            for (int64_t a = 0; a < c.spread_h; ++a) {
-                for (int64_t b = 0; b < c.spread_w; ++b) {
-                    int64_t first = table.first[a * c.spread_w + b], last = table.first[a * c.spread_w + b + 1];
-                    int64_t depth = (last - first) * c.channels, parts = ceiling(depth, DEPTH);
-                    const float *weight =
-                        packed + (group * positions + first) * c.channels * panels * ROWS + p * ROWS * depth;
-                    const int32_t *offset = table.offset + first * c.channels;
-                    float *to = results + b * apart;
-                    if (depth == 0)
-                        for (int i = 0; i < m; ++i)
-                            for (int64_t v = 0; v < vectors; ++v) store(to + i * pitch + v * LANES, broadcast(start[i]));
-                    for (int64_t part = 0; part < parts; ++part) {
-                        int64_t from = depth * part / parts, end = depth * (part + 1) / parts;
-                        any_panel(
-                            m, end - from, weight + from * m, staged, offset + from, part ? nullptr : start, to,
-                            pitch, vectors);
-                    }
-                }
-                for (int64_t i = 0; i < there; ++i)
-                    for (int64_t j = 0; j < rows; ++j) {
-                        int64_t h = (y + j) * c.spread_h + a + c.row;
-                        if (h >= 0 && h < c.height)
-                            write_row(
-                                c, results + i * pitch + j * staging.pitch, apart, line,
-                                planes + (i * c.height + h) * c.width);
+        const int step = widest_tile(panel_rows(outputs), outputs <= ROWS);
+        for (int64_t k = 0; dense && k < DEPTH; ++k) dense[k] = static_cast<int32_t>(k * step * LANES);
+        for (int64_t i = 0; i < images; ++i)
+            stage(
+                staging, source + ((first + i) * c.groups + group) * c.channels * staging.height * staging.width,
+                c.channels, y, staged + i * image);
+        fill_zeros(staged + images * image, STAGING_END);
+
+        auto multiply = [&](int64_t phase, int64_t b) {
+            int64_t begin = table.first[phase], last = table.first[phase + 1];
+            int64_t depth = (last - begin) * c.channels, parts = ceiling(depth, DEPTH);
+            const float *weight = packed + (group * positions + begin) * c.channels * panels * ROWS + output * depth;
+            const float *start = starts + group * panels * ROWS + output;
+            const int32_t *offset = table.offset + begin * c.channels;
+            for (int64_t i = 0; parts == 0 && i < outputs; ++i)
+                for (int64_t v = 0; v < vectors; ++v)
+                    store(results + i * pitch + b * apart + v * LANES, broadcast(start[i]));
+            for (int64_t part = 0; part < parts; ++part) {
+                int64_t from = depth * part / parts, end = depth * (part + 1) / parts;
+                if (cut.together) 
+                    put_together(c, images, end - from, staged, offset + from, step, vectors, line, columns);
+                for (int64_t v = 0; v < vectors; v += step)
+                    for (int64_t i = 0; i < outputs; i += ROWS) {
+                        int m = panel_rows(outputs - i);
+                        any_tile(
+                            m, static_cast<int>(smaller(step, vectors - v)),
+                            {end - from, weight + i * depth + from * m, columns + v * LANES * (cut.together ? DEPTH : 1),
+                             cut.together ? dense : offset + from, part ? nullptr : start + i,
+                             results + i * pitch + b * apart + v * LANES, pitch});
                     }
             }
+        };
+        for (int64_t a = 0; a < c.spread_h; ++a) {
+            for (int64_t b = 0; b < c.spread_w; ++b) multiply(a * c.spread_w + b, b);
+            for (int64_t n = 0; n < images; ++n)
+                for (int64_t i = 0; i < outputs; ++i) {
+                    float *plane =
+                        out + (((first + n) * c.groups + group) * c.outputs + output + i) * c.height * c.width;
+                    const float *from = results + i * pitch + n * cut.image;
+                    for (int64_t j = 0; j < rows; ++j, from += cut.pitch) {
+                        int64_t h = (y + j) * c.spread_h + a + c.row;
+                        if (h >= 0 && h < c.height) write_row(c, from, apart, line, plane + h * c.width);
+                    }
+                }
         }
     });
     return failed.load();
 }
 
-// The rows a task takes: as many as keep the staged pixels and one panel's results in the cache, evenly cut.
-int64_t band(const Correlation &c) {
-    int64_t a_row = c.channels * c.staging.phases_h * c.staging.phases_w * c.staging.pitch;
-    int64_t rows = larger(1, smaller(STAGED / a_row - c.shift_h, BUFFERED / (ROWS * c.spread_w * c.staging.pitch)));
-    return ceiling(c.rows, ceiling(c.rows, smaller(rows, c.rows)));
+// 1x1 of stride 1 without padding: where a row ends has no meaning, and longer rows are copied faster.
+void join_rows(Correlation &c) {
+    Staging &s = c.staging;
+    bool plain = c.kernel_h * c.kernel_w == 1 && s.step_h * s.step_w * c.spread_h * c.spread_w == 1 &&
+                 s.top == 0 && s.left == 0 && s.height == c.height && s.width == c.width;
+    for (int64_t rows = 2; plain && rows <= c.height && rows * c.width <= 4096; ++rows)
+        if (c.height % rows == 0 && (rows == c.height || rows * c.width >= 384)) {
+            s.height = c.height = c.rows = c.height / rows;
+            s.width = s.pitch = c.width = c.columns = c.width * rows;
+            return;
+        }
 }
 
 }  // namespace
@@ -215,7 +317,7 @@ GPUCNN_EXPORT int gpucnn_direct_forward(
     staging.phases_h = phases(p.r, p.dilation_h, p.stride_h);
     staging.phases_w = phases(p.s, p.dilation_w, p.stride_w);
     staging.pitch = staging_pitch(staging, p.q, c.shift_w);
-    staging.rows = band(c) + c.shift_h;
+    join_rows(c);
     return correlate(threads, c, x, weight, bias, out);
 }
 
@@ -240,7 +342,7 @@ GPUCNN_EXPORT int gpucnn_direct_backward_data(
     staging.step_h = staging.step_w = staging.phases_h = staging.phases_w = 1;
     staging.top = c.shift_h - u, staging.left = c.shift_w - v;
     staging.pitch = staging_pitch(staging, c.columns, c.shift_w);
-    staging.rows = band(c) + c.shift_h;
+    join_rows(c);
     return correlate(threads, c, dy, weight, nullptr, out);
 }
 

@@ -14,57 +14,61 @@ inline int panel_rows(int64_t left) {
     return static_cast<int>(left);
 }
 
-// Few rows take more vectors, so that there are enough sums under way to hide an addition's latency.
-template <int M>
-constexpr int vectors_of = REGISTERS == 32 ? (M == 8 ? 3 : M == 6 ? 4 : M == 4 ? 6 : 8)
-                                           : (M == 4 ? 3 : M == 3 ? 3 : M == 2 ? 5 : 8);
+// Vectors of a tile of M rows: few rows that are all there are take more, so that there are enough sums under way to
+// hide an addition's latency.
+constexpr int widest_tile(int rows, bool alone) {
+    if (!alone || rows == ROWS) return VECTORS;
+    if (REGISTERS == 32) return rows == 6 ? 4 : rows == 4 ? 6 : 8;
+    return rows == 3 ? 3 : rows == 2 ? 5 : 8;
+}
 
 constexpr int WIDEST = 8;  // vectors of a tile: a buffer's rows and staged pixels have as many behind their end
 static_assert(STAGING_END >= (WIDEST + 1) * LANES, "vectors may begin in the last planes' zeros on the right");
 
-// One tile: to[m][0 .. V * LANES) = start[m] + product, or += product where there is no start.
+struct TileOf {
+    int64_t depth;
+    const float *weights;   // [depth][M]
+    const float *pixels;
+    const int32_t *offset;  // [depth]
+    const float *start;     // [M], or null where `to` has sums to add to
+    float *to;
+    int64_t pitch;          // of `to`, from row to row
+};
+
+// to[m][0 .. V * LANES) = start[m] + product, or += product where there is no start.
 template <int M, int V>
-GPUCNN_INLINE void tile(
-    int64_t depth, const float *a, const float *b, const int32_t *offset, const float *start, float *to,
-    int64_t pitch) {
+__attribute__((noinline)) void tile(const TileOf &t) {
     Vector sum[M][V] = {};
-    add_product<M, V>(depth, a, b, offset, sum);
+    add_product<M, V>(t.depth, t.weights, t.pixels, t.offset, sum);
 #pragma GCC unroll 32
     for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v) {
-            float *at = to + m * pitch + v * LANES;
-            store(at, sum[m][v] + (start ? broadcast(start[m]) : load(at)));
+            float *at = t.to + m * t.pitch + v * LANES;
+            store(at, sum[m][v] + (t.start ? broadcast(t.start[m]) : load(at)));
         }
     }
 }
 
-// A panel of M rows times `vectors` vectors of pixels.
 template <int M>
-void panel(
-    int64_t depth, const float *a, const float *b, const int32_t *offset, const float *start, float *to,
-    int64_t pitch, int64_t vectors) {
-    constexpr int V = vectors_of<M>;
-    int64_t v = 0;
-    for (; v + V <= vectors; v += V) tile<M, V>(depth, a, b + v * LANES, offset, start, to + v * LANES, pitch);
-    if (v == vectors) return;
-    if (M == ROWS && vectors - v == 1) tile<M, 1>(depth, a, b + v * LANES, offset, start, to + v * LANES, pitch);
-    else if (M == ROWS && vectors - v == 2)
-        tile<M, 2>(depth, a, b + v * LANES, offset, start, to + v * LANES, pitch);
-    else tile<M, V>(depth, a, b + v * LANES, offset, start, to + v * LANES, pitch);
+void tile_of(int vectors, const TileOf &t) {
+    constexpr int alone = widest_tile(M, true);
+    if (M == ROWS && vectors == 1) tile<M, 1>(t);
+    else if (M == ROWS && vectors == 2) tile<M, 2>(t);
+    else if (vectors <= VECTORS) tile<M, VECTORS>(t);
+    else tile<M, alone>(t);
 }
 
-inline void any_panel(
-    int rows, int64_t depth, const float *a, const float *b, const int32_t *offset, const float *start, float *to,
-    int64_t pitch, int64_t vectors) {
+// A tile of at most widest_tile() vectors; more may be written.
+inline void any_tile(int rows, int vectors, const TileOf &t) {
     switch (rows) {
-    case 1: return panel<1>(depth, a, b, offset, start, to, pitch, vectors);
-    case 2: return panel<2>(depth, a, b, offset, start, to, pitch, vectors);
-    case 3: return panel<3>(depth, a, b, offset, start, to, pitch, vectors);
-    case 4: return panel<4>(depth, a, b, offset, start, to, pitch, vectors);
+    case 1: return tile_of<1>(vectors, t);
+    case 2: return tile_of<2>(vectors, t);
+    case 3: return tile_of<3>(vectors, t);
+    case 4: return tile_of<4>(vectors, t);
 #if defined(__AVX512F__) || defined(__aarch64__)
-    case 6: return panel<6>(depth, a, b, offset, start, to, pitch, vectors);
-    case 8: return panel<8>(depth, a, b, offset, start, to, pitch, vectors);
+    case 6: return tile_of<6>(vectors, t);
+    case 8: return tile_of<8>(vectors, t);
 #endif
     }
 }
