@@ -11,8 +11,9 @@ from gpucnn import layers
 from gpucnn.errors import ArgumentError, StateError
 from gpucnn.layers import BatchNorm1d, BatchNorm2d, Dropout, Identity
 from gpucnn.models import available, create
-from gpucnn.models.inference import FoldedConv2d
+from gpucnn.models.inference import FoldedConv2d, FoldedMaxPool2d, FoldedResidual
 from gpucnn.models.model import Sequential
+from gpucnn_kernels.launch import Call
 
 SMALL = {
     "lenet5": {"image_size": 12},
@@ -22,6 +23,8 @@ SMALL = {
     "resnet50": {"image_size": 8, "width": 4, "stem": "small"},
     "mobilenet_v2": {"image_size": 10, "width": 0.25, "stem": "small"},
 }
+BLOCKS = {"resnet18": 8, "resnet50": 16, "mobilenet_v2": 12}
+POOLS = {"lenet5": 2, "animalnet": 1, "vgg-small": 3}
 BATCH_NORMS = {"lenet5": 0, "animalnet": 4, "vgg-small": 6, "resnet18": 20, "resnet50": 53, "mobilenet_v2": 52}
 
 
@@ -87,9 +90,11 @@ def test_a_compiled_model_gives_the_originals_outputs(name):
         assert compiled.device == model.device
         assert not {BatchNorm2d, Dropout} & set(kinds(compiled))
         convolutions = [layer for _, layer in compiled.named_layers() if isinstance(layer, layers.Conv2d)]
-        # Each ends its activation in the same kernel, but before a sum, and but ReLU6, which kernels do not have.
+        # Each ends with its activation, but those of shortcuts, which have none, and ReLU6, which no kernel has.
         fused = sum(isinstance(layer, FoldedConv2d) and layer.activation is not None for layer in convolutions)
-        assert fused == {"resnet18": 9, "resnet50": 33, "mobilenet_v2": 0}.get(name, len(convolutions))
+        assert fused == {"resnet18": 17, "resnet50": 49, "mobilenet_v2": 0}.get(name, len(convolutions))
+        assert kinds(compiled).count(FoldedResidual) == BLOCKS.get(name, 0)
+        assert kinds(compiled).count(FoldedMaxPool2d) == POOLS.get(name, 0)
         assert numpy.abs(compiled.cpu().predict(x) - probabilities).max() <= 1e-5, "moved"
     model.cpu()
     assert state_of(model) == before
@@ -153,10 +158,97 @@ def test_what_does_not_follow_directly_is_left_as_it_is():
         for index, (one, other) in enumerate(zip(model, compiled.network, strict=True))
         if type(one) is not type(other)
     ]
-    assert changed == [7, 8, 9, 10, 16]
+    assert changed == [1, 2, 6, 7, 8, 9, 10, 16]
+    assert isinstance(compiled.network[1], FoldedMaxPool2d)
+    assert isinstance(compiled.network[6], FoldedResidual)
     assert isinstance(compiled.network[7], FoldedConv2d)
     x = numpy.random.default_rng(3).standard_normal((4, 2, 8, 8)).astype("float32")
     assert numpy.abs(logits_of(compiled, x) - logits_of(model, x)).max() <= 1e-5
+
+
+def launches(model, x, monkeypatch):
+    """The sources of the kernels that a forward starts, in their order."""
+    started = []
+    launch = Call.launch
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Call,
+            "launch",
+            lambda self, source, *rest, **more: (started.append(source), launch(self, source, *rest, **more)),
+        )
+        model(gpucnn.device.to_device(x, "cuda"))
+    return started
+
+
+def test_a_residual_network_launches_its_convolutions_and_little_else(monkeypatch):
+    gpucnn.manual_seed(4)
+    x = numpy.zeros((2, 3, 9, 9), "float32")
+    for name, convolutions in (("resnet18", 20), ("resnet50", 53)):
+        model = create(name, num_classes=4, in_channels=3, **SMALL[name]).eval().to("cuda")
+        plain, started = launches(model, x, monkeypatch), launches(model.compile_for_inference(), x, monkeypatch)
+        *body, mean, linear = (source for source in started if source != "im2col")  # the columns are no end
+        assert len(body) == convolutions
+        assert all(source.startswith("conv2d_") for source in body)
+        assert (mean, linear) == ("average_pooling", "linear")
+        assert len(plain) > 2 * convolutions
+
+
+def test_a_small_network_pools_in_its_convolutions(monkeypatch):
+    x = numpy.zeros((2, 1, 28, 28), "float32")
+    model = create("lenet5").eval().to("cuda")
+    started = launches(model.compile_for_inference(), x, monkeypatch)
+    assert started[:2] == ["conv2d_max_pool"] * 2
+    assert "max_pooling" not in started
+
+
+def test_sums_that_do_not_end_in_a_convolution_stay():
+    gpucnn.manual_seed(5)
+    x = numpy.random.default_rng(6).standard_normal((2, 4, 6, 6)).astype("float32")
+
+    def convolution(**more):
+        return layers.Conv2d(4, 4, 3, padding=1, **more)
+
+    blocks = {
+        # block: whether it is folded
+        layers.Residual(convolution()): True,
+        layers.Residual(
+            layers.Sequential(layers.ReLU(), convolution()), layers.Conv2d(4, 4, 1), layers.SiLU()
+        ): True,
+        layers.Residual(
+            layers.Sequential(convolution(), Dropout(0.5), BatchNorm2d(4)), activation=layers.ReLU6()
+        ): True,
+        layers.Residual(layers.Sequential(convolution(), layers.Sequential(convolution(), Identity()))): True,
+        layers.Residual(layers.Sequential(convolution(), layers.ReLU())): False,
+        layers.Residual(layers.MaxPool2d(3, 1, 1)): False,
+        layers.Residual(layers.Sequential(convolution(), layers.MaxPool2d(3, 1, 1))): False,
+        layers.Residual(Identity()): False,
+    }
+    for block, folded in blocks.items():
+        model = lived_in(Sequential(block))
+        expected = logits_of(model, x)
+        for device in ("cpu", "cuda"):
+            compiled = model.to(device).compile_for_inference()
+            assert (FoldedResidual in kinds(compiled)) == folded, block
+            assert numpy.abs(logits_of(compiled, x, device) - expected).max() <= 1e-5, f"{block} on {device}"
+            with pytest.raises(StateError, match="only predicts"):
+                compiled.network[0].backward(x) if folded else compiled.backward(x)
+
+
+def test_a_convolution_whose_algorithm_was_chosen_keeps_it(monkeypatch):
+    """So it does not end with a pooling, which no algorithm of a convolution does."""
+    model = Sequential(layers.Conv2d(1, 2, 3, algorithm={"forward": "im2col"}), layers.ReLU(), layers.MaxPool2d(2))
+    compiled = model.eval().to("cuda").compile_for_inference()
+    started = launches(compiled, numpy.zeros((1, 1, 8, 8), "float32"), monkeypatch)
+    assert started == ["im2col", "conv2d_epilogue", "max_pooling"]
+
+
+def test_a_body_and_a_shortcut_of_other_shapes():
+    model = Sequential(layers.Residual(layers.Conv2d(2, 2, 3))).eval()
+    for device in ("cpu", "cuda"):
+        compiled = model.to(device).compile_for_inference()
+        x = gpucnn.device.to_device(numpy.zeros((1, 2, 5, 5), "float32"), device)
+        with pytest.raises(gpucnn.errors.ShapeError, match=r"residual must have shape \(1, 2, 3, 3\), got"):
+            compiled(x)
 
 
 def test_a_trained_model_is_compiled_with_its_preprocessing_in_any_precision():

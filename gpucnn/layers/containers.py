@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from gpucnn.errors import ArgumentError, DtypeError, ShapeError
-from gpucnn.layers.layer import Layer, check_gradient
+from gpucnn.layers.layer import Layer, ShortcutSum, check_gradient
 from gpucnn.ops import Array, array_module
 
 
@@ -122,6 +122,12 @@ class Residual(Layer):
             dy = self.activation.backward(dy)
         dx = self.body.backward(dy)
         return dx + (dy if self.shortcut is None else self.shortcut.backward(dy))
+
+    def shortcut_sum(self) -> ShortcutSum:
+        """All of it."""
+        return ShortcutSum(
+            ("body",), "shortcut" if self.shortcut is not None else None, "activation" if self.activation else None
+        )
 
     def __repr__(self) -> str:
         return f"Residual({_indented(self)})"

@@ -8,7 +8,7 @@ tape: a container's backward calls its children's backward in reverse, and a rea
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy
 from numpy.typing import NDArray
@@ -28,6 +28,20 @@ from gpucnn.errors import CheckpointError, DeviceError, DtypeError, ShapeError, 
 from gpucnn.ops import Array
 from gpucnn.parameters import Parameter
 from gpucnn_kernels.problem import ProblemError
+
+
+class ShortcutSum(NamedTuple):
+    """The form activation(body(x) + shortcut(x)) of a layer's forward, by the names of its children.
+
+    Attributes:
+        body: children that are called one after another.
+        shortcut: the child that x goes through on the other way; None adds x itself.
+        activation: the child that the sum goes through, if any.
+    """
+
+    body: tuple[str, ...]
+    shortcut: str | None = None
+    activation: str | None = None
 
 
 class Layer:
@@ -122,6 +136,13 @@ class Layer:
         for name, value in vars(self).items():
             if isinstance(value, Layer):
                 yield name, value
+
+    def shortcut_sum(self) -> ShortcutSum | None:
+        """What ``forward`` is made of, where it is a residual block's sum; None, the default, where it is not.
+
+        Inference lets the body's last convolution add the shortcut and apply the activation as it stores its sums.
+        """
+        return None
 
     def chains(self) -> tuple[tuple[str, ...], ...]:
         """Names of children that ``forward`` calls one after another, each on nothing but the output before.
@@ -398,4 +419,4 @@ def check_gradient(dy: Any, shape: tuple[int, ...], saved: Array | None = None) 
         )
 
 
-__all__ = ["Layer", "check_device", "check_gradient", "check_input"]
+__all__ = ["Layer", "ShortcutSum", "check_device", "check_gradient", "check_input"]

@@ -3,26 +3,26 @@
 In evaluation a batch norm is y = (x - mean) * s + beta with s = gamma / sqrt(variance + eps), fixed numbers for
 each channel. After a convolution or a linear layer, whose rows of the weight each make one channel, it is the same
 layer with weight * s and (bias - mean) * s + beta (Jacob et al. 2018, section 3.2), computed here in float64. An
-activation after a convolution is applied to each sum before it is stored, which on a GPU saves a pass through
-memory; dropout is nothing.
+activation after a convolution is applied to each sum before it is stored, and so is the shortcut of a residual
+block added; small convolutions end with the max pooling after them. On a GPU each of these saves passes through
+memory and a launch. Dropout is nothing.
 
-What follows what is said by the containers (:meth:`gpucnn.layers.Layer.chains`): all of a Sequential, and the
-residual blocks of the registry's models. A network of one's own whose ``forward`` calls layers itself says it
-likewise, or stays unfolded there.
+What follows what is said by the containers (:meth:`gpucnn.layers.Layer.chains` and ``shortcut_sum``): all of a
+Sequential and of Residual, and the residual blocks of the registry's models. A network of one's own whose
+``forward`` calls layers itself says it likewise, or stays unfolded there.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import numpy
 from numpy.typing import NDArray
 
-import gpucnn_kernels as kernels
 from gpucnn import initializers
-from gpucnn.device import is_device_array, on_device, to_cpu, to_device
+from gpucnn.device import on_device, to_cpu, to_device
 from gpucnn.errors import ArgumentError, ShapeError, StateError
 from gpucnn.layers import (
     GELU,
@@ -34,7 +34,9 @@ from gpucnn.layers import (
     Layer,
     LeakyReLU,
     Linear,
+    MaxPool2d,
     ReLU,
+    Sequential,
     Sigmoid,
     SiLU,
     Tanh,
@@ -52,7 +54,7 @@ _ACTIVATIONS: dict[type[Layer], str] = {
     GELU: "gelu",
     SiLU: "silu",
 }
-"""The layers that a convolution's kernel can end with, and their names there."""
+"""The layers that a convolution can end with, and what the operations call them."""
 
 _NO_TRAINING = "a model compiled for inference only predicts; use the model that it was compiled from"
 
@@ -103,7 +105,9 @@ class InferenceModel(Model):
 class FoldedConv2d(Conv2d):
     """A convolution that has taken in the batch norm and the activation after it."""
 
-    def __init__(self, convolution: Conv2d, norm: BatchNorm2d | None, activation: Layer | None) -> None:
+    def __init__(
+        self, convolution: Conv2d, norm: BatchNorm2d | None = None, activation: Layer | None = None
+    ) -> None:
         with initializers.skipped():
             super().__init__(
                 convolution.in_channels,
@@ -120,33 +124,25 @@ class FoldedConv2d(Conv2d):
 
     def forward(self, x: Array) -> Array:
         """activation(convolution of x (N, in_channels, H, W))."""
+        return self.with_shortcut(x, None)
+
+    def with_shortcut(self, x: Array, shortcut: Array | None) -> Array:
+        """activation(convolution of x + shortcut), the shortcut of the result's shape or None."""
+        self._check(x)
+        assert self.bias is not None, "folding gives it one"
+        return backend_of(x).conv2d_inference(
+            x,
+            self.weight.working,
+            self.bias.working,
+            shortcut,
+            algorithm=self.algorithm["forward"],
+            **self._options(),
+        )
+
+    def _check(self, x: Array) -> None:
         check_input(x, 4, f"(N, {self.in_channels}, H, W)", self.weight.working)
         if x.shape[1] != self.in_channels:
             raise ShapeError(f"expected {self.in_channels} input channels, got {x.shape[1]} (shape {x.shape})")
-        assert self.bias is not None, "folding gives it one"
-        if is_device_array(x):
-            return self._by_one_kernel(x, self.weight.working, self.bias.working)
-        y = backend_of(x).conv2d_forward(
-            x, self.weight.working, self.bias.working, **self._options(), algorithm=self.algorithm["forward"]
-        )
-        return y if self.activation is None else self.activation(y)
-
-    def _by_one_kernel(self, x: Array, weight: Array, bias: Array) -> Array:
-        # As the backend itself: when the first such array comes.
-        from gpucnn.ops.cuda.arrays import call, image
-        from gpucnn.ops.cuda.convolution import TENSOR_CORES
-
-        algorithm = self.algorithm["forward"]
-        return call(
-            kernels.conv2d_forward,
-            image(x, x.dtype),
-            weight,
-            bias,
-            **self._options(),
-            **TENSOR_CORES.get(algorithm, {"algorithm": algorithm}),
-            activation=_kernel_name(self.activation),
-            negative_slope=getattr(self.activation, "negative_slope", 0.01),
-        )
 
     def _options(self) -> dict[str, Any]:
         return {
@@ -154,6 +150,8 @@ class FoldedConv2d(Conv2d):
             "padding": self.padding,
             "dilation": self.dilation,
             "groups": self.groups,
+            "activation": _operation_name(self.activation),
+            "negative_slope": getattr(self.activation, "negative_slope", 0.01),
         }
 
     def backward(self, dy: Array) -> Array:
@@ -163,6 +161,68 @@ class FoldedConv2d(Conv2d):
     def extra_repr(self) -> str:
         """The convolution's arguments, and the activation."""
         return super().extra_repr() + ("" if self.activation is None else f", activation={self.activation}")
+
+
+class FoldedMaxPool2d(FoldedConv2d):
+    """A convolution that has also taken in the max pooling after its activation.
+
+    On a GPU it is one kernel where :func:`gpucnn_kernels.conv2d_max_pool2d_pays` says so. On the CPU what rises
+    with its input, as ReLU does, is applied to what the pooling leaves.
+    """
+
+    def __init__(
+        self, convolution: Conv2d, norm: BatchNorm2d | None, activation: Layer | None, pool: MaxPool2d
+    ) -> None:
+        super().__init__(convolution, norm, activation)
+        self.pool = pool
+
+    def forward(self, x: Array) -> Array:
+        """The largest values of windows of activation(convolution of x (N, in_channels, H, W))."""
+        self._check(x)
+        assert self.bias is not None, "folding gives it one"
+        return backend_of(x).conv2d_max_pool2d_inference(
+            x,
+            self.weight.working,
+            self.bias.working,
+            pool_size=self.pool.kernel_size,
+            pool_stride=self.pool.stride,
+            pool_padding=self.pool.padding,
+            pool_dilation=self.pool.dilation,
+            ceil_mode=self.pool.ceil_mode,
+            **self._options(),
+        )
+
+    def extra_repr(self) -> str:
+        """The convolution's arguments, the activation and the pooling."""
+        return f"{super().extra_repr()}, pool={self.pool}"
+
+
+class FoldedResidual(Layer):
+    """A residual block whose last convolution adds the shortcut and applies the activation as it stores its sums.
+
+    Args:
+        body: what comes before the last convolution.
+        last: the last convolution of the body, with the activation if that is one it can apply.
+        shortcut: what the input goes through on the other way; None adds the input itself.
+        activation: what is still to be applied to the sum, if anything.
+    """
+
+    def __init__(
+        self, body: Sequence[Layer], last: FoldedConv2d, shortcut: Layer | None, activation: Layer | None
+    ) -> None:
+        self.body, self.last = Sequential(*body), last
+        self.shortcut, self.activation = shortcut, activation
+
+    def forward(self, x: Array) -> Array:
+        """The block's output for x."""
+        y = self.body(x)
+        other = x if self.shortcut is None else self.shortcut(x)
+        y = self.last.with_shortcut(y, other)
+        return y if self.activation is None else self.activation(y)
+
+    def backward(self, dy: Array) -> Array:
+        """There is none: raises StateError."""
+        raise StateError(_NO_TRAINING)
 
 
 def compile_for_inference(model: Model) -> InferenceModel:
@@ -180,6 +240,8 @@ def compile_for_inference(model: Model) -> InferenceModel:
             for name, layer in list(container.children()):
                 if isinstance(layer, Dropout):
                     setattr(container, name, Identity())
+                elif (folded := _folded_sum(layer)) is not None:
+                    setattr(container, name, folded)
         network.requires_grad_(False)
         if network.parameters():
             flatten(network.parameters())  # a conversion to 16 bits is then one operation
@@ -192,22 +254,26 @@ def _fold_chain(container: Layer, names: tuple[str, ...]) -> None:
     for run in _runs([(name, children[name]) for name in names]):
         (name, first), norm, activation = run[0], _of_kind(run, BatchNorm2d, BatchNorm1d), None
         if isinstance(first, Conv2d):
-            activation = _of_kind(run, *_ACTIVATIONS)
+            activation, pool = _of_kind(run, *_ACTIVATIONS), _of_kind(run, MaxPool2d)
             assert norm is None or isinstance(norm, BatchNorm2d), "_runs joins these alone"
-            setattr(container, name, FoldedConv2d(first, norm, activation))
+            folded = FoldedConv2d(first, norm, activation)
+            if pool is not None:
+                folded = FoldedMaxPool2d(first, norm, activation, pool)
+            setattr(container, name, folded)
         elif isinstance(first, Linear):
             with initializers.skipped():
-                folded = Linear(first.in_features, first.out_features)
-            _fold(first, norm, folded)
-            setattr(container, name, folded)
+                linear = Linear(first.in_features, first.out_features)
+            _fold(first, norm, linear)
+            setattr(container, name, linear)
         for other, _ in run[1:]:
             setattr(container, other, Identity())
 
 
 def _runs(chain: list[tuple[str, Layer]]) -> Iterator[list[tuple[str, Layer]]]:
-    """Runs of a convolution (or linear layer), perhaps its batch norm, perhaps an activation; two layers at least.
+    """Runs of a convolution (or linear layer), and perhaps its batch norm, an activation and a max pooling.
 
-    Dropout and Identity, which do nothing, may lie between. An activation is taken by convolutions alone.
+    They have two layers at least. Dropout and Identity, which do nothing, may lie between. Activation and pooling
+    are taken by convolutions alone, the pooling by those that leave the choice of their algorithm to us.
     """
     run: list[tuple[str, Layer]] = []
     for name, layer in chain:
@@ -228,7 +294,38 @@ def _continues(run: list[tuple[str, Layer]], layer: Layer) -> bool:
     if isinstance(layer, (BatchNorm2d, BatchNorm1d)):
         fits = isinstance(first, Conv2d) == isinstance(layer, BatchNorm2d)
         return last is first and fits and layer.track_running_stats
-    return isinstance(first, Conv2d) and type(layer) in _ACTIVATIONS and type(last) not in _ACTIVATIONS
+    if not isinstance(first, Conv2d) or type(last) is MaxPool2d:
+        return False
+    if type(layer) is MaxPool2d:
+        return first.algorithm["forward"] == "auto"
+    return type(layer) in _ACTIVATIONS and type(last) not in _ACTIVATIONS
+
+
+def _folded_sum(block: Layer) -> FoldedResidual | None:
+    """``block`` with its sum in its last convolution, or None where it is no such block or does not end in one."""
+    form = block.shortcut_sum()
+    if form is None:
+        return None
+    children = dict(block.children())
+    body = [layer for name in form.body for layer in _one_after_another(children[name])]
+    last = body.pop() if body else None
+    if type(last) is Conv2d:
+        last = FoldedConv2d(last)
+    if type(last) is not FoldedConv2d or last.activation is not None:
+        return None
+    activation = None if form.activation is None else children[form.activation]
+    if type(activation) in _ACTIVATIONS:
+        last.activation, activation = activation, None
+    return FoldedResidual(body, last, None if form.shortcut is None else children[form.shortcut], activation)
+
+
+def _one_after_another(layer: Layer) -> Iterator[Layer]:
+    """The layers that ``layer`` calls in turn, if it is a Sequential, or itself; without those that do nothing."""
+    if type(layer) is Sequential:
+        for child in layer:
+            yield from _one_after_another(child)
+    elif not isinstance(layer, (Identity, Dropout)):
+        yield layer
 
 
 def _of_kind(run: list[tuple[str, Layer]], *kinds: type[Layer]) -> Any:
@@ -255,7 +352,7 @@ def _float64(parameter: Parameter) -> NDArray[numpy.float64]:
     return numpy.asarray(to_cpu(parameter.data), numpy.float64)
 
 
-def _kernel_name(activation: Layer | None) -> str:
+def _operation_name(activation: Layer | None) -> str:
     if activation is None:
         return "identity"
     approximate = isinstance(activation, GELU) and activation.approximate == "tanh"

@@ -15,6 +15,7 @@ from gpucnn.layers import (
     ReLU6,
     Sequential,
 )
+from gpucnn.layers.layer import ShortcutSum
 from gpucnn.models.images import check_at_least, check_image_size
 from gpucnn.models.model import Model
 from gpucnn.models.resnet import STEMS, choose_stem
@@ -64,6 +65,10 @@ class InvertedResidual(Layer):
         ]
         self.conv = Sequential(*layers)
         self.has_shortcut = stride == 1 and inputs == outputs
+
+    def shortcut_sum(self) -> ShortcutSum | None:
+        """All of it, where the input is added."""
+        return ShortcutSum(("conv",)) if self.has_shortcut else None
 
     def forward(self, x: Array) -> Array:
         """The block's output for x (N, inputs, H, W)."""

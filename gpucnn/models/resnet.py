@@ -23,6 +23,7 @@ from gpucnn.layers import (
     ReLU,
     Sequential,
 )
+from gpucnn.layers.layer import ShortcutSum
 from gpucnn.models.images import check_at_least, check_image_size
 from gpucnn.models.model import Model
 from gpucnn.names import unknown
@@ -73,6 +74,11 @@ class BasicBlock(Layer):
         """Up to the sum with the shortcut."""
         return ("conv1", "bn1", "relu1"), ("conv2", "bn2")
 
+    def shortcut_sum(self) -> ShortcutSum:
+        """All of it."""
+        shortcut = None if self.downsample is None else "downsample"
+        return ShortcutSum(("conv1", "bn1", "relu1", "conv2", "bn2"), shortcut, "relu2")
+
     def forward(self, x: Array) -> Array:
         """relu(body(x) + shortcut(x))."""
         y = self.relu1(self.bn1(self.conv1(x)))
@@ -115,6 +121,11 @@ class Bottleneck(Layer):
     def chains(self) -> tuple[tuple[str, ...], ...]:
         """Up to the sum with the shortcut."""
         return ("conv1", "bn1", "relu1"), ("conv2", "bn2", "relu2"), ("conv3", "bn3")
+
+    def shortcut_sum(self) -> ShortcutSum:
+        """All of it."""
+        body = ("conv1", "bn1", "relu1", "conv2", "bn2", "relu2", "conv3", "bn3")
+        return ShortcutSum(body, None if self.downsample is None else "downsample", "relu3")
 
     def forward(self, x: Array) -> Array:
         """relu(body(x) + shortcut(x))."""
