@@ -14,9 +14,7 @@ import numpy
 from numpy.typing import NDArray
 
 from gpucnn.errors import ArgumentError, GpucnnError
-from gpucnn.ops.cpu.compiled.build import build
 from gpucnn.ops.cpu.threads import thread_count
-from gpucnn_kernels.runtime.compiler import HostCompileError, HostUnavailableError
 
 _lock = threading.Lock()
 _library: ctypes.CDLL | None = None
@@ -83,6 +81,10 @@ def _open() -> None:
         if asked == "0":
             _reason = "GPUCNN_COMPILED=0 switches them off"
         else:
+            # Loaded where it is needed: subprocess and what else compiling takes would slow the operations' import.
+            from gpucnn.ops.cpu.compiled.build import build
+            from gpucnn_kernels.runtime.compiler import HostCompileError, HostUnavailableError
+
             try:
                 _library = ctypes.CDLL(str(build()))
             except (HostCompileError, OSError) as error:
