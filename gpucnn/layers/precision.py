@@ -92,10 +92,16 @@ def _multiply_in_tf32(model: Layer, wanted: bool) -> None:
 
 def forward_pass(model: Layer, images: Array) -> Array:
     """The logits of ``images``, which have the dtype of the parameters, as have the logits."""
-    if not is_device_array(images):
-        check_precision(precision_of(model), model.device)  # it may have been moved there
     if model.narrow_dtype is None:
-        return model(images)
+        try:
+            return model(images)
+        except ArgumentError:
+            # Convolutions in TF32 that were moved to the CPU: every step is spared the look at every layer.
+            if not is_device_array(images):
+                check_precision(precision_of(model), model.device)
+            raise
+    if not is_device_array(images):
+        check_precision(model.narrow_dtype, model.device)  # moved there, too
     refresh_narrow_copies(model.parameters(), model.narrow_dtype)
     logits: Any = model(_converted(images, model.narrow_dtype))
     return logits.astype("float32")

@@ -8,10 +8,12 @@ code that holds one needs no further shape checks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 IntOrPair = int | Sequence[int]
 Padding = int | Sequence[int] | str
+
+_set = object.__setattr__  # of a frozen dataclass, while it is made
 
 
 class ProblemError(ValueError):
@@ -119,6 +121,13 @@ class Conv2dProblem:
     padding: tuple[int, int, int, int] = (0, 0, 0, 0)  # top, bottom, left, right
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
+    # What follows from these, worked out once: a step asks for it hundreds of times.
+    extent: tuple[int, int] = field(init=False, repr=False, compare=False)
+    """Rows and columns of the input that one (dilated) kernel covers."""
+    P: int = field(init=False, repr=False, compare=False)
+    """Output height: floor((H + top + bottom - extent) / stride) + 1."""
+    Q: int = field(init=False, repr=False, compare=False)
+    """Output width: floor((W + left + right - extent) / stride) + 1."""
 
     def __post_init__(self) -> None:
         for name in ("C", "H", "W", "K", "R", "S", "groups"):
@@ -131,7 +140,12 @@ class Conv2dProblem:
                 f"convolution: groups={self.groups} must divide both the {self.C} input channels and the "
                 f"{self.K} output channels"
             )
-        _check_window((self.H, self.W), self.padding, self.extent, "the kernel")
+        extent = window_extent(self.R, self.dilation[0]), window_extent(self.S, self.dilation[1])
+        _check_window((self.H, self.W), self.padding, extent, "the kernel")
+        top, bottom, left, right = self.padding
+        _set(self, "extent", extent)
+        _set(self, "P", (self.H + top + bottom - extent[0]) // self.stride[0] + 1)
+        _set(self, "Q", (self.W + left + right - extent[1]) // self.stride[1] + 1)
 
     @classmethod
     def from_shapes(
@@ -199,21 +213,6 @@ class Conv2dProblem:
                 f"{problem.input_shape} with weights of shape {problem.weight_shape} gives {problem.output_shape}"
             )
         return problem
-
-    @property
-    def extent(self) -> tuple[int, int]:
-        """Rows and columns of the input that one (dilated) kernel covers."""
-        return window_extent(self.R, self.dilation[0]), window_extent(self.S, self.dilation[1])
-
-    @property
-    def P(self) -> int:
-        """Output height: floor((H + top + bottom - extent) / stride) + 1."""
-        return (self.H + self.padding[0] + self.padding[1] - self.extent[0]) // self.stride[0] + 1
-
-    @property
-    def Q(self) -> int:
-        """Output width: floor((W + left + right - extent) / stride) + 1."""
-        return (self.W + self.padding[2] + self.padding[3] - self.extent[1]) // self.stride[1] + 1
 
     @property
     def input_shape(self) -> tuple[int, int, int, int]:
