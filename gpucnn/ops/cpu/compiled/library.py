@@ -81,7 +81,7 @@ def _open() -> None:
         if asked == "0":
             _reason = "GPUCNN_COMPILED=0 switches them off"
         else:
-            # Loaded where it is needed: subprocess and what else compiling takes would slow the operations' import.
+            # Loaded here: subprocess and what else compiling takes would slow the operations' import.
             from gpucnn.ops.cpu.compiled.build import build
             from gpucnn_kernels.runtime.compiler import HostCompileError, HostUnavailableError
 
