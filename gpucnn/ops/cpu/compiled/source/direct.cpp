@@ -224,7 +224,7 @@ int correlate(
         int64_t vectors = ceiling(length, LANES);
         float *staged = scratch(PIXELS, images * image + STAGING_END);
         float *results = scratch(RESULTS, cut.outputs * pitch + LANES);
-        float *line = scratch(LINE, larger((c.columns + 2 * LANES) * c.spread_w, apart + LANES));
+        float *line = scratch(LINE, larger(larger((c.columns + 2 * LANES) * c.spread_w, apart + LANES), staging.line()));
         float *columns = staged;
         int32_t *dense = nullptr;
         if (cut.together) {
@@ -240,7 +240,7 @@ int correlate(
         for (int64_t i = 0; i < images; ++i)
             stage(
                 staging, source + ((first + i) * c.groups + group) * c.channels * staging.height * staging.width,
-                c.channels, y, staged + i * image);
+                c.channels, y, line, staged + i * image);
         fill_zeros(staged + images * image, STAGING_END);
 
         auto multiply = [&](int64_t phase, int64_t b) {

@@ -38,8 +38,9 @@ struct Staging {
     int64_t phases_h, phases_w;  // planes a channel
     int64_t rows, pitch;         // of a plane in scratch
 
-    int64_t plane() const { return rows * pitch; }
+    int64_t plane() const { return rows * pitch + LANES; }  // zeros at the end, where a last vector reaches to
     int64_t channel() const { return phases_h * phases_w * plane(); }
+    int64_t line() const { return (pitch + LANES) * step_w + 4 * LANES + larger(left, 0) + width; }
 };
 
 // Zeros behind the last plane: what vectors read beyond it, and the next row's zeros on the left.
@@ -56,45 +57,63 @@ inline int64_t staging_pitch(const Staging &staging, int64_t columns, int64_t sh
     return pitch;
 }
 
-// to[j] = row[first + j * step], zero outside the row. Up to LANES - 1 numbers behind `pitch` are overwritten.
-inline void stage_row(const float *row, int64_t width, int64_t first, int64_t step, int64_t pitch, float *to) {
-    int64_t begin = first >= 0 ? 0 : smaller(pitch, ceiling(-first, step));
-    int64_t end = first >= width ? begin : larger(begin, smaller(pitch, ceiling(width - first, step)));
-    for (int64_t j = 0; j < begin; j += LANES) store(to + j, Vector{});
-    const float *from = row + first + begin * step;
-    int64_t inside = width - first - begin * step, count = end - begin, j = 0;
+// to[j] = row[j - left], zero outside the row. Up to LANES - 1 numbers behind `pitch` are overwritten.
+inline void stage_row(const float *row, int64_t width, int64_t left, int64_t pitch, float *to) {
+    int64_t begin = smaller(larger(left, 0), pitch), j = 0;
+    for (; j < begin; j += LANES) store(to + j, Vector{});
+    row += begin - left;
+    width = smaller(width - (begin - left), pitch - begin);
     float *target = to + begin;
-    auto part = [&](int64_t at) {  // LANES numbers of the row, zeros after its end
-        int64_t left = inside - at;
-        return left >= LANES ? load(from + at) : left > 0 ? load_first(from + at, left) : Vector{};
-    };
-    if (step == 1) {
-        for (; j < count; j += LANES) store(target + j, part(j));
-    } else if (step == 2) {
-        for (; j < count; j += LANES) store(target + j, evens(part(2 * j), part(2 * j + LANES)));
-    } else if (step == 4) {
-        for (; j < count; j += LANES) {
-            Vector a = evens(part(4 * j), part(4 * j + LANES));
-            store(target + j, evens(a, evens(part(4 * j + 2 * LANES), part(4 * j + 3 * LANES))));
-        }
-    } else {
-        for (; j < count; ++j) target[j] = from[j * step];
-    }
-    for (j += begin; j < pitch; j += LANES) store(to + j, Vector{});
+    for (j = 0; j + LANES <= width; j += LANES) store(target + j, load(row + j));
+    if (j < width) store(target + j, load_first(row + j, width - j)), j += LANES;
+    for (j = larger(j, 0) + begin; j < pitch; j += LANES) store(to + j, Vector{});
 }
 
-// Stages `channels` planes of an image from output row `first` on. Needs LANES numbers behind the last plane.
-inline void stage(const Staging &staging, const float *source, int64_t channels, int64_t first, float *to) {
-    for (int64_t c = 0; c < channels; ++c, source += staging.height * staging.width)
-        for (int64_t a = 0; a < staging.phases_h; ++a)
-            for (int64_t b = 0; b < staging.phases_w; ++b)
-                for (int64_t i = 0; i < staging.rows; ++i, to += staging.pitch) {
-                    int64_t y = (first + i) * staging.step_h + a - staging.top;
-                    bool inside = y >= 0 && y < staging.height;
-                    const float *row = inside ? source + y * staging.width : source;
-                    int64_t width = inside ? staging.width : 0;
-                    stage_row(row, width, b - staging.left, staging.step_w, staging.pitch, to);
+// Every step-th number of a padded row, from the b-th on, for all phases b, whose planes lie `apart`.
+inline void split_row(const float *line, int64_t step, int64_t phases, int64_t pitch, int64_t apart, float *to) {
+    if (step == 2) {
+        for (int64_t j = 0; j < pitch; j += LANES) {
+            Vector a = load(line + 2 * j), b = load(line + 2 * j + LANES);
+            store(to + j, evens(a, b));
+            if (phases == 2) store(to + apart + j, odds(a, b));
+        }
+    } else if (step == 4 && phases == 4) {
+        for (int64_t j = 0; j < pitch; j += LANES) {
+            Vector a = load(line + 4 * j), b = load(line + 4 * j + LANES);
+            Vector c = load(line + 4 * j + 2 * LANES), d = load(line + 4 * j + 3 * LANES);
+            Vector even_first = evens(a, b), even_second = evens(c, d), odd_first = odds(a, b), odd_second = odds(c, d);
+            store(to + j, evens(even_first, even_second));
+            store(to + apart + j, evens(odd_first, odd_second));
+            store(to + 2 * apart + j, odds(even_first, even_second));
+            store(to + 3 * apart + j, odds(odd_first, odd_second));
+        }
+    } else {
+        for (int64_t b = 0; b < phases; ++b)
+            for (int64_t j = 0; j < pitch; ++j) to[b * apart + j] = line[j * step + b];
+    }
+}
+
+// Stages `channels` planes of an image from output row `first` on; `line` has room for staging.line() numbers.
+inline void stage(
+    const Staging &s, const float *source, int64_t channels, int64_t first, float *line, float *to) {
+    int64_t plane = s.plane(), length = s.step_w == 1 ? 0 : (s.pitch + LANES) * s.step_w;
+    for (int64_t c = 0; c < channels; ++c, source += s.height * s.width)
+        for (int64_t a = 0; a < s.phases_h; ++a, to += s.phases_w * plane) {
+            for (int64_t i = 0; i < s.rows; ++i) {
+                int64_t y = (first + i) * s.step_h + a - s.top;
+                float *target = to + i * s.pitch;
+                if (y < 0 || y >= s.height) {
+                    for (int64_t b = 0; b < s.phases_w; ++b)
+                        for (int64_t j = 0; j < s.pitch; j += LANES) store(target + b * plane + j, Vector{});
+                } else if (s.step_w == 1) {
+                    stage_row(source + y * s.width, s.width, s.left, s.pitch, target);
+                } else {
+                    stage_row(source + y * s.width, s.width, s.left, length, line);
+                    split_row(line, s.step_w, s.phases_w, s.pitch, plane, target);
                 }
+            }
+            for (int64_t b = 0; b < s.phases_w; ++b) store(to + b * plane + plane - LANES, Vector{});
+        }
 }
 
 // Phases of a kernel of `size` positions `dilation` apart: remainders of their places modulo `step`.

@@ -19,7 +19,7 @@ constexpr int64_t STAGED = 96 << 10;   // numbers of staged x at most, 384 KiB
 constexpr int64_t FILTER_BLOCK = 64;   // filters a task
 constexpr int64_t TASKS = 16;          // from so many blocks of weights on, the images are not cut as well
 
-enum Slot { PARTIAL, TABLE, PIXELS, GRADIENTS, SUMS };
+enum Slot { PARTIAL, TABLE, PIXELS, GRADIENTS, SUMS, LINE };
 
 struct Chunk {  // runs of `vectors` vectors, one an image
     int64_t images, vectors, x_image, dy_image;
@@ -61,7 +61,7 @@ void multiply(
 // The rows of a plane of dy with the pitch of x, zeros in between and up to `length`.
 void stage_gradient(
     const float *dy, int64_t rows, int64_t columns, int64_t pitch, int64_t length, float *to) {
-    for (int64_t y = 0; y < rows; ++y) stage_row(dy + y * columns, columns, 0, 1, pitch, to + y * pitch);
+    for (int64_t y = 0; y < rows; ++y) stage_row(dy + y * columns, columns, 0, pitch, to + y * pitch);
     fill_zeros(to + rows * pitch, length - rows * pitch);
 }
 
@@ -123,8 +123,8 @@ GPUCNN_EXPORT int gpucnn_direct_backward_filter(
         int64_t x_image = many_c * staging.channel(), dy_pitch = length * images;
         float *pixels = scratch(PIXELS, images * x_image + STAGING_END + LANES);
         float *gradients = scratch(GRADIENTS, filter_block * dy_pitch + LANES);
-        float *sums = scratch(SUMS, filter_block * width);
-        if (!pixels || !gradients || !sums) {
+        float *sums = scratch(SUMS, filter_block * width), *line = scratch(LINE, staging.line());
+        if (!pixels || !gradients || !sums || !line) {
             failed.store(1);
             return;
         }
@@ -135,7 +135,7 @@ GPUCNN_EXPORT int gpucnn_direct_backward_filter(
             for (int64_t i = 0; i < runs.images; ++i)
                 stage(
                     staging, x + (((first + i) * p.groups + group) * channels + c) * p.h * p.w, many_c, y,
-                    pixels + i * x_image);
+                    line, pixels + i * x_image);
             for (int64_t m = 0; m < many_k; ++m)  // in this order, since a row is written a little beyond its end
                 for (int64_t i = 0; i < runs.images; ++i)
                     stage_gradient(

@@ -47,8 +47,9 @@ GPUCNN_INLINE Vector sums(const Vector *part) {
 
 }  // namespace lanes
 
-// Every second number of the 2 * LANES numbers of a and b, from the first one on.
+// Every second number of the 2 * LANES numbers of a and b, from the first or the second one on.
 GPUCNN_INLINE Vector evens(Vector a, Vector b) { return lanes::lower<2>(a, b, lanes::All{}); }
+GPUCNN_INLINE Vector odds(Vector a, Vector b) { return lanes::upper<2>(a, b, lanes::All{}); }
 
 // a[0], b[0], a[1], b[1], ...: the first LANES of those, and the others.
 GPUCNN_INLINE Vector zip_first(Vector a, Vector b) { return lanes::zip<0>(a, b, lanes::All{}); }
