@@ -213,14 +213,20 @@ def _sending(prepare: Callable[[int], Batch], transfer: Transfer) -> Callable[[i
 
 
 class _Queue:
-    """Batch numbers handed out in order, results handed over in order, never more than ``prefetch`` ahead."""
+    """Batch numbers handed out in order, results handed over in order, never more than ``prefetch`` ahead.
+
+    Waking a thread takes the one that wakes it some 20 us, as long as a small batch: so a thread is woken one at a
+    time, for room of half of ``prefetch``, and the one that asks only when its own batch is there.
+    """
 
     def __init__(self, prepare: Callable[[int], Batch], start: int, stop: int, prefetch: int) -> None:
         self._prepare, self._end, self._prefetch = prepare, stop, prefetch
         self._to_prepare = self._to_hand_over = start
         self._ready: dict[int, Batch | BaseException] = {}
         self._stopped = False
-        self._changed = threading.Condition()
+        # One lock, and reentrant: the garbage collector may call stop() in a thread that holds it.
+        lock = threading.RLock()
+        self._arrived, self._room = threading.Condition(lock), threading.Condition(lock)
 
     def get(self, inline: bool) -> Batch:
         number = self._to_hand_over
@@ -229,15 +235,16 @@ class _Queue:
         if inline:
             result: Batch | BaseException = self._prepare(number)
         else:
-            with self._changed:
+            with self._arrived:
                 while number not in self._ready:
                     if self._stopped:  # closed by another thread: nobody prepares it any more
                         raise StopIteration
-                    self._changed.wait(_WAKE_SECONDS)
+                    self._arrived.wait(_WAKE_SECONDS)
                 result = self._ready.pop(number)
-        with self._changed:
+        with self._room:
             self._to_hand_over = number + 1
-            self._changed.notify_all()
+            if self._free_places() >= self._prefetch // 2:
+                self._room.notify()
         if not isinstance(result, BaseException):
             return result
         try:
@@ -251,24 +258,30 @@ class _Queue:
                 result: Batch | BaseException = self._prepare(number)
             except BaseException as error:  # handed over to whoever asks for this batch
                 result = error
-            with self._changed:
+            with self._arrived:
                 if not self._stopped:
                     self._ready[number] = result
-                self._changed.notify_all()
+                if number == self._to_hand_over:
+                    self._arrived.notify_all()
             del result  # a batch may be large, and the next one can be long in coming
 
     def _next_number(self) -> int | None:
-        with self._changed:
+        with self._room:
             while not self._stopped and self._to_prepare < self._end:
-                if self._to_prepare < self._to_hand_over + self._prefetch:
+                if self._free_places():
                     self._to_prepare += 1
                     return self._to_prepare - 1
-                self._changed.wait(_WAKE_SECONDS)
+                self._room.wait(_WAKE_SECONDS)
+            self._room.notify_all()  # the others need not wait to see that nothing is left
             return None
 
+    def _free_places(self) -> int:
+        """How many more batches may be begun."""
+        return self._to_hand_over + self._prefetch - self._to_prepare
+
     def stop(self) -> None:
-        # Condition's lock is reentrant, so the garbage collector may call this in a thread that holds it.
-        with self._changed:
+        with self._room:
             self._stopped = True
             self._ready.clear()
-            self._changed.notify_all()
+            self._room.notify_all()
+            self._arrived.notify_all()

@@ -111,7 +111,7 @@ class Layer:
 
     def _save(self, *values: Any) -> None:
         """Keep ``values`` for backward while training; forget them in evaluation."""
-        self._saved = values if self.training else None
+        vars(self)["_saved"] = values if self.training else None  # no parameter and no layer: past __setattr__
 
     def _take_saved(self) -> Any:
         """What forward saved, once: the arrays are free to go as soon as backward is done with them."""
@@ -121,7 +121,7 @@ class Layer:
                 f"layer '{self.path}' ({self}): backward needs a forward before it, in training mode (call "
                 "train() first); each forward serves one backward, so a layer can stand in one place only"
             )
-        self._saved = None
+        vars(self)["_saved"] = None
         return saved
 
     # ------------------------------------------------------------ structure
