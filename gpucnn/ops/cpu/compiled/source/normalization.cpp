@@ -13,7 +13,7 @@
 namespace gpucnn {
 namespace {
 
-constexpr int64_t PIECE = 4096;   // numbers a piece: 16 KiB
+constexpr int64_t PIECE = 1024;    // numbers added in single precision: 16 a lane of four vectors
 constexpr int64_t TASK = 1 << 14;  // numbers a task takes at least, where channels are short
 
 // (N, C, pixels) in C order.
