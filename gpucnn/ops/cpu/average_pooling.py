@@ -20,6 +20,7 @@ gradient's columns 0.14, as pairs of 64 bits 0.11, its rows 0.16.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy
@@ -50,11 +51,14 @@ def _lengths(problem: Pool2dProblem, axis: int, count_include_pad: bool) -> NDAr
     return numpy.minimum(end, size) - numpy.maximum(start, 0)
 
 
+@lru_cache(maxsize=16)
 def _reciprocal_divisor(problem: Pool2dProblem, count_include_pad: bool, dtype: Any) -> NDArray[Any]:
     divisor = numpy.multiply.outer(
         _lengths(problem, 0, count_include_pad), _lengths(problem, 1, count_include_pad)
     )
-    return (1 / divisor).astype(dtype)
+    made = (1 / divisor).astype(dtype)
+    made.flags.writeable = False
+    return made
 
 
 def _is_global(problem: Pool2dProblem) -> bool:
