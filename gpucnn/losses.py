@@ -47,6 +47,10 @@ class Loss:
                 weight.move(device)
         return self
 
+    def arrays(self) -> list[Array]:
+        """What it reads beside prediction and target: its weights, where and as they were needed last."""
+        return [value._copy for value in vars(self).values() if isinstance(value, _Weight)]
+
     def _take_saved(self) -> Any:
         saved = self._saved
         if saved is None:

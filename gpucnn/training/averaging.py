@@ -6,7 +6,8 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gpucnn.device import copy_into
+from gpucnn.device import copy_into, is_device_array
+from gpucnn.errors import DeviceError
 from gpucnn.layers import Layer
 from gpucnn.ops import Array
 from gpucnn.training.buffers import BufferCopy
@@ -43,9 +44,13 @@ class WeightAverage:
                 self.average[names[id(part)]] = view.reshape(part.shape)
                 start += part.size
 
+    def share(self, step: int) -> float:
+        """How much of the way to the weights the average moves after ``step``, which counts from 1."""
+        return 1.0 - min(self.decay, (1.0 + step) / (10.0 + step))
+
     def update(self, step: int) -> None:
         """Move towards the model's present weights; ``step`` counts from 1."""
-        share = 1.0 - min(self.decay, (1.0 + step) / (10.0 + step))
+        share = self.share(step)
         for live, average in self._pairs:
             if live.dtype.kind != "f":
                 average[...] = live
@@ -53,6 +58,30 @@ class WeightAverage:
             difference = live - average
             difference *= share
             average += difference
+
+    def start(self, share: Array, proceed: Array) -> None:
+        """:meth:`update` of what is on a GPU, unless ``proceed``, an array there, is 0; ``share`` is one, too.
+
+        Raises DeviceError for integers there: those of this package's layers stay on the CPU.
+        """
+        from gpucnn.ops.cuda import scheduled
+
+        for live, average in self._pairs:
+            if not is_device_array(live):
+                continue
+            if live.dtype.kind != "f":
+                raise DeviceError(f"a buffer of {live.dtype} on the GPU is not averaged inside a graph")
+            scheduled.average_step(live, average, share, proceed)
+
+    def update_on_host(self) -> None:
+        """:meth:`update` of what is on the CPU beside a model on a GPU: counters."""
+        for live, average in self._pairs:
+            if not is_device_array(live):
+                average[...] = live
+
+    def arrays(self) -> list[Array]:
+        """The arrays of the average, and those that it follows."""
+        return [array for pair in self._pairs for array in pair]
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:

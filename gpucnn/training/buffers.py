@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-from gpucnn.device import device_of, on_device
+from gpucnn.device import device_of, is_device_array, on_device
 from gpucnn.layers import Layer
 from gpucnn.ops import Array, array_module
 
@@ -37,6 +38,26 @@ class BufferCopy:
         """Copy what the buffers hold now, over the copy before."""
         for (flat, _), copy in zip(self.flat, self._copies, strict=True):
             copy[...] = flat
+
+    def take_on_host(self) -> None:
+        """The same for those on the CPU, where a graph sees to those of the GPU."""
+        for (flat, _), copy in zip(self.flat, self._copies, strict=True):
+            if not is_device_array(flat):
+                copy[...] = flat
+
+    def on_host(self) -> list[Array]:
+        """Copies of the flat arrays on the CPU: counters, which stay there when a model moves to a GPU."""
+        return [flat.copy() for flat, _ in self.flat if not is_device_array(flat)]
+
+    def add_on_host(self, differences: Iterable[Array]) -> None:
+        """Add to the flat arrays on the CPU, in the order of :meth:`on_host`."""
+        flats = [flat for flat, _ in self.flat if not is_device_array(flat)]
+        for flat, difference in zip(flats, differences, strict=True):
+            flat += difference
+
+    def arrays(self) -> list[Array]:
+        """The flat arrays and the copies of them."""
+        return [*(flat for flat, _ in self.flat), *self._copies]
 
     def put_back(self) -> None:
         """Give the buffers the values of the last copy."""

@@ -17,6 +17,7 @@ from gpucnn.names import look_up, unknown
 from gpucnn.optimizers import OPTIMIZERS, Optimizer, make_optimizer, parameter_groups
 from gpucnn.schedules import SCHEDULES, Schedule, make_schedule
 from gpucnn.training.history import MONITORS
+from gpucnn.training.replay import CAPTURE
 
 DEFAULT_LR = {"sgd": 0.05, "adam": 2e-3, "adamw": 2e-3, "rmsprop": 1e-3}
 """The learning rate of each optimizer unless one is given: the highest that its schedule reaches."""
@@ -24,7 +25,7 @@ DEFAULT_LR = {"sgd": 0.05, "adam": 2e-3, "adamw": 2e-3, "rmsprop": 1e-3}
 DEFAULT_WEIGHT_DECAY = {"sgd": 5e-4, "adam": 0.0, "adamw": 1e-2, "rmsprop": 0.0}
 """The weight decay of each optimizer unless one is given."""
 
-_WITHOUT_EFFECT_ON_RESULTS = ("checkpoint_seconds", "checkpoint_steps", "workers", "prefetch")
+_WITHOUT_EFFECT_ON_RESULTS = ("checkpoint_seconds", "checkpoint_steps", "workers", "prefetch", "capture")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,10 @@ class TrainingOptions:
         evaluation_batch_size: images at a time in validation; None takes ``batch_size``, 64 at least.
         workers: threads that prepare batches.
         prefetch: batches that they may be ahead.
+        capture: whether steps, and the validation's forward passes, are captured as CUDA graphs and launched by
+            one call: "auto" does so on a GPU, for networks of this package's layers; "on" for any on device cuda
+            (what their Python does must be the same in each step), "off" never. The weights are the same, bit for
+            bit.
 
     NumPy's numbers are taken like Python's and kept as Python's. Raises ArgumentError for a value out of its
     range or an unknown name, with the nearest match.
@@ -85,11 +90,13 @@ class TrainingOptions:
     evaluation_batch_size: int | None = None
     workers: int = 2
     prefetch: int = 4
+    capture: str = "auto"
 
     def __post_init__(self) -> None:
         look_up("optimizer", self.optimizer, dict.fromkeys(OPTIMIZERS))
         look_up("schedule", self.schedule, dict.fromkeys(SCHEDULES))
         look_up("monitor", self.monitor, dict.fromkeys(MONITORS))
+        look_up("capture", self.capture, dict.fromkeys(CAPTURE))
         for name, least in (("epochs", 1), ("batch_size", 1), ("seed", 0), ("workers", 0), ("prefetch", 1)):
             self._keep(name, _count(name, getattr(self, name), least))
         for name in ("early_stopping", "checkpoint_steps", "evaluation_batch_size"):

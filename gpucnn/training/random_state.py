@@ -15,26 +15,29 @@ class RandomState:
     """The generators that a training step of ``model`` may draw from.
 
     They are named "default", and by the path of the first layer that has one of its own.
+
+    Attributes:
+        generators: they themselves, by name.
     """
 
     def __init__(self, model: Layer) -> None:
-        self._generators: dict[str, Generator] = {DEFAULT: default_generator}
+        self.generators: dict[str, Generator] = {DEFAULT: default_generator}
         for path, layer in model.named_layers():
             generator = getattr(layer, "generator", None)
-            known = any(generator is other for other in self._generators.values())
+            known = any(generator is other for other in self.generators.values())
             if isinstance(generator, Generator) and not known:
-                self._generators[path] = generator
+                self.generators[path] = generator
 
     def capture(self) -> dict[str, dict[str, int]]:
         """Where each generator is."""
-        return {name: generator.state for name, generator in self._generators.items()}
+        return {name: generator.state for name, generator in self.generators.items()}
 
     def restore(self, states: Mapping[str, dict[str, int]]) -> None:
         """Put each generator back. Raises CheckpointError where ``states`` are of other generators."""
-        if states.keys() != self._generators.keys():
+        if states.keys() != self.generators.keys():
             raise CheckpointError(
                 f"the checkpoint knows the random generators {', '.join(states) or '(none)'}, the model has "
-                f"{', '.join(self._generators)}; give the same layers generators of their own as when it was saved"
+                f"{', '.join(self.generators)}; give the same layers generators of their own as when it was saved"
             )
-        for name, generator in self._generators.items():
+        for name, generator in self.generators.items():
             generator.restore(states[name])

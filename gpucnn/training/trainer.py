@@ -16,7 +16,6 @@ from gpucnn.data.transforms import Augmentation, Preprocessing
 from gpucnn.device import Device, on_device, to_cpu
 from gpucnn.errors import ArgumentError, NonFiniteError
 from gpucnn.layers import Layer
-from gpucnn.layers.precision import backward_pass, forward_pass
 from gpucnn.losses import CrossEntropyLoss
 from gpucnn.optimizers import Optimizer
 from gpucnn.random import default_generator
@@ -24,6 +23,7 @@ from gpucnn.schedules import Schedule
 from gpucnn.training.averaging import WeightAverage
 from gpucnn.training.buffers import BufferCopy
 from gpucnn.training.callbacks import Callback
+from gpucnn.training.captured_step import GIVEN_UP, CapturedStep
 from gpucnn.training.checkpoint import Checkpoint, Position, write_checkpoint
 from gpucnn.training.diagnosis import advice_on, find_first_non_finite, find_non_finite_weight
 from gpucnn.training.evaluation import EvaluationResult, evaluate, input_dtype
@@ -41,8 +41,10 @@ from gpucnn.training.preparation import (
 )
 from gpucnn.training.progress import Progress
 from gpucnn.training.random_state import RandomState
+from gpucnn.training.replay import reason_against
 from gpucnn.training.resuming import check_same_run, describe_data
 from gpucnn.training.run_folder import RunFolder
+from gpucnn.training.steps import PlainStep, StepParts
 
 _DROPOUT_OFFSET = 1 << 40  # the words before it are left to the initial weights, which start from the same seed
 
@@ -132,6 +134,8 @@ class Trainer:
         self._average: WeightAverage | None = None
         self._scaler: LossScaler | None = None
         self._buffers: BufferCopy
+        self._parts: StepParts
+        self._steps: PlainStep | CapturedStep
         self._data = describe_data(model, train, self.preprocessing, self.augmentation)
         self._random = RandomState(model)
         self._position = Position()
@@ -175,6 +179,7 @@ class Trainer:
                     self._end_epoch(watch)
         finally:
             self.model.skip_input_gradient(False)
+            vars(self).pop("_steps", None)  # a graph holds memory
             self.progress.close()
         if self._average is not None:
             self._average.apply()
@@ -216,15 +221,39 @@ class Trainer:
                 self._save()  # so that a run killed at once restarts from these weights, and a full disk shows now
             self.history.write(run.history_path)
         self._saved_at, self._saved_step = time.monotonic(), self._position.step
+        self._parts = StepParts(
+            self.model,
+            self.loss,
+            self.optimizer,
+            self._buffers,
+            self._random,
+            self._average,
+            self._scaler,
+            options.clip_norm,
+        )
+        self._steps = self._make_steps()
         if self._leaves_out_last and self._position.step == 0:
             self.progress.message(
                 f"the last batch of each epoch would be a single image ({len(self.train)} images, batch size "
                 f"{options.batch_size}), which batch norm cannot learn from; it is left out"
             )
 
+    def _make_steps(self) -> PlainStep | CapturedStep:
+        """The way that steps are taken: by a graph, where that is asked for and can be."""
+        parts, options = self._parts, self.options
+        reason = reason_against(self.model, options.capture, training=True)
+        if reason is None:
+            return CapturedStep(parts, options.batch_size, self.progress.message)
+        if reason and options.capture == "on":
+            raise ArgumentError(f"capture='on': {reason}")
+        if reason:
+            self.progress.message(GIVEN_UP.format(reason=reason))
+        return PlainStep(parts)
+
     def _train_epoch(self, watch: InterruptWatch) -> None:
         position, options = self._position, self.options
         steps = len(self.loader)
+        self._steps.look_again()
         self.progress.begin_epoch(position.epoch + 1, options.epochs, self._images_an_epoch(), position.images)
         if position.batch >= steps:  # stopped between the last step and the end of the validation
             return
@@ -244,47 +273,28 @@ class Trainer:
                 self.progress.step(count, position.loss_sum / position.images, position.correct / position.images)
                 for callback in self._step_callbacks:
                     callback.on_step_end(self, loss)
+                    self._steps.look_again()
                 if watch.received is not None:
                     raise self._interrupted(watch.received)
                 self._save_if_due()
                 began = time.perf_counter()
 
     def _step(self, batch: Batch) -> tuple[float, int]:
-        """(loss, images classified rightly) of a batch, after the optimizer's step.
-
-        The numbers stay arrays until the gradient's norm is known: reading each at once would make Python wait
-        for the GPU, and the GPU for Python, three times.
-        """
-        optimizer, scaler = self.optimizer, self._scaler
+        """(loss, images classified rightly) of a batch, after the optimizer's step."""
+        scaler = self._scaler
         random_states = self._random.capture()
-        self._buffers.take()  # batch norm's forward changes its statistics before the loss can be looked at
-        optimizer.zero_grad()
-        logits = forward_pass(self.model, batch.images)
-        loss_array = self.loss.forward(logits, batch.labels)
-        correct = (logits.argmax(axis=1) == batch.labels).sum()
-        gradient = self.loss.backward()
-        if scaler is not None:
-            scaler.scale_up(gradient)
-        backward_pass(self.model, gradient)
-        if scaler is not None:
-            scaler.scale_down(optimizer)
-        clip = self.options.clip_norm
-        norm = optimizer.gradient_norm() if clip is None else optimizer.clip_gradient_norm(clip)
-        loss = float(loss_array)
+        self.optimizer.lr = self.schedule(self._position.step)
+        self._parts.clip_norm = self.options.clip_norm  # a callback may have given other options
+        loss, norm, correct = self._steps.take(batch.images, batch.labels, self._position.step + 1)
         if not math.isfinite(loss):
             raise self._non_finite("loss", loss, batch, random_states)
-        optimizer.lr = self.schedule(self._position.step)
-        if math.isfinite(norm):
-            optimizer.step()
-            if self._average is not None:
-                self._average.update(self._position.step + 1)
-        elif scaler is not None and scaler.can_shrink:
+        if not math.isfinite(norm):
+            if scaler is None or not scaler.can_shrink:
+                raise self._non_finite("gradient's norm", norm, batch, random_states)
             self._position.skipped += 1
-        else:
-            raise self._non_finite("gradient's norm", norm, batch, random_states)
         if scaler is not None:
             scaler.update(finite=math.isfinite(norm))
-        return loss, int(correct)
+        return loss, correct
 
     def _end_epoch(self, watch: InterruptWatch) -> None:
         position, options = self._position, self.options

@@ -1,0 +1,110 @@
+"""A training step for a graph: its changing numbers in device memory, its decisions made there."""
+
+from __future__ import annotations
+
+import contextlib
+
+import numpy
+
+from gpucnn.device import on_device, to_cpu
+from gpucnn.layers.precision import backward_pass, forward_pass
+from gpucnn.ops import Array, array_module
+from gpucnn.optimizers.scheduled import ScheduledStep
+from gpucnn.training.replay import model_arrays
+from gpucnn.training.steps import StepParts, StepResult
+
+_SCALE_UP, _SCALE_DOWN, _SHARE, _SCHEDULE = range(4)  # places among the numbers
+
+
+class ScheduledTrainingStep:
+    """The step of :class:`PlainStep`, in two parts: what Python knows before it, and what the GPU does.
+
+    :meth:`prepare` works out the numbers of a step, by the code that a plain step works them out by, and copies
+    them to the device: the loss's scale, the average's share, the optimizer's schedule, and where each random
+    generator is. :meth:`start` then launches the same kernels with the same arguments in every step; whether the
+    weights move is decided by one of them. :meth:`finish` waits, and says what came of it. So what ``start`` does
+    can be captured once and launched ever after, and the weights get the bits of a plain step.
+    """
+
+    def __init__(self, parts: StepParts) -> None:
+        self._parts = parts
+        self._update = ScheduledStep(parts.optimizer)
+        self.generators = list(parts.random.generators.values())
+        self._gradients = self._update.gradients()
+        reals = _SCHEDULE + self._update.size
+        self._host = numpy.zeros(reals + len(self.generators), numpy.uint64)
+        self._host_numbers, self._host_offsets = self._host[:reals].view(numpy.float64), self._host[reals:]
+        with on_device(parts.model.device):
+            module = array_module(self._gradients[0])
+            self._device = module.zeros(len(self._host), "uint64")
+            self._numbers = self._device[:reals].view("float64")
+            self._squares = module.zeros(len(self._gradients), "float64")
+            self._verdict = module.zeros(5, "float64")
+        self._starts = [self._device[reals + place : reals + place + 1] for place in range(len(self.generators))]
+
+    def prepare(self, number: int) -> None:
+        """Tell the device what changes with step ``number``, from 1."""
+        parts, numbers = self._parts, self._host_numbers
+        if parts.scaler is not None:
+            numbers[_SCALE_UP], numbers[_SCALE_DOWN] = parts.scaler.scale, 1.0 / parts.scaler.scale
+        if parts.average is not None:
+            numbers[_SHARE] = parts.average.share(number)
+        numbers[_SCHEDULE:] = self._update.numbers()
+        self._host_offsets[:] = [generator.offset for generator in self.generators]
+        self._device.set(self._host)
+
+    def start(self, images: Array, labels: Array) -> None:
+        """Launch everything. On the host only counters move: those of batch norms, and of generators."""
+        from gpucnn.ops.cuda import scheduled
+
+        parts, gradients = self._parts, self._gradients
+        with contextlib.ExitStack() as stack:
+            for generator, start in zip(self.generators, self._starts, strict=True):
+                stack.enter_context(generator.counted_from(start))
+            parts.buffers.take()
+            parts.optimizer.zero_grad()
+            logits = forward_pass(parts.model, images)
+            loss = parts.loss.forward(logits, labels)
+            correct = (logits.argmax(axis=1) == labels).sum()
+            gradient = parts.loss.backward()
+            if parts.scaler is not None:
+                scheduled.scale(gradient, self._number(_SCALE_UP))
+            backward_pass(parts.model, gradient)
+        for place, part in enumerate(gradients):
+            if parts.scaler is not None:
+                scheduled.scale(part, self._number(_SCALE_DOWN))
+            scheduled.sum_of_squares(part, self._squares[place : place + 1])
+        scheduled.judge_step(self._squares, loss, correct, self._verdict)
+        proceed, total = self._found("proceed"), self._found("total")
+        if parts.clip_norm is not None:
+            for part in gradients:
+                scheduled.clip(part, total, parts.clip_norm)
+        self._update.start(self._numbers[_SCHEDULE:], proceed)
+        if parts.average is not None:
+            parts.average.start(self._number(_SHARE), proceed)
+
+    def finish(self) -> StepResult:
+        """Wait for the step, and count it where the weights have moved."""
+        proceed, loss, norm, correct, _ = to_cpu(self._verdict).tolist()
+        if proceed:
+            self._update.count()
+            if self._parts.average is not None:
+                self._parts.average.update_on_host()
+        return StepResult(loss, norm, int(correct))
+
+    def arrays(self) -> list[Array]:
+        """All arrays that it reads and writes and does not make."""
+        parts = self._parts
+        found = [*model_arrays(parts.model), *self._update.arrays(), *parts.buffers.arrays(), *parts.loss.arrays()]
+        if parts.average is not None:
+            found += parts.average.arrays()
+        return [*found, self._device, self._squares, self._verdict]
+
+    def _number(self, place: int) -> Array:
+        return self._numbers[place : place + 1]
+
+    def _found(self, name: str) -> Array:
+        from gpucnn.ops.cuda.scheduled import VERDICT
+
+        place = VERDICT.index(name)
+        return self._verdict[place : place + 1]
