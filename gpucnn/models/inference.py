@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy
 from numpy.typing import NDArray
@@ -45,6 +45,9 @@ from gpucnn.layers.layer import check_input
 from gpucnn.models.model import Model
 from gpucnn.ops import Array, backend_of
 from gpucnn.parameters import Parameter, flatten
+
+if TYPE_CHECKING:
+    from gpucnn.models.inference_plan import InferencePlan
 
 _ACTIVATIONS: dict[type[Layer], str] = {
     ReLU: "relu",
@@ -100,6 +103,15 @@ class InferenceModel(Model):
     def compile_for_inference(self) -> Model:
         """Itself."""
         return self
+
+    def plan(self, shape: Sequence[int]) -> InferencePlan:
+        """Forward passes of inputs of this ``shape``, (N, C, H, W), in memory that is planned once, on a GPU.
+
+        Raises ArgumentError where the model is on the CPU, ShapeError for a shape that it does not take.
+        """
+        from gpucnn.models.inference_plan import InferencePlan
+
+        return InferencePlan(self, shape)
 
 
 class FoldedConv2d(Conv2d):

@@ -51,6 +51,10 @@ class Graph(Protocol):
         """Start it all again, with one call, on the current stream."""
 
 
+Take = Callable[[int], tuple[Any, int, Any]]
+"""A number of bytes -> (a runtime's ``memory``, the first byte in it, what the array on it shall keep alive)."""
+
+
 class Runtime(Protocol):
     """What the launcher needs of a place where kernels run. Arrays are ``array_type``'s: NumPy's or CuPy's."""
 
@@ -73,6 +77,12 @@ class Runtime(Protocol):
 
     def empty(self, shape: Sequence[int], dtype: str, like: Any) -> Any:
         """A new C-contiguous array of the kind of ``like``, on its device, its values undefined."""
+
+    def memory(self, size: int, device: int) -> Any:
+        """``size`` bytes of a device, which ``allocating`` can hand out parts of."""
+
+    def allocating(self, take: Take, device: int) -> contextlib.AbstractContextManager[Any]:
+        """A context in which the memory of new arrays on ``device`` is what ``take`` gives for their bytes."""
 
     def module(self, source: Source, device: int) -> Module:
         """The source compiled for a device, from memory or disk where it was compiled before."""

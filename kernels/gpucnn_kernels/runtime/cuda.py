@@ -18,7 +18,7 @@ import numpy
 
 from gpucnn_kernels.arrays import JAX, library_of, numpy_dtype
 from gpucnn_kernels.errors import ArgumentError, CompileError, DeviceError, DtypeError
-from gpucnn_kernels.runtime import Graph, Module, Pointer, Result, cuda_graph
+from gpucnn_kernels.runtime import Graph, Module, Pointer, Result, Take, cuda_graph
 from gpucnn_kernels.source import Source
 
 OPTIONS = ("-std=c++17",)
@@ -173,6 +173,24 @@ class CudaRuntime:
         """A new cupy.ndarray on the current device."""
         del like
         return self._cupy.empty(tuple(shape), numpy_dtype(dtype))
+
+    def memory(self, size: int, device: int) -> Any:
+        """A MemoryPointer of CuPy's."""
+        with self._cupy.cuda.Device(device):
+            return self._cupy.cuda.alloc(size)
+
+    def allocating(self, take: Take, device: int) -> contextlib.AbstractContextManager[Any]:
+        """Of all arrays that CuPy makes in this thread."""
+        cuda = self._cupy.cuda
+
+        def allocate(size: int) -> Any:
+            memory, offset, owner = take(size)
+            return cuda.MemoryPointer(
+                cuda.UnownedMemory(int(memory.ptr) + offset, size, (memory, owner), device), 0
+            )
+
+        context: contextlib.AbstractContextManager[Any] = cuda.using_allocator(allocate)
+        return context
 
     def module(self, source: Source, device: int) -> Module:
         """The source compiled for a device."""

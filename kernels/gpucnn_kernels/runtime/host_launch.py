@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+import math
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy
 
 from gpucnn_kernels.arrays import numpy_dtype
 from gpucnn_kernels.errors import CompileError, DeviceError, DtypeError
-from gpucnn_kernels.runtime import Graph, Module, Pointer, Result, host_graph
+from gpucnn_kernels.runtime import Graph, Module, Pointer, Result, Take, host_graph
 from gpucnn_kernels.runtime.host import HostCompileError, HostModule, Memory
 from gpucnn_kernels.source import Source
+
+_ALIGNMENT = 512  # of memory in parts, as a GPU's
 
 
 class HostRuntime:
@@ -22,6 +26,7 @@ class HostRuntime:
 
     def __init__(self) -> None:
         self._modules: dict[str, _HostLaunchModule] = {}
+        self._local = threading.local()
 
     def as_array(self, value: Any, name: str) -> Any:
         """A NumPy array on the memory of ``value``."""
@@ -73,11 +78,42 @@ class HostRuntime:
 
     def empty(self, shape: Sequence[int], dtype: str, like: Any) -> Any:
         """A new array, of the subclass of ``like`` if it is one, filled with 0xFF so that a gap shows as NaN."""
-        array = numpy.empty(tuple(shape), numpy_dtype(dtype))
+        array = self._new(tuple(shape), numpy_dtype(dtype))
         array.view(numpy.uint8).fill(0xFF) if array.ndim else array.reshape(1).view(numpy.uint8).fill(0xFF)
-        if (recorder := host_graph.recording()) is not None:
+        if (recorder := host_graph.recording()) is not None and self._take is None:
             recorder.own(array)
         return array if like is None else array.view(type(like))
+
+    def _new(self, shape: tuple[int, ...], dtype: numpy.dtype[Any]) -> Any:
+        if self._take is None:
+            return numpy.empty(shape, dtype)
+        memory, offset, owner = self._take(math.prod(shape) * dtype.itemsize)
+        if host_graph.recording() is not None:
+            owner = None  # the recorder holds arrays for longer than the program does
+        part = _Part(memory[offset : offset + math.prod(shape) * dtype.itemsize], owner)
+        return numpy.asarray(part).view(dtype).reshape(shape)
+
+    def memory(self, size: int, device: int) -> Any:
+        """An array of bytes."""
+        del device
+        raw = numpy.empty(size + _ALIGNMENT, numpy.uint8)
+        first = -raw.ctypes.data % _ALIGNMENT
+        return raw[first : first + size]
+
+    @contextlib.contextmanager
+    def allocating(self, take: Take, device: int) -> Iterator[None]:
+        """Of the arrays that kernels' functions make in this thread."""
+        del device
+        before = self._take
+        self._local.take = take
+        try:
+            yield
+        finally:
+            self._local.take = before
+
+    @property
+    def _take(self) -> Take | None:
+        return getattr(self._local, "take", None)
 
     def module(self, source: Source, device: int) -> Module:
         """The source compiled for this machine."""
@@ -100,6 +136,16 @@ class HostRuntime:
         """The work that ``run`` starts, recorded."""
         del device
         return host_graph.capture(run, keep)
+
+
+class _Part:
+    """A piece of memory as NumPy takes it: an array made of it keeps ``owner`` alive, too."""
+
+    def __init__(self, memory: Any, owner: Any) -> None:
+        self._memory, self._owner = memory, owner
+        self.__array_interface__ = {
+            "data": (memory.ctypes.data, False), "shape": memory.shape, "typestr": "|u1", "version": 3,
+        }  # fmt: skip
 
 
 class _HostLaunchModule:
