@@ -25,6 +25,10 @@ struct DoubleSums {
         low += a * a;
         high += b * b;
     }
+    // What was added from this lane of the vectors.
+    GPUCNN_INLINE double operator[](int64_t lane) const {
+        return lane < LANES / 2 ? low[lane] : high[lane - LANES / 2];
+    }
     GPUCNN_INLINE double total() const {
         DoubleVector both = low + high;
         double sum = 0;

@@ -1,5 +1,5 @@
-// Sums over whole arrays and over all axes but one. Limit: each number read once. Parts are added in single precision
-// over a few thousand numbers at most, or in double where the result is asked for in double, then in double, in order.
+// Sums over whole arrays and over all axes but one. Limit: each number read once. Sums of a channel are added in single
+// precision over a thousand numbers at most, then in double; the others in double throughout. The order is fixed.
 #include "double_sums.h"
 #include "elementwise.h"
 #include "rows.h"
@@ -10,7 +10,6 @@ namespace gpucnn {
 namespace {
 
 constexpr int64_t COLUMNS = 4 * LANES;  // of a matrix that one task adds
-constexpr int64_t ROWS = 512;           // added in single precision
 
 }  // namespace
 
@@ -30,7 +29,7 @@ GPUCNN_EXPORT int gpucnn_sums_of_squares(int threads, int64_t count, const float
 // sums[c] = the sum of x (N, C, pixels) over images and pixels.
 GPUCNN_EXPORT int gpucnn_channel_sums(int threads, int64_t n, int64_t channels, int64_t pixels, const float *x,
                                       float *sums) {
-    constexpr int64_t PIECE = 4096;
+    constexpr int64_t PIECE = 1024;
     parallel_for(threads, channels, [&](int64_t c) {
         double total = 0;
         Sums sum;
@@ -55,22 +54,18 @@ GPUCNN_EXPORT int gpucnn_channel_sums(int threads, int64_t n, int64_t channels, 
 GPUCNN_EXPORT int gpucnn_column_sums(int threads, int64_t rows, int64_t columns, const float *x, float *sums) {
     parallel_for(threads, (columns + COLUMNS - 1) / COLUMNS, [&](int64_t number) {
         int64_t start = number * COLUMNS, count = start + COLUMNS < columns ? COLUMNS : columns - start;
-        double total[COLUMNS] = {};
-        for (int64_t first = 0; first < rows; first += ROWS) {
-            int64_t last = first + ROWS < rows ? first + ROWS : rows;
-            over_row(count, [&](int64_t i, int, auto access) GPUCNN_BODY {
-                Vector sum[2] = {};
-                int64_t row = first;
-                for (; row + 2 <= last; row += 2) {
-                    sum[0] += access.load(x + row * columns + start + i);
-                    sum[1] += access.load(x + (row + 1) * columns + start + i);
+        const float *from = x + start;
+        DoubleSums sum[4];
+        for (int64_t row = 0; row < rows; ++row, from += columns) {
+            if (count == COLUMNS)
+                for (int slot = 0; slot < 4; ++slot) sum[slot].add(load(from + slot * LANES));
+            else
+                for (int slot = 0; slot * LANES < count; ++slot) {
+                    int64_t rest = count - slot * LANES;
+                    sum[slot].add(load_first(from + slot * LANES, rest < LANES ? static_cast<int>(rest) : LANES));
                 }
-                if (row < last) sum[0] += access.load(x + row * columns + start + i);
-                Vector both = sum[0] + sum[1];
-                for (int lane = 0; lane < LANES && i + lane < count; ++lane) total[i + lane] += both[lane];
-            });
         }
-        for (int64_t i = 0; i < count; ++i) sums[start + i] = static_cast<float>(total[i]);
+        for (int64_t i = 0; i < count; ++i) sums[start + i] = static_cast<float>(sum[i / LANES][i % LANES]);
     });
     return 0;
 }
