@@ -12,6 +12,10 @@ namespace {
 constexpr int GRADIENT_ROWS = 4;  // outputs of a gradient's block: a divisor of LANES
 static_assert(DEPTH % LANES == 0 && LANES % GRADIENT_ROWS == 0);
 
+// A stretch's sum begins at zero and is added to what there is in the end: a long sum made of short ones is rounded
+// less.
+GPUCNN_INLINE void put(float *to, Vector sum, bool first) { store(to, first ? sum : load(to) + sum); }
+
 // sum[m][v] += over `depth` channels: tiles [depth / LANES][...][LANES], a block of channels `stride` apart, times a
 // panel [depth][V * LANES].
 template <int M, int V>
@@ -40,17 +44,11 @@ void multiply_panel(int64_t rows, int64_t depth, const float *tiles, int64_t in,
                     int64_t out, bool first) {
     for (int64_t row = 0; row < rows; row += TILE_ROWS, tiles += TILE_ROWS * LANES, sums += TILE_ROWS * LANES) {
         Vector sum[TILE_ROWS][V] = {};
-        if (!first) {
-#pragma GCC unroll 8
-            for (int m = 0; m < TILE_ROWS; ++m)
-#pragma GCC unroll 8
-                for (int v = 0; v < V; ++v) sum[m][v] = load(sums + v * out + m * LANES);
-        }
         add_stretch(depth, tiles, in, panel, sum);
 #pragma GCC unroll 8
         for (int m = 0; m < TILE_ROWS; ++m)
 #pragma GCC unroll 8
-            for (int v = 0; v < V; ++v) store(sums + v * out + m * LANES, sum[m][v]);
+            for (int v = 0; v < V; ++v) put(sums + v * out + m * LANES, sum[m][v], first);
     }
 }
 
@@ -59,12 +57,6 @@ void correlate_block(
     int64_t count, const float *rows, const float *columns, int64_t stride, float *sums, int64_t pitch, bool first) {
     constexpr int M = GRADIENT_ROWS;
     Vector sum[M][V] = {};
-    if (!first) {
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m)
-#pragma GCC unroll 8
-            for (int v = 0; v < V; ++v) sum[m][v] = load(sums + m * pitch + v * LANES);
-    }
     for (int64_t tile = 0; tile < count; ++tile) {
         Vector column[V];
 #pragma GCC unroll 8
@@ -79,7 +71,7 @@ void correlate_block(
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) store(sums + m * pitch + v * LANES, sum[m][v]);
+        for (int v = 0; v < V; ++v) put(sums + m * pitch + v * LANES, sum[m][v], first);
 }
 
 }  // namespace
