@@ -73,9 +73,10 @@ def requirements(runtime: str) -> str | None:
 
 def families() -> dict[str, Any]:
     """The checks by name, in their order."""
-    from scripts.gpu_validation import convolution, layers, steps, surroundings
+    from scripts.gpu_validation import convolution, convolution_ends, layers, steps, surroundings
 
-    return {**layers.CHECKS, **steps.CHECKS, **convolution.CHECKS, **surroundings.CHECKS}
+    convolutions = {**convolution.CHECKS, **convolution_ends.CHECKS}
+    return {**layers.CHECKS, **steps.CHECKS, **convolutions, **surroundings.CHECKS}
 
 
 def chosen(wanted: str | None, known: Any, what: str) -> list[str]:

@@ -18,11 +18,21 @@ import gpucnn_kernels
 from gpucnn_kernels import runtime
 from gpucnn_kernels.arrays import numpy_dtype
 from scripts.gpu_validation import bench as benches
-from scripts.gpu_validation import convolution, layers, machine, report, steps, surroundings, training
+from scripts.gpu_validation import (
+    convolution,
+    convolution_ends,
+    layers,
+    machine,
+    report,
+    steps,
+    surroundings,
+    training,
+)
 from scripts.gpu_validation.bench import Bench, Numbers, OutOfTimeError
 
 pytestmark = pytest.mark.compiler
 
+CONVOLUTIONS = {**convolution.CHECKS, **convolution_ends.CHECKS}
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "validate_gpu.py"
 
@@ -103,7 +113,7 @@ def test_every_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         convolution, "REDUCED", ("k3-d2-s2", "depthwise-s2", "bottleneck", "resnet-block", "many-outputs")
     )
     assert set(convolution.REDUCED) <= set(convolution.problems(bench(whole=True)))
-    for checks, whole in ((layers.CHECKS, True), (steps.CHECKS, True), (convolution.CHECKS, False)):
+    for checks, whole in ((layers.CHECKS, True), (steps.CHECKS, True), (CONVOLUTIONS, False)):
         made = bench(dtypes=("float32", "bfloat16"), whole=whole)
         for name, check in checks.items():
             made.family = name
@@ -315,11 +325,11 @@ def test_families_and_dtypes_that_there_are_not() -> None:
         assert answer.returncode == 1
         assert words in answer.stderr
     listed = start("--runtime", "host", "--families", "?").stdout.split("\n")
-    assert listed[:-1] == list({**layers.CHECKS, **steps.CHECKS, **convolution.CHECKS, **surroundings.CHECKS})
+    assert listed[:-1] == list({**layers.CHECKS, **steps.CHECKS, **CONVOLUTIONS, **surroundings.CHECKS})
 
 
 def test_the_sanitizer_is_run_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert set(machine.SANITIZED) <= set({**layers.CHECKS, **steps.CHECKS, **convolution.CHECKS})
+    assert set(machine.SANITIZED) <= set({**layers.CHECKS, **steps.CHECKS, **CONVOLUTIONS})
     home = tmp_path / "bin"
     home.mkdir()
     tool = home / "compute-sanitizer"

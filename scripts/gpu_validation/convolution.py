@@ -12,7 +12,6 @@ import gpucnn_kernels as kernels
 from gpucnn_kernels import conv2d_tensor
 from gpucnn_kernels.problem import Conv2dProblem
 from scripts.gpu_validation.bench import EPSILON, LAYOUTS, Bench, Numbers, accumulated, by_comparison, rounding
-from tests.oracles import activations as activation_oracle
 from tests.oracles import convolution as oracle
 from tests.oracles.im2col import sources
 from tests.problems import ALL, SMALL, geometry, options
@@ -157,43 +156,6 @@ def check_directions(
                 ),
             )  # fmt: skip
     check("bias", "conv2d_backward_bias", "", lambda: kernels.conv2d_backward_bias(put(wanted.dy)))
-
-
-FUNCTIONS = {
-    "relu": activation_oracle.relu,
-    "leaky_relu": lambda x: activation_oracle.leaky_relu(x, 0.2),
-    "sigmoid": activation_oracle.sigmoid,
-    "tanh": numpy.tanh,
-    "gelu": activation_oracle.gelu,
-    "gelu_tanh": activation_oracle.gelu_tanh,
-    "silu": activation_oracle.silu,
-}
-
-
-def check_epilogue(bench: Bench) -> None:
-    """Activations made before the sum is stored, by every algorithm."""
-    for numbers in bench.numbers():
-        for name in ("k3-same", "depthwise-s2"):
-            wanted = Expectations(name, ALL[name], numbers)
-            for function, by_definition in FUNCTIONS.items():
-                expected = activation_oracle.elementwise(by_definition, wanted.truth("forward"))
-                for dtype, algorithm in product(numbers.dtypes, kernels.conv2d_algorithms("forward")):
-                    if not takes(algorithm, wanted.problem):
-                        continue
-                    bench.check(
-                        "conv2d_forward, activation", f"{name}, {function}", dtype,
-                        lambda: (
-                            kernels.conv2d_forward(
-                                *(bench.put(part, dtype) for part in (wanted.x, wanted.weight, wanted.bias)),
-                                algorithm=algorithm, activation=function, negative_slope=0.2,
-                                **options(wanted.problem),
-                            )
-                        ),
-                        [expected],
-                        # No activation is steeper than 1.13; its own rounding is that of its result.
-                        [1.2 * wanted.bound("forward", dtype) + rounding(dtype, expected, 1 + abs(expected), 8)],
-                        algorithm=algorithm,
-                    )  # fmt: skip
 
 
 def check_tensor_cores(bench: Bench) -> None:
@@ -348,7 +310,6 @@ def check_columns(bench: Bench) -> None:
 
 CHECKS = {
     "convolution": check_convolution,
-    "convolution with activation": check_epilogue,
     "convolution on tensor cores": check_tensor_cores,
     "transposed convolution": check_transposed,
     "columns": check_columns,
