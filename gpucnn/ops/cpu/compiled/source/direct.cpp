@@ -17,7 +17,7 @@ namespace {
 // them, and rounding grows with this length, not with the whole depth.
 constexpr int64_t DEPTH = 192;
 constexpr int64_t STAGED = 160 << 10;   // numbers of staged pixels at most, 640 KiB,
-constexpr int64_t RESULTS_AT_MOST = 128 << 10;  // of results, 512 KiB,
+constexpr int64_t RESULTS_AT_MOST = 64 << 10;  // of results, 256 KiB,
 constexpr int64_t OUTPUTS = 512;        // and rows of weights in a task: DEPTH of them are 384 KiB
 constexpr int64_t COLUMNS_TOGETHER = 384;  // pixels of small images that are put together, about
 constexpr int64_t TASKS = 8;            // from so many images and bands on, the outputs are not cut as well
@@ -243,6 +243,25 @@ int correlate(
                 c.channels, y, line, staged + i * image);
         fill_zeros(staged + images * image, STAGING_END);
 
+        // What the next task but the other threads' will read, and what this one will write, spread over the tiles.
+        int64_t tasks = c.groups * cut.sets * cut.bands * cut.cuts, next = task + threads;
+        const float *coming = source;
+        int64_t coming_numbers = 0;
+        if (next < tasks && cut.cuts == 1 && cut.images == 1) {
+            int64_t next_y = next % cut.bands * cut.rows * staging.step_h - staging.top;
+            int64_t next_image = next / cut.bands % cut.sets, next_group = next / cut.bands / cut.sets;
+            int64_t begin = larger(0, next_y), end = smaller(staging.height, next_y + staging.rows * staging.step_h);
+            coming += ((next_image * c.groups + next_group) * c.channels * staging.height + begin) * staging.width;
+            coming_numbers = (end - begin) * staging.width;
+        }
+        Ahead reads(coming, c.channels, staging.height * staging.width, coming_numbers);
+        int64_t tiles = larger(1, vectors / step * ceiling(outputs, ROWS) * c.spread_w * c.spread_h);
+        int64_t reads_a_tile = ceiling(reads.lines(), tiles);
+        Ahead writes(
+            out + ((first * c.groups + group) * c.outputs + output) * c.height * c.width + y * c.spread_h * c.width,
+            outputs, c.height * c.width, smaller(rows * c.spread_h, c.height - y * c.spread_h) * c.width);
+        int64_t writes_a_tile = ceiling(writes.lines(), tiles);
+
         auto multiply = [&](int64_t phase, int64_t b) {
             int64_t begin = table.first[phase], last = table.first[phase + 1];
             int64_t depth = (last - begin) * c.channels, parts = ceiling(depth, DEPTH);
@@ -264,6 +283,8 @@ int correlate(
                             {end - from, weight + i * depth + from * m, columns + v * LANES * (cut.together ? DEPTH : 1),
                              cut.together ? dense : offset + from, part ? nullptr : start + i,
                              results + i * pitch + b * apart + v * LANES, pitch});
+                        reads.ask<false>(reads_a_tile);
+                        writes.ask<true>(writes_a_tile);
                     }
             }
         };

@@ -116,6 +116,30 @@ inline void stage(
         }
 }
 
+// Memory that will be read, or written, asked for ahead while products are made: without that, every copy to and from
+// scratch waits for the last-level cache while the multipliers rest.
+class Ahead {
+  public:
+    // `count` runs of `length` numbers, `apart` from the first number of one to the next one's; none beyond `end`.
+    Ahead(const float *from, int64_t count, int64_t apart, int64_t length)
+        : run_(from), runs_(length > 0 ? count : 0), apart_(apart), length_(length) {}
+
+    int64_t lines() const { return runs_ * ceiling(length_, LINE) ; }
+
+    template <bool written>
+    void ask(int64_t lines) {
+        for (; lines > 0 && runs_ > 0; --lines) {
+            __builtin_prefetch(run_ + at_, written, 2);
+            if ((at_ += LINE) >= length_) at_ = 0, run_ += apart_, --runs_;
+        }
+    }
+
+  private:
+    static constexpr int64_t LINE = 16;  // numbers of a cache line
+    const float *run_;
+    int64_t runs_, apart_, length_, at_ = 0;
+};
+
 // Phases of a kernel of `size` positions `dilation` apart: remainders of their places modulo `step`.
 inline int64_t phases(int64_t size, int64_t dilation, int64_t step) {
     int64_t largest = 0;
