@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy
@@ -156,11 +157,12 @@ class Preprocessing:
         return planar
 
     def _normalize(self, planar: NDArray[Any], out: NDArray[numpy.float32]) -> None:
-        factor, offset = self._factor_and_offset()
+        factor, offset = self._factor_and_offset
         out[...] = planar  # by itself: a product of bytes and floats converts them in small pieces
         out *= factor[:, None, None]
         out += offset[:, None, None]
 
+    @cached_property
     def _factor_and_offset(self) -> tuple[NDArray[numpy.float32], NDArray[numpy.float32]]:
         std = numpy.array(self.std)
         return (1 / (255 * std)).astype(numpy.float32), (-numpy.array(self.mean) / std).astype(numpy.float32)
@@ -180,7 +182,7 @@ class Preprocessing:
         if not augmentation.changes_colour:
             self._normalize(planar, out)
             return
-        factor, offset = self._factor_and_offset()
+        factor, offset = self._factor_and_offset
         colour = planar.shape[1] == 3
         for number, image in enumerate(planar):
             brightness, contrast, saturation = (

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 IntOrPair = int | Sequence[int]
 Padding = int | Sequence[int] | str
 
+_INTEGERS = {int}
 _set = object.__setattr__  # of a frozen dataclass, while it is made
 
 
@@ -68,6 +69,8 @@ def resolve_padding(
 
 
 def _integers(value: IntOrPair, name: str) -> tuple[int, ...]:
+    if type(value) is tuple and set(map(type, value)) == _INTEGERS:
+        return value  # as a layer has it, at every step
     values = (value,) if not isinstance(value, Sequence) else tuple(value)
     numbers = []
     for number in values:
