@@ -15,6 +15,8 @@ from gpucnn_kernels import (
     conv2d_forward,
 )
 from gpucnn_kernels import conv2d_forward_paths as forward_paths
+from gpucnn_kernels.conv2d_tiles import IMPLICIT_TILES, IMPLICIT_TILES_FLOAT64, implicit_tile
+from gpucnn_kernels.gpu import H200
 from gpucnn_kernels.runtime.host import order_independent
 from tests.accuracy import channels_last, max_error
 from tests.kernel_accuracy import on_the_host
@@ -154,9 +156,13 @@ def test_backward_data(dtype, algorithm):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_both_tile_sizes(dtype, large, monkeypatch):
     used = []
-    monkeypatch.setattr(forward_paths, "_ENOUGH_BLOCKS", 1 if large else 1 << 40)
-    choose = forward_paths._tile
-    monkeypatch.setattr(forward_paths, "_tile", lambda *given: used.append(choose(*given)) or used[-1])
+
+    def forced(gpu, dtype, channels, positions, units):
+        tiles = IMPLICIT_TILES_FLOAT64 if dtype == "float64" else IMPLICIT_TILES
+        used.append(tiles[0 if large and channels > 32 else 1])
+        return used[-1]
+
+    monkeypatch.setattr(forward_paths, "implicit_tile", forced)
     for name, problem in WIDE.items():
         for layout, arrange in LAYOUTS.items():
             y = forward(problem, dtype, "implicit_gemm", arrange)
@@ -164,16 +170,19 @@ def test_both_tile_sizes(dtype, large, monkeypatch):
             for algorithm in ("phases", "dilated"):
                 dx = backward(problem, dtype, algorithm, arrange)
                 assert_right(dx, problem, dtype, "backward_data", f"{name}, {algorithm}, {layout}")
-    kernels = {kernel for kernel, _, _ in used}
+    kernels = {tile.name for tile in used}
     assert ("conv2d_implicit_gemm_large" in kernels) == large
     assert "conv2d_implicit_gemm_small" in kernels  # for 6 and 18 channels in any case
 
 
 def test_the_tile_is_large_where_it_is_filled_and_there_are_enough():
     vgg = shaped((64, 64, 56, 56), (64, 64, 3, 3))
-    assert forward_paths._tile("float32", vgg.K, vgg.N * vgg.P * vgg.Q, 1)[0] == "conv2d_implicit_gemm_large"
-    assert forward_paths._tile("float32", 32, 1 << 30, 1)[0] == "conv2d_implicit_gemm_small"
-    assert forward_paths._tile("float32", 512, 49, 1)[0] == "conv2d_implicit_gemm_small"
+    for dtype in ("float32", "float16", "bfloat16"):
+        assert implicit_tile(H200, dtype, vgg.K, vgg.N * vgg.P * vgg.Q, 1).name == "conv2d_implicit_gemm_large"
+        assert implicit_tile(H200, dtype, 32, 1 << 30, 1).name == "conv2d_implicit_gemm_small"
+        assert implicit_tile(H200, dtype, 512, 49, 1).name == "conv2d_implicit_gemm_small"
+    # In float64 both tiles have as much arithmetic for each number that they read.
+    assert implicit_tile(H200, "float64", 32, 1 << 30, 1).name == "conv2d_implicit_gemm_small"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

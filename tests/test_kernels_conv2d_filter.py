@@ -11,6 +11,7 @@ from gpucnn_kernels import (
     DtypeError,
     LayoutError,
     ProblemError,
+    conv2d_choose,
     conv2d_filter,
     runtime,
 )
@@ -18,7 +19,6 @@ from gpucnn_kernels.conv2d_filter import (
     conv2d_backward_bias,
     conv2d_backward_filter,
     filter_algorithms,
-    filter_choose,
 )
 from gpucnn_kernels.runtime.host import order_independent
 from tests.accuracy import awkward, channels_last, max_error
@@ -212,10 +212,10 @@ def test_any_number_of_parts(monkeypatch, name):
 
 def test_the_choice():
     assert filter_algorithms() == ("implicit_gemm", "im2col", "depthwise")
-    assert filter_choose(ALL["depthwise"], "float32") == "depthwise"
-    assert filter_choose(ALL["depthwise-multiplier-2"], "float16") == "depthwise"
-    assert filter_choose(ALL["one-number"], "float32") == "implicit_gemm"
-    assert filter_choose(ALL["groups-2"], "float32") == "implicit_gemm"
+    assert conv2d_choose("backward_filter", ALL["depthwise"], "float32") == "depthwise"
+    assert conv2d_choose("backward_filter", ALL["depthwise-multiplier-2"], "float16") == "depthwise"
+    assert conv2d_choose("backward_filter", ALL["one-number"], "float32") == "implicit_gemm"
+    assert conv2d_choose("backward_filter", ALL["groups-2"], "float32") == "implicit_gemm"
     problem = ALL["depthwise"]
     x, _, _, dy = arrays(problem, "float32")
     chosen = gradient(dy, x, problem)

@@ -16,6 +16,8 @@ from gpucnn_kernels import (
     conv2d_tensor,
     conv_transpose2d_forward,
 )
+from gpucnn_kernels.conv2d_tiles import TENSOR_TILES, tensor_tile
+from gpucnn_kernels.gpu import H200
 from gpucnn_kernels.runtime.host import order_independent
 from tests.accuracy import max_error
 from tests.kernel_accuracy import on_the_host
@@ -120,7 +122,8 @@ def test_every_problem(form, direction):
 @pytest.mark.parametrize("tile", ["large", "medium", "small"])
 @EVERY_FORM
 def test_every_tile(form, tile, monkeypatch):
-    monkeypatch.setattr(conv2d_tensor, "_tile", lambda channels, positions, units: tile)
+    forced = {each.name: each for each in TENSOR_TILES}[f"conv2d_tensor_{tile}"]
+    monkeypatch.setattr(conv2d_tensor, "tensor_tile", lambda *given: forced)
     for name, problem in WIDE.items():
         for layout, arrange in LAYOUTS.items():
             for direction in ("forward", "backward_data"):
@@ -141,10 +144,15 @@ def test_every_tile_of_the_filters_gradient(form, tile, monkeypatch):
 
 
 def test_the_tile_is_large_where_it_is_filled_and_there_are_enough():
-    assert conv2d_tensor._tile(128, 64 * 56 * 56, 1) == "large"
-    assert conv2d_tensor._tile(64, 64 * 56 * 56, 1) == "medium"
-    assert conv2d_tensor._tile(32, 64 * 56 * 56, 1) == "small"
-    assert conv2d_tensor._tile(512, 49, 1) == "small"
+    for dtype, precision in (("float16", None), ("bfloat16", "bfloat16"), ("float32", "tf32"), ("float32", None)):
+
+        def tile(channels, positions, dtype=dtype, precision=precision):
+            return tensor_tile(H200, dtype, precision, channels, positions, 1).name.rpartition("_")[2]
+
+        assert tile(128, 64 * 56 * 56) == "large"
+        assert tile(64, 64 * 56 * 56) == "medium"
+        assert tile(512, 49) == "small"
+        assert tile(32, 64 * 56 * 56) == "small"
     assert conv2d_tensor._filter_tile(128, 576) == "large"
     assert conv2d_tensor._filter_tile(64, 576) == "small"
 

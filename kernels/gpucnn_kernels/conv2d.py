@@ -13,9 +13,11 @@ from gpucnn_kernels import conv2d_data_paths as data_paths
 from gpucnn_kernels import conv2d_filter, conv2d_tensor
 from gpucnn_kernels import conv2d_forward_paths as forward_paths
 from gpucnn_kernels.arrays import DeviceArray, image_layout
+from gpucnn_kernels.conv2d_choice import chosen
 from gpucnn_kernels.conv2d_filter import conv2d_backward_bias, conv2d_backward_filter
-from gpucnn_kernels.conv2d_forward_paths import DIRECT_CHANNELS, Epilogue, is_pointwise
+from gpucnn_kernels.conv2d_forward_paths import DIRECT_CHANNELS, Epilogue
 from gpucnn_kernels.errors import ArgumentError, LayoutError
+from gpucnn_kernels.gpu import H200, Gpu
 from gpucnn_kernels.launch import Call
 from gpucnn_kernels.overlap import require_apart
 from gpucnn_kernels.problem import Conv2dProblem, IntOrPair, Padding, ProblemError, pair
@@ -66,51 +68,45 @@ def conv2d_algorithms(direction: str) -> tuple[str, ...]:
     raise ArgumentError(f"direction must be one of forward, backward_data, backward_filter, got {direction!r}")
 
 
-def conv2d_choose(direction: str, problem: Conv2dProblem, dtype: Any) -> str:
-    """The name that "auto" stands for, for this Conv2dProblem and dtype.
+def conv2d_choose(
+    direction: str,
+    problem: Conv2dProblem,
+    dtype: Any,
+    *,
+    precision: str | None = None,
+    channels_last: bool = False,
+    gpu: Gpu = H200,
+) -> str:
+    """The name that "auto" stands for, for this Conv2dProblem and dtype, with images of this layout.
 
-    The first line that fits:
-
-    =============  ============================================================  =============
-    direction      problem                                                       algorithm
-    =============  ============================================================  =============
-    forward, data  one channel a group, more than one group                      depthwise
-    forward        at most 4 channels a group                                    direct
-    forward        1x1, stride 1, no padding, one group: a dense matrix product  im2col
-    data           the same                                                      col2im
-    forward        any other                                                     implicit_gemm
-    data           any other                                                     phases
-    =============  ============================================================  =============
-
-    bfloat16 has no dense product on GPUs before compute capability 8.0 and passes over those two lines.
-    "backward_filter" is :func:`gpucnn_kernels.conv2d_filter.filter_choose`'s. Where a ``precision`` other than
-    "float32" is given, the functions take "tensor" in the place of a dense product (implicit_gemm, phases, im2col,
-    col2im) on GPUs that have it; without one they do not, until it has been measured.
+    ``precision`` is the functions' argument, ``gpu`` what it is chosen for. How it is chosen is
+    in :mod:`gpucnn_kernels.conv2d_choice`.
     """
     conv2d_algorithms(direction)
-    if direction == "backward_filter":
-        return conv2d_filter.filter_choose(problem, dtype)
-    forward = direction == "forward"
-    if problem.groups == problem.C > 1:
-        return "depthwise"
-    if forward and problem.C // problem.groups <= DIRECT_CHANNELS:
-        return "direct"
-    if is_pointwise(problem) and problem.groups == 1 and str(dtype) != "bfloat16":
-        return "im2col" if forward else "col2im"
-    return "implicit_gemm" if forward else "phases"
+    return chosen(direction, problem, dtype, precision=precision, channels_last=channels_last, gpu=gpu)
 
 
 def _resolved(
-    call: Call, direction: str, algorithm: str, problem: Conv2dProblem, dtype: str, precision: str | None = None
+    call: Call,
+    direction: str,
+    algorithm: str,
+    problem: Conv2dProblem,
+    images: DeviceArray,
+    precision: str | None = None,
 ) -> str:
     names = conv2d_algorithms(direction)
-    conv2d_tensor.check_precision(precision, dtype)
+    conv2d_tensor.check_precision(precision, images.dtype)
     if algorithm == "auto":
-        name = conv2d_choose(direction, problem, dtype)
-        dense = name not in ("direct", "depthwise")
-        return "tensor" if dense and conv2d_tensor.preferred(call, precision) else name
+        return conv2d_choose(
+            direction,
+            problem,
+            images.dtype,
+            precision=precision,
+            channels_last=images.channels_last,
+            gpu=call.gpu,
+        )
     if algorithm == "tensor":
-        conv2d_tensor.check(call, dtype)
+        conv2d_tensor.check(call, images.dtype)
         return algorithm
     if algorithm not in names:
         raise ArgumentError(
@@ -178,7 +174,7 @@ def conv2d_forward(
         problem = Conv2dProblem.from_shapes(
             images.shape, weights.shape, stride=stride, padding=padding, dilation=dilation, groups=groups
         )
-        name = _resolved(call, "forward", algorithm, problem, dtype, precision)
+        name = _resolved(call, "forward", algorithm, problem, images, precision)
         vectors = {name: by_channel(call, name, problem.K) for name in ("bias", "scale")}
         epilogue = Epilogue(
             activation=activation, negative_slope=negative_slope, residual=call.get("residual"), **vectors
@@ -238,7 +234,7 @@ def input_gradient(
 
     The bias is the transposed convolution's, which this is too.
     """
-    name = _resolved(call, "backward_data", algorithm, problem, dy.dtype, precision)
+    name = _resolved(call, "backward_data", algorithm, problem, dy, precision)
     bias = by_channel(call, "bias", problem.C)
     epilogue = Epilogue(bias)
     dx = result_array(call, problem.input_shape, dy.dtype, dy, bias)

@@ -20,6 +20,7 @@ from gpucnn_kernels import conv2d_tensor
 from gpucnn_kernels.arrays import DeviceArray, image_layout
 from gpucnn_kernels.channel_sums import launch_channel_sums
 from gpucnn_kernels.columns import columns_shape, images, launch_im2col
+from gpucnn_kernels.conv2d_choice import chosen
 from gpucnn_kernels.errors import ArgumentError
 from gpucnn_kernels.launch import Call
 from gpucnn_kernels.matmul import matmul
@@ -43,12 +44,6 @@ _COLUMN_BYTES = 128 << 20  # of the workspace for the columns
 def filter_algorithms() -> tuple[str, ...]:
     """Names that ``algorithm`` of :func:`conv2d_backward_filter` takes, without "auto" and "tensor"."""
     return "implicit_gemm", "im2col", "depthwise"
-
-
-def filter_choose(problem: Conv2dProblem, dtype: Any) -> str:
-    """The name that "auto" stands for: "depthwise" for depthwise problems, otherwise "implicit_gemm"."""
-    del dtype
-    return "depthwise" if problem.groups > 1 and problem.groups == problem.C else "implicit_gemm"
 
 
 def conv2d_backward_filter(
@@ -155,8 +150,8 @@ def _problem(
 def _resolved(call: Call, algorithm: str, problem: Conv2dProblem, dtype: str, precision: str | None) -> str:
     conv2d_tensor.check_precision(precision, dtype)
     if algorithm == "auto":
-        name = filter_choose(problem, dtype)
-        return "tensor" if name != "depthwise" and conv2d_tensor.preferred(call, precision) else name
+        last = call["dy"].channels_last and call["x"].channels_last
+        return chosen("backward_filter", problem, dtype, precision=precision, channels_last=last, gpu=call.gpu)
     if algorithm == "tensor":
         conv2d_tensor.check(call, dtype)
         return algorithm

@@ -13,6 +13,7 @@ from typing import Any
 from gpucnn_kernels.activations import FUNCTIONS
 from gpucnn_kernels.arrays import DeviceArray, image_layout
 from gpucnn_kernels.columns import columns_shape, images, launch_im2col
+from gpucnn_kernels.conv2d_tiles import implicit_tile
 from gpucnn_kernels.errors import ArgumentError
 from gpucnn_kernels.launch import THREADS, Call, blocks_for
 from gpucnn_kernels.matmul import matmul
@@ -35,7 +36,6 @@ WORKSPACE_BYTES = 1 << 28
 
 _DIRECT_OUTPUTS = 16  # output channels of a block of conv2d_direct
 _MOST_UNITS = 65535  # blocks along z
-_ENOUGH_BLOCKS = 128  # to keep a GPU of some hundred multiprocessors busy
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +145,8 @@ def implicit_gemm(
         phases = min(problem.stride[0], height) * min(problem.stride[1], width)
         height, width = -(-height // problem.stride[0]), -(-width // problem.stride[1])
     units = phases * problem.groups
-    kernel, rows, columns = _tile(source.dtype, channels["output"], problem.N * height * width, units)
+    tile = implicit_tile(call.gpu, source.dtype, channels["output"], problem.N * height * width, units)
+    kernel, rows, columns = tile.name, tile.channels, tile.positions
     call.launch(
         "conv2d_implicit_gemm",
         kernel,
@@ -170,14 +171,6 @@ def implicit_gemm(
         epilogue=epilogue.fields,
         units=units,
     )
-
-
-def _tile(dtype: str, channels: int, positions: int, units: int) -> tuple[str, int, int]:
-    """(kernel, channels, positions of a tile): the large one where it is filled and there are blocks enough."""
-    wide = 64 if dtype == "float64" else 128
-    if channels > 32 and -(-channels // 64) * -(-positions // wide) * units >= _ENOUGH_BLOCKS:
-        return "conv2d_implicit_gemm_large", 64, wide
-    return "conv2d_implicit_gemm_small", 32, 64
 
 
 def direct(

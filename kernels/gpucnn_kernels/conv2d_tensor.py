@@ -28,6 +28,7 @@ from typing import Any
 
 from gpucnn_kernels.arrays import DeviceArray, image_layout
 from gpucnn_kernels.conv2d_forward_paths import Epilogue, axes, channel_counts, strides
+from gpucnn_kernels.conv2d_tiles import tensor_tile
 from gpucnn_kernels.errors import ArgumentError, DeviceError, DtypeError
 from gpucnn_kernels.launch import Call
 from gpucnn_kernels.problem import Conv2dProblem
@@ -65,9 +66,6 @@ SHARED_BYTES = {
 }
 """Dynamic shared memory of a block, in bytes."""
 
-ENOUGH_BLOCKS = 128
-"""To keep a GPU of some hundred multiprocessors busy: with fewer, smaller tiles are taken."""
-
 _MOST_UNITS = 65535  # blocks along z
 _PACK_TILE = 32
 _FILTER_BLOCKS = 512  # that the positions of a filter gradient are split for
@@ -85,14 +83,6 @@ def check_precision(precision: str | None, dtype: str) -> None:
     if precision not in known:
         takes = f"theirs is {' or '.join(known)}" if known else "they have no other than their own: pass None"
         raise ArgumentError(f"precision {precision!r} is not for arrays of {dtype}; {takes}")
-
-
-def preferred(call: Call, precision: str | None) -> bool:
-    """Whether "auto" may take tensor cores: where a precision that is theirs alone was asked for, and they exist.
-
-    float32 stays with FFMA until three tf32 products have been measured to be faster.
-    """
-    return precision not in (None, "float32") and call.capability >= CAPABILITY
 
 
 def check(call: Call, dtype: str) -> None:
@@ -135,7 +125,8 @@ def convolve(
         phases = min(problem.stride[0], height) * min(problem.stride[1], width)
         height, width = -(-height // problem.stride[0]), -(-width // problem.stride[1])
     units, positions = phases * problem.groups, problem.N * height * width
-    tile = _tile(channels["output"], positions, units)
+    made = tensor_tile(call.gpu, source.dtype, precision, channels["output"], positions, units)
+    tile = made.name.removeprefix("conv2d_tensor_")
     rows, columns, threads = _TILES[tile]
     image = _packed_image(call, source, problem.groups)
     filters, filter_strides = _packed_filter(call, problem, weight, transposed)
@@ -163,15 +154,6 @@ def convolve(
         vectors=int(channels["output"] % chunk == 0 and _in_pieces(output) and _in_pieces(epilogue.residual)),
         units=units,
     )
-
-
-def _tile(channels: int, positions: int, units: int) -> str:
-    """The largest tile that the channels fill and that leaves enough blocks."""
-    for name, least in (("large", 64), ("medium", 32)):
-        rows, columns, _ = _TILES[name]
-        if channels > least and -(-channels // columns) * -(-positions // rows) * units >= ENOUGH_BLOCKS:
-            return name
-    return "small"
 
 
 # ---------------------------------------------------------------- the filter's gradient

@@ -19,6 +19,7 @@ from typing import Any, Self
 from gpucnn_kernels import source as sources
 from gpucnn_kernels.arrays import JAX, DeviceArray, device_array, image_layout, in_kind, library_of
 from gpucnn_kernels.errors import ArgumentError, DeviceError, DtypeError, LayoutError
+from gpucnn_kernels.gpu import Gpu, gpu_of
 from gpucnn_kernels.runtime import Pointer, current
 
 THREADS = 256
@@ -114,6 +115,11 @@ class Call:
     def capability(self) -> tuple[int, int]:
         """The compute capability of the arrays' device, such as (9, 0)."""
         return self._runtime.capability(self._first.device)
+
+    @property
+    def gpu(self) -> Gpu:
+        """The arrays' device as :mod:`gpucnn_kernels.gpu` describes one, to reckon with."""
+        return gpu_of(self._runtime.name, self._first.device, self.capability)
 
     def require(self, name: str, dtype: str | None = None, shape: Sequence[int] | None = None) -> None:
         """Raise unless the argument ``name``, where given, has this dtype and shape."""

@@ -1,0 +1,277 @@
+"""How long each way of a convolution takes, by a page of arithmetic, and so which way is taken.
+
+A way's time is the longest of what runs side by side in its main launch, what other launches move, and the
+launches themselves:
+
+    seconds = max(arithmetic, cache, memory) + passes + launches * LAUNCH_SECONDS
+    memory  = (each array once, and what it reads or writes of workspaces) / (the memory's bandwidth)
+    passes  = (what copies into and out of workspaces move) / (the memory's bandwidth)
+
+Arithmetic and cache are those of a grid of tiles: :mod:`gpucnn_kernels.conv2d_tiles`. Source channels that are
+filled up with zeros are multiplied like others.
+
+Constants marked [E] are estimates until they are measured on a GPU, [P] follow from published figures. Because of
+the first an estimate is not followed blindly: see :func:`choose`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from gpucnn_kernels.conv2d_tiles import (
+    CUBLAS_TENSOR_TILES,
+    CUBLAS_TILES,
+    DIRECT_TILE,
+    FILTER_TILES,
+    FILTER_TILES_FLOAT64,
+    TENSOR_FILTER_TILES,
+    THREE_PRODUCT_FILTER_TILES,
+    Tile,
+    implicit_tile,
+    plain_rate,
+    products,
+    tensor_rate,
+    tensor_tile,
+    tiled,
+)
+from gpucnn_kernels.gpu import Gpu
+from gpucnn_kernels.problem import Conv2dProblem
+from gpucnn_kernels.runtime import itemsize
+
+LAUNCH_SECONDS = 3e-6  # [P] an empty launch, below which nothing is; the next begins when the one before has ended
+REACHED_BANDWIDTH = 0.9  # [P] of the datasheet's: 4.3 of 4.8 TB/s of an H200 in a copy
+MARGIN = 1.25  # [E] an estimate has to be better by this to be believed against the path that is known to be good
+DEPTHWISE_SHARE = 0.1  # [E] a multiply-add needs a load, and a bound for each
+FILTER_BLOCKS = 512  # that the positions of a filter gradient are split for,
+FILTER_POSITIONS = 256  # but into parts of no fewer positions
+COLUMN_BYTES = 256 << 20  # of the workspace for columns: more is done some images at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A way's time in seconds, and its parts."""
+
+    path: str
+    tile: str
+    arithmetic: float
+    cache: float
+    memory: float
+    launches: int = 1
+    passes: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """The longest part of the main launch, the other passes, and the launches."""
+        return max(self.arithmetic, self.cache, self.memory) + self.passes + self.launches * LAUNCH_SECONDS
+
+    @property
+    def limit(self) -> str:
+        """What takes the longest: "arithmetic", "cache", "memory", "passes" or "launches"."""
+        parts = {
+            "arithmetic": self.arithmetic,
+            "cache": self.cache,
+            "memory": self.memory,
+            "passes": self.passes,
+            "launches": self.launches * LAUNCH_SECONDS,
+        }
+        return max(parts, key=lambda name: parts[name])
+
+
+# ---------------------------------------------------------------- the ways of a problem
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """A problem in one direction as products of matrices: of each unit ``channels`` x ``positions`` sums."""
+
+    channels: int
+    positions: int
+    units: int
+    summed: int  # source channels of a group
+    taps: float  # of the filter that meet one output pixel, the mean over the stride phases
+
+    @staticmethod
+    def of(problem: Conv2dProblem, direction: str) -> Sizes:
+        """Of "forward" or "backward_data", whose units are groups, and there of each stride phase."""
+        outputs, depth = problem.K // problem.groups, problem.C // problem.groups
+        taps = problem.R * problem.S
+        if direction == "forward":
+            return Sizes(outputs, problem.N * problem.P * problem.Q, problem.groups, depth, taps)
+        down, across = min(problem.stride[0], problem.H), min(problem.stride[1], problem.W)
+        positions = problem.N * -(-problem.H // problem.stride[0]) * -(-problem.W // problem.stride[1])
+        return Sizes(depth, positions, down * across * problem.groups, outputs, taps / (down * across))
+
+
+def estimate(
+    path: str,
+    direction: str,
+    problem: Conv2dProblem,
+    dtype: str,
+    gpu: Gpu,
+    *,
+    precision: str | None = None,
+    channels_last: bool = False,
+) -> Estimate:
+    """The time of ``path``, a name that ``algorithm`` takes, on images that are ``channels_last`` or contiguous.
+
+    Raises ValueError for a path that there is not.
+    """
+    if direction == "backward_filter":
+        return _filter_gradient(path, problem, dtype, gpu, precision, channels_last)
+    sizes, item = Sizes.of(problem, direction), itemsize(dtype)
+    once = _arrays(problem, item)
+    if path in ("implicit_gemm", "phases"):
+        tile = implicit_tile(gpu, dtype, sizes.channels, sizes.positions, sizes.units)
+        return _product(path, tile, sizes, 8, plain_rate(gpu, dtype), item, once, gpu)
+    if path == "tensor":
+        tile = tensor_tile(gpu, dtype, precision, sizes.channels, sizes.positions, sizes.units)
+        made = _product(path, tile, sizes, 16 // item, tensor_rate(gpu, dtype, precision), item, once, gpu)
+        packed, launches = _packing(problem, item, channels_last, direction)
+        return replace(made, launches=1 + launches, passes=_memory(gpu, packed))
+    if path == "direct":
+        return _product(path, DIRECT_TILE, sizes, 1, plain_rate(gpu, dtype), 0, once, gpu)
+    if path == "depthwise":
+        rate = DEPTHWISE_SHARE * plain_rate(gpu, dtype)
+        return Estimate(path, "", problem.flops / rate, 0.0, _memory(gpu, once))
+    if path == "dilated":
+        stride = problem.stride[0] * problem.stride[1]
+        whole = Sizes(
+            sizes.channels, problem.N * problem.H * problem.W, problem.groups, sizes.summed, sizes.taps * stride
+        )
+        tile = implicit_tile(gpu, dtype, whole.channels, whole.positions, whole.units)
+        made = _product(path, tile, whole, 8, plain_rate(gpu, dtype), item, once, gpu)
+        workspace = 2.0 * item * problem.N * problem.K * problem.H * problem.W
+        return replace(made, launches=3, passes=_memory(gpu, workspace))
+    if path in ("im2col", "col2im", "scatter"):
+        return _by_columns(path, problem, dtype, gpu)
+    raise ValueError(f"no estimate of a path '{path}' for {direction}")
+
+
+def _product(
+    path: str, tile: Tile, sizes: Sizes, step: int, rate: float, item: int, moved: float, gpu: Gpu
+) -> Estimate:
+    """Of an implicit matrix product whose source channels are rounded up to ``step``."""
+    depth = -(-sizes.summed // step) * step * sizes.taps
+    arithmetic, cache = tiled(gpu, tile, sizes.channels, sizes.positions, sizes.units, depth, rate, item)
+    return Estimate(path, tile.name, arithmetic, cache, _memory(gpu, moved))
+
+
+def _by_columns(path: str, problem: Conv2dProblem, dtype: str, gpu: Gpu) -> Estimate:
+    """Columns in memory (unless they are the image itself) and cuBLAS's product, a matrix for each image."""
+    item = itemsize(dtype)
+    pointwise = (problem.R, problem.S, problem.stride, problem.padding) == (1, 1, (1, 1), (0, 0, 0, 0))
+    outputs, depth = problem.K // problem.groups, problem.C // problem.groups * problem.R * problem.S
+    positions = problem.P * problem.Q
+    # Forward sums over the columns' rows; the input gradient makes them, in at least float32.
+    rows, summed, wide_item = (outputs, depth, item) if path == "im2col" else (depth, outputs, max(item, 4))
+    plain = dtype in ("float32", "float64")
+    rate = gpu.rate(dtype if plain else "16-bit")
+    arithmetic, cache = min(
+        tiled(gpu, tile, rows, positions, problem.N * problem.groups, summed, rate, item)
+        for tile in (CUBLAS_TILES if plain else CUBLAS_TENSOR_TILES)
+    )
+    made = Estimate(path, "cuBLAS", arithmetic, cache, _memory(gpu, _arrays(problem, item)))
+    if pointwise:
+        return replace(made, launches=problem.groups)
+    columns = float(wide_item) * problem.N * problem.groups * depth * positions
+    image, result = (item * math.prod(shape) for shape in (problem.input_shape, problem.output_shape))
+    turns = max(1, min(problem.N, math.ceil(columns / COLUMN_BYTES)))
+    return replace(
+        made,
+        memory=_memory(gpu, columns + result),
+        passes=_memory(gpu, columns + image),
+        launches=turns * (problem.groups + 1),
+    )
+
+
+def _filter_gradient(
+    path: str, problem: Conv2dProblem, dtype: str, gpu: Gpu, precision: str | None, channels_last: bool
+) -> Estimate:
+    """Sums over all positions, which are split into parts until there are blocks enough for any GPU."""
+    item = itemsize(dtype)
+    outputs, columns = problem.K // problem.groups, problem.C // problem.groups * problem.R * problem.S
+    positions = problem.N * problem.P * problem.Q
+    once = _arrays(problem, item)
+    if path == "depthwise":
+        rate = DEPTHWISE_SHARE * plain_rate(gpu, dtype)
+        return Estimate(path, "", problem.flops / rate, 0.0, _memory(gpu, once), 2)
+    if path == "im2col":
+        # A product for each image, one after the other, each adding to the same sums.
+        made = _by_columns("im2col", problem, dtype, gpu)
+        return replace(made, launches=made.launches + problem.N + 1)
+    if path == "tensor":
+        tiles = THREE_PRODUCT_FILTER_TILES if products(dtype, precision) == 3 else TENSOR_FILTER_TILES
+        rate = tensor_rate(gpu, dtype, precision)
+        packed, packs = _packing(problem, item, channels_last, "backward_filter")
+    elif path == "implicit_gemm":
+        tiles = FILTER_TILES_FLOAT64 if dtype == "float64" else FILTER_TILES
+        rate, packed, packs = plain_rate(gpu, dtype), 0.0, 0
+    else:
+        raise ValueError(f"no estimate of a path '{path}' for backward_filter")
+    found = []
+    for tile in tiles:
+        across = tile.blocks(outputs, columns, problem.groups)
+        parts = max(1, min(-(-FILTER_BLOCKS // across), -(-positions // FILTER_POSITIONS)))
+        units, depth = problem.groups * parts, positions / parts
+        arithmetic, cache = tiled(gpu, tile, outputs, columns, units, depth, rate, item)
+        sums = 4.0 * parts * problem.K * columns
+        passes = _memory(gpu, packed + sums)
+        found.append(Estimate(path, tile.name, arithmetic, cache, _memory(gpu, once + sums), 2 + packs, passes))
+    return min(found, key=lambda made: made.seconds)
+
+
+def _packing(problem: Conv2dProblem, item: int, channels_last: bool, direction: str) -> tuple[float, int]:
+    """(bytes, launches) of bringing what tensor cores read into pieces of 16 bytes, channels side by side."""
+    chunk, moved, launches = 16 // item, 0.0, 0
+    shapes = {"forward": [problem.input_shape], "backward_data": [problem.output_shape]}.get(
+        direction, [problem.input_shape, problem.output_shape]
+    )
+    for shape in shapes:
+        depth = shape[1] // problem.groups
+        if not channels_last or depth % chunk:
+            moved += item * math.prod(shape) * (1 + -(-depth // chunk) * chunk / depth)
+            launches += 1
+    # The weights of an input gradient always, and forward those that do not lie so; a filter's has none.
+    whole = channels_last and problem.C // problem.groups % chunk == 0
+    weights = direction == "backward_data" or (direction == "forward" and not whole)
+    return moved, launches + weights
+
+
+def _arrays(problem: Conv2dProblem, item: int) -> float:
+    """Bytes of input, filter and output, each once."""
+    return float(item) * sum(
+        math.prod(shape) for shape in (problem.input_shape, problem.weight_shape, problem.output_shape)
+    )
+
+
+def _memory(gpu: Gpu, moved: float) -> float:
+    return moved / (REACHED_BANDWIDTH * gpu.bandwidth)
+
+
+# ---------------------------------------------------------------- choosing
+
+
+def choose(
+    usual: str,
+    candidates: Iterable[str],
+    direction: str,
+    problem: Conv2dProblem,
+    dtype: str,
+    gpu: Gpu,
+    *,
+    precision: str | None = None,
+    channels_last: bool = False,
+) -> str:
+    """``usual``, unless one of the ``candidates`` is estimated to be MARGIN times as fast; then the fastest.
+
+    ``usual`` is what is known to be good for such a problem without reckoning.
+    """
+    options = {"precision": precision, "channels_last": channels_last}
+
+    def seconds(path: str) -> float:
+        return estimate(path, direction, problem, dtype, gpu, **options).seconds  # type: ignore[arg-type]
+
+    best = min(candidates, key=seconds, default=usual)
+    return best if seconds(best) * MARGIN < seconds(usual) else usual

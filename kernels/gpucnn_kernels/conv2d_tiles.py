@@ -1,0 +1,153 @@
+"""What a block of a convolution kernel makes, and how long a grid of such blocks takes: which tile is taken.
+
+    arithmetic = b * (a block's operations) / (a multiprocessor's rate * share * busy)
+    busy       = min(1, resident warps / BUSY_WARPS)
+    cache      = (what all blocks fetch) / (the second-level cache's bandwidth)
+
+b is how many blocks the busiest of the multiprocessors works off: blocks / multiprocessors, rounded up, which is
+where a grid that is a little too large for a last full round shows. A block's operations are those of a whole
+tile: edges are multiplied like what is inside.
+
+Constants marked [E] are estimates until they are measured on a GPU; [P] follow from published figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from gpucnn_kernels.gpu import Gpu
+from gpucnn_kernels.runtime import itemsize
+
+CACHE_BYTES_A_CLOCK = 21.0  # [E] for each multiprocessor: 5.5 TB/s of an H200
+BUSY_WARPS = 8  # [E] of a multiprocessor, two for each scheduler: fewer do not hide their own latencies
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """What a block makes and how many of a multiprocessor's warps it is: as in the tables of docs/kernels."""
+
+    name: str
+    channels: int
+    positions: int
+    warps: int
+    resident: int  # blocks of a multiprocessor of an H200, by registers and shared memory
+    share: float  # of its unit's peak rate that its inner product reaches when nothing else is in the way
+
+    def blocks(self, channels: int, positions: int, units: int) -> int:
+        """How many cover ``channels`` x ``positions`` of each unit (a group of a stride phase)."""
+        return -(-channels // self.channels) * -(-positions // self.positions) * units
+
+    def operations_a_byte(self, item: int) -> float:
+        """2 * channels * positions on (channels + positions) fetched numbers, for each step of the sum."""
+        return 2 * self.channels * self.positions / ((self.channels + self.positions) * item)
+
+
+# Shares of FFMA by how many numbers a thread reads from shared memory for how many multiply-adds [E].
+IMPLICIT_TILES = (
+    Tile("conv2d_implicit_gemm_large", 64, 128, 8, 2, 0.60),  # 12 for 32
+    Tile("conv2d_implicit_gemm_small", 32, 64, 4, 4, 0.50),  # 8 for 16
+)
+IMPLICIT_TILES_FLOAT64 = (
+    Tile("conv2d_implicit_gemm_large", 64, 64, 8, 2, 0.50),  # both 8 for 16
+    Tile("conv2d_implicit_gemm_small", 32, 64, 4, 3, 0.50),
+)
+DIRECT_TILE = Tile("conv2d_direct", 16, 256, 8, 5, 0.50)  # 16 of some 25 instructions of a tap are multiply-adds
+FILTER_TILES = (
+    Tile("filter_gradient_wide", 64, 64, 8, 3, 0.40),  # 8 for 16, and two places to keep up
+    Tile("filter_gradient_narrow", 32, 32, 8, 4, 0.25),  # 4 for 4
+)
+FILTER_TILES_FLOAT64 = (
+    Tile("filter_gradient_wide", 64, 64, 8, 2, 0.40),
+    Tile("filter_gradient_narrow", 32, 32, 8, 4, 0.25),
+)
+# cuBLAS's: the shares are 47 to 52 of 67 TFLOP/s and 720 to 798 of 1070 [P], the tiles a guess [E].
+CUBLAS_TILES = tuple(Tile("cuBLAS", high, wide, 8, 2, 0.75) for high, wide in ((128, 64), (64, 128)))
+CUBLAS_TENSOR_TILES = tuple(Tile("cuBLAS", high, wide, 8, 2, 0.70) for high, wide in ((128, 64), (64, 128)))
+# Shares of the tensor cores: mma.sync tops out at 63 % of the datasheet's rate, which is for 1.83 of an H200's
+# 1.98 GHz [P]; a warp of a small tile reads as much from shared memory for half as many products [E].
+TENSOR_TILES = (
+    Tile("conv2d_tensor_large", 128, 128, 8, 2, 0.58),
+    Tile("conv2d_tensor_medium", 64, 128, 4, 4, 0.58),
+    Tile("conv2d_tensor_small", 32, 64, 4, 7, 0.40),
+)
+THREE_PRODUCT_TILES = (
+    Tile("conv2d_tensor_large", 128, 128, 8, 1, 0.58),
+    Tile("conv2d_tensor_medium", 64, 128, 4, 2, 0.58),
+    Tile("conv2d_tensor_small", 32, 64, 4, 6, 0.40),
+)
+TENSOR_FILTER_TILES = (
+    Tile("filter_gradient_tensor_large", 128, 128, 8, 2, 0.58),
+    Tile("filter_gradient_tensor_small", 64, 64, 4, 5, 0.50),
+)
+THREE_PRODUCT_FILTER_TILES = (
+    Tile("filter_gradient_tensor_large", 128, 128, 8, 1, 0.58),
+    Tile("filter_gradient_tensor_small", 64, 64, 4, 3, 0.50),
+)
+
+
+# ---------------------------------------------------------------- a grid of tiles
+
+
+def tiled(
+    gpu: Gpu, tile: Tile, channels: int, positions: int, units: int, depth: float, rate: float, item: int
+) -> tuple[float, float]:
+    """(arithmetic, cache) seconds of ``units`` products of channels x positions, each number ``depth`` terms.
+
+    ``rate`` is the peak of all multiprocessors together, in FLOP/s.
+    """
+    blocks = tile.blocks(channels, positions, units)
+    busiest = max(1, -(-blocks // gpu.multiprocessors))
+    warps = min(busiest, tile.resident) * tile.warps
+    reached = tile.share * rate / gpu.multiprocessors * min(1.0, warps / BUSY_WARPS)
+    operations = 2.0 * tile.channels * tile.positions * depth
+    fetched = blocks * (tile.channels + tile.positions) * depth * item
+    return busiest * operations / reached, fetched / cache_bandwidth(gpu)
+
+
+def cache_bandwidth(gpu: Gpu) -> float:
+    """Bytes a second of the second-level cache."""
+    return CACHE_BYTES_A_CLOCK * gpu.multiprocessors * gpu.clock
+
+
+def faster_tile(
+    gpu: Gpu, tiles: Iterable[Tile], channels: int, positions: int, units: int, rate: float, item: int
+) -> Tile:
+    """The tile that takes the least time; the depth of the sum is common to all and does not matter.
+
+    Of several whose longer part is the same, the one whose other part is shorter; of equals the first.
+    """
+
+    def seconds(tile: Tile) -> tuple[float, float]:
+        parts = tiled(gpu, tile, channels, positions, units, 1.0, rate, item)
+        return max(parts), min(parts)
+
+    return min(tiles, key=seconds)
+
+
+def implicit_tile(gpu: Gpu, dtype: str, channels: int, positions: int, units: int) -> Tile:
+    """That of the implicit matrix product with FFMA."""
+    tiles = IMPLICIT_TILES_FLOAT64 if dtype == "float64" else IMPLICIT_TILES
+    return faster_tile(gpu, tiles, channels, positions, units, plain_rate(gpu, dtype), itemsize(dtype))
+
+
+def tensor_tile(gpu: Gpu, dtype: str, precision: str | None, channels: int, positions: int, units: int) -> Tile:
+    """That of the implicit matrix product on tensor cores."""
+    tiles = THREE_PRODUCT_TILES if products(dtype, precision) == 3 else TENSOR_TILES
+    rate = tensor_rate(gpu, dtype, precision)
+    return faster_tile(gpu, tiles, channels, positions, units, rate, itemsize(dtype))
+
+
+def products(dtype: str, precision: str | None) -> int:
+    """Tensor-core products for each product of numbers: three of tf32 are as exact as float32."""
+    return 3 if dtype == "float32" and precision != "tf32" else 1
+
+
+def plain_rate(gpu: Gpu, dtype: str) -> float:
+    """Peak FLOP/s of products of such arrays without tensor cores."""
+    return gpu.rate("float64" if dtype == "float64" else "float32")
+
+
+def tensor_rate(gpu: Gpu, dtype: str, precision: str | None) -> float:
+    """The same with them."""
+    return gpu.rate("tf32" if dtype == "float32" else "16-bit") / products(dtype, precision)

@@ -1,0 +1,283 @@
+"""The cost model: its parts by hand, what it must never choose, and what everybody would choose."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpucnn_kernels import Conv2dProblem, conv2d_algorithms, conv2d_choose, conv2d_cost, conv2d_tiles, gpu
+from gpucnn_kernels.conv2d_choice import candidates, usual
+from gpucnn_kernels.gpu import H200, Gpu
+from tests.problems import ALL
+
+ROOT = Path(__file__).resolve().parent.parent
+DIRECTIONS = ("forward", "backward_data", "backward_filter")
+T4 = Gpu("T4", 40, (7, 5), 1.59e9, 320e9)
+A100 = Gpu("A100", 108, (8, 0), 1.41e9, 1555e9)
+RTX4090 = Gpu("4090", 128, (8, 9), 2.52e9, 1008e9)
+
+
+def shaped(n: int, c: int, size: int, k: int, kernel: int, **options: Any) -> Conv2dProblem:
+    groups = options.get("groups", 1)
+    return Conv2dProblem.from_shapes((n, c, size, size), (k, c // groups, kernel, kernel), **options)
+
+
+# ---------------------------------------------------------------- the GPU
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "tera"),
+    [
+        (H200, "float32", 66.9), (H200, "float64", 33.5), (H200, "16-bit", 1070), (H200, "tf32", 535),
+        (A100, "float32", 19.5), (A100, "float64", 9.7), (A100, "16-bit", 312), (A100, "tf32", 156),
+        (T4, "float32", 8.1), (T4, "16-bit", 65), (T4, "tf32", 0.0),
+        (RTX4090, "float32", 82.6), (RTX4090, "float64", 1.3),
+    ],
+)  # fmt: skip
+def test_peak_rates_are_the_datasheets(device: Gpu, precision: str, tera: float) -> None:
+    assert device.rate(precision) == pytest.approx(tera * 1e12, rel=0.02)
+
+
+def test_what_a_driver_says_and_what_it_does_not() -> None:
+    said = {
+        "MultiProcessorCount": 108, "ClockRate": 1_410_000, "MemoryClockRate": 1_215_000,
+        "GlobalMemoryBusWidth": 5120,
+    }  # fmt: skip
+    made = gpu.from_attributes("A100", (8, 0), said)
+    assert (made.multiprocessors, made.clock, made.capability) == (108, 1.41e9, (8, 0))
+    assert made.bandwidth == pytest.approx(1555.2e9)
+    silent = gpu.from_attributes("vGPU", (8, 0), {"MultiProcessorCount": 20, "ClockRate": 0})
+    assert (silent.multiprocessors, silent.clock, silent.bandwidth) == (20, H200.clock, H200.bandwidth)
+
+
+# ---------------------------------------------------------------- the parts, by hand
+
+
+def test_a_grid_of_tiles_by_hand() -> None:
+    device = Gpu("ten", 10, (9, 0), 1e9, 1e12)
+    tile = conv2d_tiles.Tile("t", 64, 128, warps=4, resident=2, share=0.5)
+    # 100 x 1000 in tiles of 64 x 128 is 2 x 8 blocks a unit, 48 of three units: five on the busiest of ten. Two of
+    # these at a time are eight warps, all that is asked for; half of 2e10 is 1e9 for each multiprocessor.
+    arithmetic, cache = conv2d_tiles.tiled(device, tile, 100, 1000, 3, 50.0, 2e10, 4)
+    assert arithmetic == pytest.approx(5 * 2 * 64 * 128 * 50 / 1e9)
+    assert cache == pytest.approx(48 * (64 + 128) * 50 * 4 / (21 * 10 * 1e9))
+    # One block on each: half the warps, half the rate.
+    (alone, _) = conv2d_tiles.tiled(device, tile, 64, 128 * 10, 1, 50.0, 2e10, 4)
+    assert alone == pytest.approx(2 * 64 * 128 * 50 / 0.5e9)
+    assert tile.operations_a_byte(4) == pytest.approx(2 * 64 * 128 / (192 * 4))
+
+
+def test_a_grid_that_is_one_block_too_large_takes_a_round_more() -> None:
+    tile = conv2d_tiles.IMPLICIT_TILES[0]
+
+    def seconds(blocks: int) -> float:
+        return conv2d_tiles.tiled(H200, tile, 64, 128 * blocks, 1, 72.0, 1e12, 4)[0]
+
+    assert seconds(132 * 4) == seconds(132 * 3 + 1) == pytest.approx(seconds(132) * 4)
+    assert seconds(132 * 4 + 1) == pytest.approx(seconds(132 * 4) * 5 / 4)
+
+
+def test_an_implicit_product_by_hand() -> None:
+    problem = shaped(256, 64, 56, 64, 3, padding=1)
+    made = conv2d_cost.estimate("implicit_gemm", "forward", problem, "float32", H200)
+    positions = 256 * 56 * 56
+    assert made.tile == "conv2d_implicit_gemm_large"
+    blocks = positions // 128
+    assert blocks == 6272
+    peak = 256 * 132 * 1.98e9
+    assert made.arithmetic == pytest.approx(-(-blocks // 132) * 132 * 2 * 64 * 128 * 576 / (0.6 * peak))
+    assert made.memory == pytest.approx(4 * (2 * positions * 64 + 64 * 576) / (0.9 * 4.8e12))
+    assert made.cache == pytest.approx(blocks * 192 * 576 * 4 / (21 * 132 * 1.98e9))
+    assert (made.launches, made.passes) == (1, 0.0)
+    assert made.seconds == pytest.approx(made.arithmetic + 3e-6)
+    assert made.limit == "arithmetic"
+
+
+def test_columns_by_hand() -> None:
+    problem = shaped(32, 64, 56, 64, 3, padding=1)
+    made = conv2d_cost.estimate("im2col", "forward", problem, "float32", H200)
+    image, columns = 4 * 32 * 64 * 3136, 4 * 32 * 576 * 3136
+    assert made.passes == pytest.approx((image + columns) / 4.32e12)
+    assert made.memory == pytest.approx((columns + image) / 4.32e12)  # as many output channels as input channels
+    # 64 x 3136 are 25 tiles of 64 x 128, the last one half filled; 32 images' are 7 on the busiest of 132.
+    assert made.arithmetic == pytest.approx(7 * 2 * 64 * 128 * 576 / (0.75 * 256 * 1.98e9))
+    assert made.launches == 2  # 231 MB of columns go into the workspace at once
+    pointwise = conv2d_cost.estimate("im2col", "forward", shaped(32, 64, 56, 64, 1), "float32", H200)
+    assert (pointwise.passes, pointwise.launches) == (0.0, 1)
+
+
+def test_stride_phases_multiply_no_zeros_and_the_dilated_path_does() -> None:
+    problem = shaped(64, 64, 56, 128, 3, stride=2, padding=1)
+    phases = conv2d_cost.Sizes.of(problem, "backward_data")
+    assert (phases.units, phases.positions, phases.channels, phases.summed) == (4, 64 * 28 * 28, 64, 128)
+    assert phases.taps == pytest.approx(9 / 4)
+    assert 2 * phases.units * phases.positions * phases.channels * phases.summed * phases.taps == problem.flops
+    quick, literal = (
+        conv2d_cost.estimate(path, "backward_data", problem, "float32", H200) for path in ("phases", "dilated")
+    )
+    assert literal.arithmetic == pytest.approx(4 * quick.arithmetic, rel=0.05)
+    assert literal.passes > 0
+    assert literal.launches == 3
+
+
+def test_what_lies_in_pieces_of_16_bytes_is_not_packed() -> None:
+    problem = shaped(8, 64, 28, 64, 3, padding=1)
+    options: dict[str, Any] = {"precision": "float16"}
+    plain, last = (
+        conv2d_cost.estimate("tensor", "forward", problem, "float16", H200, channels_last=way, **options)
+        for way in (False, True)
+    )
+    assert (plain.launches, last.launches) == (3, 1)  # the image's and the filter's copies, and the product
+    assert plain.passes == pytest.approx(2 * 2 * 8 * 64 * 28 * 28 / 4.32e12)
+    assert last.passes == 0
+    odd = shaped(8, 3, 28, 64, 3, padding=1)  # three channels fill up to eight
+    filled = conv2d_cost.estimate("tensor", "forward", odd, "float16", H200, channels_last=True, **options)
+    assert filled.passes == pytest.approx(2 * 8 * 28 * 28 * (3 + 8) / 4.32e12)
+    assert filled.launches == 3
+
+
+# ---------------------------------------------------------------- the table of what the kernels take
+
+
+def test_resident_blocks_are_those_of_the_compiled_kernels() -> None:
+    """Of all forms the fewest, on an H100 or H200, as docs/kernels/registers.json and CUDA's limits give them."""
+    spec = importlib.util.spec_from_file_location("document_kernels", ROOT / "scripts" / "document_kernels.py")
+    assert spec is not None
+    assert spec.loader is not None
+    document = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(document)
+    table = json.loads((ROOT / "docs" / "kernels" / "registers.json").read_text())
+    place = table["architectures"].index("sm_90")
+
+    def resident(tile: conv2d_tiles.Tile, wanted: Any) -> int:
+        found = []
+        for title, source in table["sources"].items():
+            numbers = source["kernels"].get(tile.name)
+            if numbers is not None and wanted(title):
+                shared = numbers["shared_bytes"][place] + numbers.get("dynamic_bytes", 0)
+                share = document.occupancy("sm_90", numbers["threads"], numbers["registers"][place], shared)
+                assert numbers["threads"] == 32 * tile.warps, title
+                found.append(round(share * 64 / tile.warps))
+        assert found, tile.name
+        return min(found)
+
+    single = conv2d_tiles.IMPLICIT_TILES + conv2d_tiles.FILTER_TILES + (conv2d_tiles.DIRECT_TILE,)
+    for tile in single:
+        assert resident(tile, lambda title: "float64" not in title) == tile.resident, tile.name
+    for tile in conv2d_tiles.IMPLICIT_TILES_FLOAT64 + conv2d_tiles.FILTER_TILES_FLOAT64:
+        assert resident(tile, lambda title: "float64" in title) == tile.resident, tile.name
+    for tile in conv2d_tiles.TENSOR_TILES + conv2d_tiles.TENSOR_FILTER_TILES:
+        assert resident(tile, lambda title: "PRODUCTS 1" in title) == tile.resident, tile.name
+    for tile in conv2d_tiles.THREE_PRODUCT_TILES + conv2d_tiles.THREE_PRODUCT_FILTER_TILES:
+        assert resident(tile, lambda title: "PRODUCTS 3" in title) == tile.resident, tile.name
+
+
+# ---------------------------------------------------------------- choosing
+
+
+problems = st.builds(
+    lambda n, c, groups, k, size, kernel, stride, pad: shaped(
+        n, c * groups, max(size, kernel), k * groups, kernel, stride=stride, padding=pad, groups=groups
+    ),
+    st.integers(0, 300), st.integers(1, 70), st.sampled_from([1, 1, 2, 16]), st.integers(1, 70),
+    st.integers(1, 60), st.sampled_from([1, 2, 3, 5, 7]), st.integers(1, 3), st.integers(0, 3),
+)  # fmt: skip
+forms = st.sampled_from([
+    ("float32", None), ("float32", "tf32"), ("float16", None), ("float16", "float16"), ("bfloat16", None),
+    ("bfloat16", "bfloat16"), ("float64", None),
+])  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(problems, forms, st.sampled_from([H200, A100, T4]), st.booleans(), st.sampled_from(DIRECTIONS))
+def test_only_what_can_be_done_is_chosen(
+    problem: Conv2dProblem, form: tuple[str, str | None], device: Gpu, last: bool, direction: str
+) -> None:
+    dtype, precision = form
+    names = candidates(direction, problem, dtype, precision, device)
+    first = usual(direction, problem, dtype, precision, device)
+    options: dict[str, Any] = {"precision": precision, "channels_last": last}
+    name = conv2d_cost.choose(first, names, direction, problem, dtype, device, **options)
+    depth = problem.C // problem.groups
+    assert name in (*conv2d_algorithms(direction), "tensor")
+    assert name not in ("scatter", "dilated")
+    assert name != "direct" or depth <= 4
+    assert name != "depthwise" or depth == 1
+    if name == "tensor":
+        assert device.capability >= (8, 0)
+        assert precision in ("tf32", "float16", "bfloat16")
+    if (dtype, device) == ("bfloat16", T4):
+        assert name not in ("im2col", "col2im")
+    estimates = {way: conv2d_cost.estimate(way, direction, problem, dtype, device, **options) for way in names}
+    assert all(0 < made.seconds < float("inf") for made in estimates.values())
+    if name != first:
+        assert estimates[name].seconds * 1.25 < estimates[first].seconds
+        assert estimates[name].seconds == min(made.seconds for made in estimates.values())
+
+
+@settings(max_examples=200, deadline=None)
+@given(problems, forms, st.sampled_from(DIRECTIONS), st.sampled_from(["N", "K", "C"]))
+def test_a_larger_problem_takes_no_less_time(
+    problem: Conv2dProblem, form: tuple[str, str | None], direction: str, letter: str
+) -> None:
+    """By every way, whatever of it doubles; but for the rounding of how a filter's sum is split into parts."""
+    dtype, precision = form
+    larger = dataclasses.replace(problem, **{letter: 2 * getattr(problem, letter) or 1})
+    for way in candidates(direction, problem, dtype, precision, H200):
+        if way in ("direct", "depthwise") and letter == "C":
+            continue
+        options: dict[str, Any] = {"precision": precision}
+        small, large = (
+            conv2d_cost.estimate(way, direction, each, dtype, H200, **options) for each in (problem, larger)
+        )
+        slack = 0.8 if direction == "backward_filter" and way in ("implicit_gemm", "tensor") else 1.0
+        assert large.seconds >= slack * small.seconds - 1e-12, way
+
+
+def test_what_is_clear_is_chosen() -> None:
+    """What no one would have otherwise, whatever the estimates are worth."""
+    stem, block = shaped(256, 3, 224, 64, 7, stride=2, padding=3), shaped(256, 64, 56, 64, 3, padding=1)
+    pointwise, deep = shaped(256, 64, 56, 256, 1), shaped(256, 256, 28, 256, 3, padding=1, groups=256)
+    for dtype in ("float32", "float64"):
+        assert conv2d_choose("forward", stem, dtype) == "direct"
+        assert conv2d_choose("forward", block, dtype) == "implicit_gemm"
+        assert conv2d_choose("backward_data", block, dtype) == "phases"
+        assert conv2d_choose("forward", pointwise, dtype) == "im2col"
+        assert conv2d_choose("backward_data", pointwise, dtype) == "col2im"
+        for direction in DIRECTIONS:
+            assert conv2d_choose(direction, deep, dtype) == "depthwise"
+        assert conv2d_choose("backward_filter", block, dtype) == "implicit_gemm"
+    for dtype, precision in (("float32", "tf32"), ("float16", "float16"), ("bfloat16", "bfloat16")):
+        for direction in DIRECTIONS:
+            assert conv2d_choose(direction, block, dtype, precision=precision) == "tensor"
+            assert conv2d_choose(direction, deep, dtype, precision=precision) == "depthwise"
+    # Three input channels are three of 32 that a tile makes of an input gradient: their columns are far less work.
+    assert conv2d_choose("backward_data", stem, "float32") == "col2im"
+    # Without tensor cores' precision there are none.
+    assert conv2d_choose("forward", block, "float32", precision="float32") == "implicit_gemm"
+    # But cuBLAS has them for 16-bit arrays in any case, and their float32 sums, which columns are worth.
+    assert conv2d_choose("forward", block, "bfloat16") == "im2col"
+
+
+def test_every_problem_of_the_tests_keeps_a_way_of_its_kind() -> None:
+    """Small ones, too: where a launch is what counts, none is taken that needs three."""
+    for name, problem in ALL.items():
+        for direction in DIRECTIONS:
+            way = conv2d_choose(direction, problem, "float32")
+            made = conv2d_cost.estimate(way, direction, problem, "float32", H200)
+            first = usual(direction, problem, "float32", None, H200)
+            least = conv2d_cost.estimate(first, direction, problem, "float32", H200)
+            assert made.seconds <= least.seconds, (name, direction, way)
+
+
+def test_an_unknown_way() -> None:
+    for direction in DIRECTIONS:
+        with pytest.raises(ValueError, match="no estimate of a path 'magic'"):
+            conv2d_cost.estimate("magic", direction, ALL["resnet-block"], "float32", H200)
