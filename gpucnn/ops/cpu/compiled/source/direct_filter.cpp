@@ -16,8 +16,9 @@ constexpr int FILTERS = REGISTERS == 32 ? 4 : 2;
 constexpr int POSITIONS = REGISTERS == 32 ? 6 : 4;
 constexpr int64_t RUN = 1536;          // pixels of a chunk, about: FILTERS runs of dy stay in the first-level cache
 constexpr int64_t STAGED = 96 << 10;   // numbers of staged x at most, 384 KiB
-constexpr int64_t FILTER_BLOCK = 64;   // filters a task
-constexpr int64_t TASKS = 16;          // from so many blocks of weights on, the images are not cut as well
+constexpr int64_t FILTER_BLOCK = 128;  // filters a task
+constexpr int64_t POSITION_BLOCK = 640;  // and channels times kernel positions, about
+constexpr int64_t TASKS = 8;           // from so many blocks of weights on, the images are not cut as well
 
 enum Slot { PARTIAL, TABLE, PIXELS, GRADIENTS, SUMS, LINE };
 
@@ -70,7 +71,15 @@ void stage_gradient(
 // out = the gradient for the weight, from dy and x. `nan` is 1 where a number of it is NaN, and 0 elsewhere.
 GPUCNN_EXPORT int gpucnn_direct_backward_filter(
     int threads, const Problem *problem, const float *dy, const float *x, float *out, int64_t *nan) {
-    const Problem &p = *problem;
+    Problem p = *problem;
+    if (p.r * p.s == 1 && p.stride_h * p.stride_w == 1 && p.h == p.p && p.w == p.q && p.top == 0 && p.left == 0)
+        p.w = p.q = p.h * p.w, p.h = p.p = 1;  // 1x1: where a row ends has no meaning
+    // A long row is cut into short ones that have the pixels in the same order.
+    for (int64_t rows = 2; p.h == 1 && p.p == 1 && p.r * p.s == 1 && p.w == p.q && p.w / rows >= RUN / 4; ++rows)
+        if (p.w % rows == 0 && p.w / rows <= RUN) {
+            p.h = p.p = rows, p.w = p.q = p.w / rows;
+            break;
+        }
     int64_t channels = p.c / p.groups, filters = p.k / p.groups, kernel = p.r * p.s;
     int64_t shift_h = (p.r - 1) * p.dilation_h / p.stride_h, shift_w = (p.s - 1) * p.dilation_w / p.stride_w;
     Staging staging = {};
@@ -95,7 +104,7 @@ GPUCNN_EXPORT int gpucnn_direct_backward_filter(
     filter_block = ceiling(ceiling(filters, filter_blocks), FILTERS) * FILTERS;
     filter_blocks = ceiling(filters, filter_block);
     int64_t channel_block = larger(1, smaller(channels, STAGED / (staging.channel() * images)));
-    channel_block = smaller(channel_block, larger(1, ceiling(512, kernel)));
+    channel_block = smaller(channel_block, larger(1, POSITION_BLOCK / kernel));
     int64_t channel_blocks = ceiling(channels, channel_block);
     channel_block = ceiling(channels, channel_blocks);
     channel_blocks = ceiling(channels, channel_block);
@@ -143,23 +152,40 @@ GPUCNN_EXPORT int gpucnn_direct_backward_filter(
                         length, gradients + m * dy_pitch + i * length);
             // Zeros times what lies behind must be zeros, so that it has to be numbers.
             fill_zeros(pixels + runs.images * x_image, STAGING_END + LANES);
-            for (int64_t i = 0; i < many_c * kernel; i += POSITIONS) {
+            int64_t coming = chunk + 1 < chunks * (share + 1) / shares ? chunk + 1 : chunk;
+            int64_t coming_y = coming % bands * band, coming_plane = coming / bands * images * p.groups + group;
+            int64_t from = larger(0, coming_y * p.stride_h - p.top);
+            int64_t end = smaller(p.h, (coming_y + staging.rows) * p.stride_h - p.top);
+            int64_t steps = ceiling(many_k, FILTERS) * ceiling(many_c * kernel, POSITIONS);
+            int64_t again = coming == chunk ? 0 : 1;  // of some whole images, only the first is asked for
+            Ahead next_x(
+                x + ((coming_plane * channels + c) * p.h + from) * p.w, again * many_c, p.h * p.w, (end - from) * p.w);
+            Ahead next_dy(
+                dy + ((coming_plane * filters + k) * p.p + coming_y) * p.q, again * many_k, p.p * p.q,
+                smaller(band, p.p - coming_y) * p.q);
+            int64_t x_lines = ceiling(next_x.lines(), steps), dy_lines = ceiling(next_dy.lines(), steps);
+            auto block = [&](int64_t m, int64_t i) {
                 int there = static_cast<int>(smaller(POSITIONS, many_c * kernel - i));
-                int64_t m = 0;
-                for (; m + FILTERS <= many_k; m += FILTERS)
-                    multiply<FILTERS>(
-                        runs, gradients + m * dy_pitch, dy_pitch, pixels, offset + i, there, sums + m * width + i,
-                        width);
-                if (FILTERS == 4 && m + 2 <= many_k) {
-                    multiply<2>(
-                        runs, gradients + m * dy_pitch, dy_pitch, pixels, offset + i, there, sums + m * width + i,
-                        width);
-                    m += 2;
+                const float *rows_of_dy = gradients + m * dy_pitch;
+                float *to = sums + m * width + i;
+                int64_t left = many_k - m;
+                if (left >= FILTERS) multiply<FILTERS>(runs, rows_of_dy, dy_pitch, pixels, offset + i, there, to, width);
+                else {
+                    for (; left >= 2; left -= 2, rows_of_dy += 2 * dy_pitch, to += 2 * width)
+                        multiply<2>(runs, rows_of_dy, dy_pitch, pixels, offset + i, there, to, width);
+                    if (left) multiply<1>(runs, rows_of_dy, dy_pitch, pixels, offset + i, there, to, width);
                 }
-                if (m < many_k)
-                    multiply<1>(
-                        runs, gradients + m * dy_pitch, dy_pitch, pixels, offset + i, there, sums + m * width + i,
-                        width);
+                next_x.ask<false>(x_lines);
+                next_dy.ask<false>(dy_lines);
+            };
+            // What the inner loop passes over comes from the second-level cache: the rows of x where kernel positions
+            // share them, otherwise those of dy, which are fewer.
+            if (kernel > 1) {
+                for (int64_t m = 0; m < many_k; m += FILTERS)
+                    for (int64_t i = 0; i < many_c * kernel; i += POSITIONS) block(m, i);
+            } else {
+                for (int64_t i = 0; i < many_c * kernel; i += POSITIONS)
+                    for (int64_t m = 0; m < many_k; m += FILTERS) block(m, i);
             }
         }
         for (int64_t m = 0; m < many_k; ++m)
