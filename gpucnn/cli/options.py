@@ -268,6 +268,8 @@ TRAIN_OPTIONS = (
            default=0),
     Option("precision", "float32 or float64; on a GPU also tf32, bfloat16 or float16",
            choice("precision", PRECISIONS), "NAME", default="float32"),
+    Option("capture", "launch steps on a GPU as one CUDA graph: auto, on (layers of your own too) or off",
+           choice("capture", ("auto", "on", "off")), "NAME", default="auto"),
     Option("output", "run folder (default: runs/DATA-MODEL, numbered)", path, "DIR"),
     Option("resume", "go on with a run that was stopped: the one in RUN, or in --output", path, "RUN",
            optional_value=True),

@@ -25,7 +25,16 @@ from gpucnn.training import Checkpoint, RunFolder
 
 RUNS = Path("runs")
 
-OF_THE_MACHINE = ("data-dir", "device", "workers", "checkpoint-seconds", "checkpoint-steps", "quiet", "config")
+OF_THE_MACHINE = (
+    "data-dir",
+    "device",
+    "workers",
+    "capture",
+    "checkpoint-seconds",
+    "checkpoint-steps",
+    "quiet",
+    "config",
+)
 """Options that may change when a run is resumed: they say how it is carried out, not what comes of it."""
 
 _LEFT_TO_THE_TRAINER = ("epochs",)  # may change with some schedules; the trainer knows which

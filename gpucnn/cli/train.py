@@ -189,6 +189,7 @@ def _make_trainer(settings: Settings, splits: DataSplits, model: Model, folder: 
         checkpoint_seconds=settings["checkpoint-seconds"],
         checkpoint_steps=settings["checkpoint-steps"],
         workers=settings["workers"],
+        capture=settings["capture"],
     )
     return Trainer(
         model,

@@ -173,25 +173,32 @@ class Model(Layer):
         self.preprocessing, self.classes = preprocessing, list(train_set.classes)
         return trainer.fit(resume=resume)
 
-    def evaluate(self, data: Data, *, batch_size: int = 64) -> EvaluationResult:
-        """Loss, accuracy and confusion matrix on labelled images, given as to :meth:`fit`; all NumPy's."""
+    def evaluate(self, data: Data, *, batch_size: int = 64, capture: str = "auto") -> EvaluationResult:
+        """Loss, accuracy and confusion matrix on labelled images, given as to :meth:`fit`; all NumPy's.
+
+        ``capture``: as for :meth:`predict`.
+        """
         from gpucnn.data import DataSplits
         from gpucnn.training import evaluate
 
         if isinstance(data, DataSplits):
             data = data.test or data.validation or data.train
-        return evaluate(self, as_dataset(data, self._class_names()), self.preprocessing, batch_size)
+        dataset = as_dataset(data, self._class_names())
+        return evaluate(self, dataset, self.preprocessing, batch_size, capture=capture)
 
-    def predict(self, images: Any, *, batch_size: int = 64) -> NDArray[numpy.floating[Any]]:
+    def predict(self, images: Any, *, batch_size: int = 64, capture: str = "auto") -> NDArray[numpy.floating[Any]]:
         """Class probabilities (N, classes), a NumPy array; computed where the model is.
 
         Args:
             images: uint8 (N, H, W, C), (N, H, W) or one image (H, W, C), prepared as in training; or ready float
                 inputs (N, C, H, W).
             batch_size: images at a time.
+            capture: whether full batches are launched as one CUDA graph, where there are several: as the option of
+                that name of :class:`gpucnn.training.TrainingOptions`. The result is the same.
         """
         from gpucnn.ops import backend_of
         from gpucnn.training.evaluation import evaluation_mode
+        from gpucnn.training.forward_passes import LEAST_BATCHES, ForwardPass
 
         inputs = to_cpu(images)
         if inputs.dtype == numpy.uint8:
@@ -210,14 +217,20 @@ class Model(Layer):
             raise ShapeError(f"predict takes (N, H, W, C) images or (N, C, H, W) inputs, got shape {inputs.shape}")
         if len(inputs) == 0:
             raise ShapeError(f"predict was given no images (shape {inputs.shape})")
+
+        def shares(x: Any) -> Any:
+            logits = forward_pass(self, x)
+            return backend_of(logits).softmax_forward(logits, axis=1)
+
         probabilities = []
+        forward, often = ForwardPass(self, shares, capture), len(inputs) // batch_size >= LEAST_BATCHES
         with on_device(self.device), evaluation_mode(self):
             for start in range(0, len(inputs), batch_size):
                 batch = inputs[start : start + batch_size]
                 if self.preprocessing is not None and batch.dtype == numpy.uint8:
                     batch = self.preprocessing.apply(batch)
-                logits = forward_pass(self, to_device(batch.astype(self._dtype(), copy=False), self.device))
-                probabilities.append(to_cpu(backend_of(logits).softmax_forward(logits, axis=1)))
+                given = to_device(batch.astype(self._dtype(), copy=False), self.device)
+                probabilities.append(to_cpu(forward(given, full=often and len(batch) == batch_size)))
         return numpy.concatenate(probabilities)
 
     def compile_for_inference(self) -> Model:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -38,11 +39,9 @@ class WeightAverage:
         for whole, parts in (*_parameter_arrays(model), *_buffer_arrays(model, buffers)):
             average = whole.copy()
             self._pairs.append((whole, average))
-            start = 0
-            for part in parts:
+            for start, part in parts:
                 view = average.reshape(-1)[start : start + part.size]
                 self.average[names[id(part)]] = view.reshape(part.shape)
-                start += part.size
 
     def share(self, step: int) -> float:
         """How much of the way to the weights the average moves after ``step``, which counts from 1."""
@@ -105,18 +104,25 @@ class WeightAverage:
             copy_into(array, state[name])
 
 
-def _parameter_arrays(model: Layer) -> Iterator[tuple[Array, list[Array]]]:
-    """(array, its parts in their order): flat buffers of this model's parameters, and what lies in none."""
+def _parameter_arrays(model: Layer) -> Iterator[tuple[Array, list[tuple[int, Array]]]]:
+    """(array, its parts, each with its first element): flat buffers of the parameters, and what lies in none."""
     seen: set[int] = set()
     own = set(map(id, model.parameters()))
     for parameter in model.parameters():
         buffer = parameter.buffer
         if buffer is None or not (buffer.holds() and own.issuperset(map(id, buffer.parameters))):
-            yield parameter.data, [parameter.data]
+            yield parameter.data, [(0, parameter.data)]
         elif buffer.number not in seen:
             seen.add(buffer.number)
-            yield buffer.data, [part.data for part in buffer.parameters]
+            parts = [part.data for part in buffer.parameters]
+            yield buffer.data, list(zip(buffer.offsets, parts, strict=True))
 
 
-def _buffer_arrays(model: Layer, buffers: BufferCopy | None) -> list[tuple[Array, list[Array]]]:
-    return [(array, [array]) for _, array in model.named_buffers()] if buffers is None else buffers.flat
+def _buffer_arrays(model: Layer, buffers: BufferCopy | None) -> Iterator[tuple[Array, list[tuple[int, Array]]]]:
+    """The same of the model's buffers."""
+    if buffers is None:
+        yield from ((array, [(0, array)]) for _, array in model.named_buffers())
+        return
+    for flat, views in buffers.flat:
+        ends = itertools.accumulate(view.size for view in views)
+        yield flat, [(end - view.size, view) for end, view in zip(ends, views, strict=True)]

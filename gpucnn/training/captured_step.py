@@ -52,8 +52,9 @@ class CapturedStep:
     def _signed(self) -> Any:
         parts = self._parts
         groups = [group.options for group in parts.optimizer.groups]
-        layout = layout_of(parts.optimizer)
-        return signature(parts.model, parts.loss, groups, layout, parts.clip_norm, parts.average, parts.scaler)
+        update = groups, layout_of(parts.optimizer), parts.clip_norm, parts.average, parts.scaler
+        # The generators by themselves, too: a dropout without one of its own draws from the default one.
+        return signature(parts.model, parts.loss, update, parts.random.generators)
 
     def look_again(self) -> None:
         """Before the next step, see whether something has changed: a callback may have been at it."""

@@ -18,7 +18,8 @@ from gpucnn.errors import ArgumentError, DataError, ShapeError
 from gpucnn.layers import Layer
 from gpucnn.layers.precision import forward_pass
 from gpucnn.metrics import confusion_matrix, f1, per_class_accuracy, precision
-from gpucnn.ops import backend_of
+from gpucnn.ops import Array, backend_of
+from gpucnn.training.forward_passes import LEAST_BATCHES, ForwardPass
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,6 +74,8 @@ def evaluate(
     *,
     workers: int = 2,
     after_batch: Callable[[int], None] | None = None,
+    capture: str = "auto",
+    measurement: ForwardPass | None = None,
 ) -> EvaluationResult:
     """Run ``model`` in evaluation mode over all of ``dataset``; the model's modes are as before afterwards.
 
@@ -83,6 +86,9 @@ def evaluate(
         batch_size: images at a time; it changes the speed and, in the last digits, the sums.
         workers: threads that prepare batches.
         after_batch: called with the number of images done after each batch; what it raises ends the evaluation.
+        capture: whether full batches are launched as one CUDA graph, as the option of that name of
+            :class:`~gpucnn.training.TrainingOptions`; the result is the same.
+        measurement: what :func:`make_measurement` gives, to be used again in later evaluations.
 
     Raises DataError for labels that are no classes of the model, ArgumentError where the preprocessing is missing.
     """
@@ -99,19 +105,18 @@ def evaluate(
         dtype=input_dtype(model),
         device=model.device,
     )
+    often = measurement is not None or len(dataset) // batch_size >= LEAST_BATCHES
+    measure = make_measurement(model, dataset, capture) if measurement is None else measurement
     loss_sum, done = 0.0, 0
     predictions: list[NDArray[numpy.int64]] = []
     probabilities: list[NDArray[numpy.float32]] = []
     with on_device(model.device), evaluation_mode(model), contextlib.closing(loader.epoch(0)) as batches:
+        measure.begin()
         for batch in batches:
-            logits = forward_pass(model, batch.images)
-            if done == 0:
-                check_logits(logits, dataset)
-            batch_loss, shares = backend_of(logits).softmax_cross_entropy_forward(
-                logits, batch.labels, reduction="sum"
-            )
+            full = often and len(batch.labels) == batch_size
+            batch_loss, predicted, shares = measure(batch.images, batch.labels, full=full)
             loss_sum += float(batch_loss)
-            predictions.append(to_cpu(logits.argmax(axis=1)))
+            predictions.append(to_cpu(predicted))
             probabilities.append(to_cpu(shares))
             done += len(batch.labels)
             if after_batch is not None:
@@ -128,6 +133,24 @@ def evaluate(
         probabilities=all_probabilities,
         classes=list(dataset.classes),
     )
+
+
+def make_measurement(
+    model: Layer, dataset: Dataset, capture: str = "auto", say: Callable[[str], None] | None = None
+) -> ForwardPass:
+    """What :func:`evaluate` makes of a batch: (sum of its losses, predicted classes, probabilities), as arrays."""
+
+    def measure(images: Array, labels: Array) -> tuple[Array, Array, Array]:
+        logits = forward_pass(model, images)
+        check_logits(
+            logits, dataset
+        )  # as wide as there are classes, and all labels are classes: nothing to look at
+        loss, probabilities = backend_of(logits).softmax_cross_entropy_forward(
+            logits, labels, reduction="sum", check_targets=False
+        )
+        return loss, logits.argmax(axis=1), probabilities
+
+    return ForwardPass(model, measure, capture, say)
 
 
 @contextlib.contextmanager

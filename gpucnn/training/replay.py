@@ -148,8 +148,8 @@ def _described(value: Any) -> Any:
     if isinstance(value, dict):
         return tuple((key, _described(entry)) for key, entry in value.items())
     if isinstance(value, Parameter):
-        # Not its view in 16 bits: each refresh of a parameter outside a flat buffer makes another one.
-        return _Same(value.data), _Same(value.gradient), value.requires_grad, value.narrow_copy is None
+        # Not its copy in 16 bits: the first pass makes it, and whether there is one the model's precision says.
+        return _Same(value.data), _Same(value.gradient), value.requires_grad
     if isinstance(value, Generator):
         return _Same(value), value.seed
     return _Same(value)

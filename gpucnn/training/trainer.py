@@ -26,7 +26,8 @@ from gpucnn.training.callbacks import Callback
 from gpucnn.training.captured_step import GIVEN_UP, CapturedStep
 from gpucnn.training.checkpoint import Checkpoint, Position, write_checkpoint
 from gpucnn.training.diagnosis import advice_on, find_first_non_finite, find_non_finite_weight
-from gpucnn.training.evaluation import EvaluationResult, evaluate, input_dtype
+from gpucnn.training.evaluation import EvaluationResult, evaluate, input_dtype, make_measurement
+from gpucnn.training.forward_passes import ForwardPass
 from gpucnn.training.history import EpochRecord, History
 from gpucnn.training.interruption import InterruptWatch, TrainingInterrupted
 from gpucnn.training.loss_scaling import LossScaler
@@ -136,6 +137,7 @@ class Trainer:
         self._buffers: BufferCopy
         self._parts: StepParts
         self._steps: PlainStep | CapturedStep
+        self._measurement: ForwardPass | None = None
         self._data = describe_data(model, train, self.preprocessing, self.augmentation)
         self._random = RandomState(model)
         self._position = Position()
@@ -179,7 +181,8 @@ class Trainer:
                     self._end_epoch(watch)
         finally:
             self.model.skip_input_gradient(False)
-            vars(self).pop("_steps", None)  # a graph holds memory
+            vars(self).pop("_steps", None)  # graphs hold memory
+            self._measurement = None
             self.progress.close()
         if self._average is not None:
             self._average.apply()
@@ -232,6 +235,10 @@ class Trainer:
             options.clip_norm,
         )
         self._steps = self._make_steps()
+        if self.validation is not None:
+            self._measurement = make_measurement(
+                self.model, self.validation, options.capture, self.progress.message
+            )
         if self._leaves_out_last and self._position.step == 0:
             self.progress.message(
                 f"the last batch of each epoch would be a single image ({len(self.train)} images, batch size "
@@ -351,6 +358,7 @@ class Trainer:
                     self.options.resolved_evaluation_batch_size,
                     workers=self.options.workers,
                     after_batch=stop_if_asked,
+                    measurement=self._measurement,
                 )
         except _ValidationStopped as stopped:  # only out here is the model back at the weights to save
             raise self._interrupted(stopped.args[0]) from None
