@@ -3,8 +3,7 @@
 // Tiles are taken in runs of some tens. Where all filters fit the second-level cache beside a run, they are
 // transformed first, and a task takes a run through all steps. Otherwise the runs of many tiles are transformed
 // first, and a task takes one of them and a panel of the filters, which it transforms for itself, a stretch of the
-// depth at a time: reading 9 numbers again costs less than writing 36 to memory, and reading them back. Either
-// way, the same numbers are added in the same order.
+// depth at a time: reading 9 numbers again costs less than writing 36 to memory, and reading them back.
 #include "winograd.h"
 
 #include <atomic>
@@ -15,16 +14,13 @@ namespace {
 
 enum { FILTERS, INPUTS, PRODUCTS };  // slots of scratch memory
 
-#ifndef TUNE_LIMIT
-#define TUNE_LIMIT (1 << 19)
-#define TUNE_RUN (1 << 18)
-#define TUNE_TILES 96
-#define TUNE_DEPTH 128
-#endif
-constexpr int64_t FILTER_LIMIT = TUNE_LIMIT;      // numbers of transformed filters beside a run
-constexpr int64_t RUN_NUMBERS = TUNE_RUN;       // of a run's transformed tiles
-constexpr int64_t TOGETHER_TILES = TUNE_TILES;         // of a run, where there are many filters
-constexpr int64_t TOGETHER_NUMBERS = 1 << 22;  // of tiles transformed at once
+// By measurement on 2 MiB of cache; from half to double of each costs some percent.
+constexpr int64_t FILTER_LIMIT = 3 << 18;      // numbers of transformed filters beside a run of tiles
+constexpr int64_t RUN_NUMBERS = 1 << 18;       // of a run's transformed tiles
+constexpr int64_t RUN_TILES = 8 * TILE_ROWS;   // of a run, at least
+constexpr int64_t MOST_TILES = 22 * TILE_ROWS;  // of a run that a panel of filters is made for, at most
+constexpr int64_t STRETCH = 64;                // inputs of such a panel
+constexpr int64_t TOGETHER = 1 << 22;          // numbers of tiles transformed at once
 
 struct Convolution {
     int threads;
@@ -69,7 +65,7 @@ struct Convolution {
                        least(LANES, weight.inputs - input));
         });
         int64_t tiles = RUN_NUMBERS / (ELEMENTS * (in.blocks() + out.blocks()) * LANES) / TILE_ROWS * TILE_ROWS;
-        tiles = most(tiles, 4 * TILE_ROWS);
+        tiles = most(tiles, RUN_TILES);
         parallel_for(threads, up(in.count(), tiles), [&](int64_t task) {
             int64_t first = task * tiles, count = least(tiles, in.count() - first);
             Tiles from{nullptr, first, count, in.blocks()}, to{nullptr, first, count, out.blocks()};
@@ -81,7 +77,7 @@ struct Convolution {
     }
 
     void multiply_panel(const Tiles &from, int64_t number) {
-        Panel panel{nullptr, least(TUNE_DEPTH, weight.inputs), vectors(number)};
+        Panel panel{nullptr, least(STRETCH, weight.inputs), vectors(number)};
         Tiles to{nullptr, from.first, from.count, panel.vectors};
         panel.values = scratch(FILTERS, panel.size());
         to.values = scratch(PRODUCTS, to.size());
@@ -89,8 +85,8 @@ struct Convolution {
             failed = true;
             return;
         }
-        for (int64_t begin = 0; begin < weight.inputs; begin += TUNE_DEPTH) {
-            int64_t depth = least(TUNE_DEPTH, weight.inputs - begin);
+        for (int64_t begin = 0; begin < weight.inputs; begin += STRETCH) {
+            int64_t depth = least(STRETCH, weight.inputs - begin);
             for (int64_t vector = 0; vector < panel.vectors; ++vector)
                 filters_of(weight, number * PANEL + vector, begin, panel, vector, 0, depth);
             for (int64_t e = 0; e < ELEMENTS; ++e) multiply(from, begin, panel, 0, depth, to, 0, e, begin == 0);
@@ -100,9 +96,10 @@ struct Convolution {
     }
 
     void together() {
-        int64_t runs = up(in.count(), TOGETHER_TILES), tiles = up(up(in.count(), runs), TILE_ROWS) * TILE_ROWS;
+        int64_t runs = up(in.count(), MOST_TILES), tiles = up(up(in.count(), runs), TILE_ROWS) * TILE_ROWS;
         runs = up(in.count(), tiles);
-        int64_t size = Tiles{nullptr, 0, tiles, in.blocks()}.size(), at_once = least(runs, most(1, TOGETHER_NUMBERS / size));
+        int64_t size = Tiles{nullptr, 0, tiles, in.blocks()}.size();
+        int64_t at_once = least(runs, most(1, TOGETHER / size));
         float *values = scratch(INPUTS, at_once * size);
         if (!values) {
             failed = true;

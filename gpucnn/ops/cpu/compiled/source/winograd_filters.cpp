@@ -1,8 +1,7 @@
-// Winograd's filters: transformed before the products, and transformed back in the filter gradient. Each call does
-// LANES output channels, or one.
+// Winograd's filters: transformed before the products, and transformed back in the filter gradient.
 //
-// 36 numbers are made of 9, so that writing them (and reading them again, where there are too many for the cache)
-// is what this costs: 38 MB for 512 to 512 channels.
+// 36 numbers are made of 9, so that writing them is what this costs, and the less the sooner they are used: all of
+// them are 38 MB for 512 to 512 channels.
 #include "transpose.h"
 #include "winograd_transforms.h"
 
@@ -10,7 +9,7 @@ namespace gpucnn {
 namespace winograd {
 namespace {
 
-constexpr int64_t STRETCH = 16;  // of the depth, transposed at once
+constexpr int64_t AT_ONCE = 16;  // inputs that are transposed at once
 
 template <int K>
 void transform(const float *kernel, bool turned, float *to, int64_t element) {
@@ -40,9 +39,9 @@ template <int K>
 void filters(const Weight &weight, int64_t block, int64_t first, const Panel &to, int64_t vector, int64_t input,
              int64_t count) {
     int lanes = static_cast<int>(least(LANES, weight.outputs - block * LANES));
-    alignas(64) float kernels[STRETCH * K * K * LANES];
-    for (int64_t end = input + count; input < end; input += STRETCH) {
-        int64_t some = least(STRETCH, end - input);
+    alignas(64) float kernels[AT_ONCE * K * K * LANES];
+    for (int64_t end = input + count; input < end; input += AT_ONCE) {
+        int64_t some = least(AT_ONCE, end - input);
         if (weight.turned) {
             const float *from = weight.values + ((first + input) * weight.outputs + block * LANES) * K * K;
             for (int64_t i = 0; i < some; ++i, from += weight.outputs * K * K)

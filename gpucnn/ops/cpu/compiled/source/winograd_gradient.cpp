@@ -14,19 +14,13 @@ namespace {
 
 enum { SUMS, INPUTS, GRADIENTS };  // slots of scratch memory
 
-#ifndef TUNE_GLIMIT
-#define TUNE_GLIMIT (1 << 19)
-#define TUNE_GRUN (1 << 18)
-#define TUNE_GTILES 96
-#define TUNE_GROWS 4
-#define TUNE_GCOLS 8
-#endif
-constexpr int64_t SUMS_LIMIT = TUNE_GLIMIT;          // numbers of sums beside a run
-constexpr int64_t RUN_NUMBERS = TUNE_GRUN;         // of a run's transformed tiles
-constexpr int64_t SHARES = 8;                    // of the tiles, at most, each with its own sums
-constexpr int64_t TOGETHER_TILES = TUNE_GTILES;           // of a run, where there are many sums
-constexpr int64_t TOGETHER_NUMBERS = 6 << 20;    // of tiles transformed at once
-constexpr int64_t ROWS = TUNE_GROWS, COLUMNS = TUNE_GCOLS;         // blocks of outputs and inputs of a task's sums
+// By measurement on 2 MiB of cache; from half to double of each costs some percent.
+constexpr int64_t SUMS_LIMIT = 1 << 19;        // numbers of sums beside a run of tiles
+constexpr int64_t RUN_NUMBERS = 1 << 18;       // of a run's transformed tiles
+constexpr int64_t SHARES = 8;                  // of the tiles, at most, each with sums of its own
+constexpr int64_t MOST_TILES = 22 * TILE_ROWS;  // of a run, where there are many sums
+constexpr int64_t TOGETHER = 6 << 20;          // numbers of tiles transformed at once
+constexpr int64_t COLUMNS = 8;                 // blocks of inputs of a task's sums
 
 struct Gradient {
     int threads, kernel;
@@ -93,10 +87,12 @@ struct Gradient {
     }
 
     void together() {
-        int64_t runs = up(count(), TOGETHER_TILES), tiles = up(count(), runs), size = run_size(tiles);
-        int64_t at_once = least(runs, most(1, TOGETHER_NUMBERS / size));
-        int64_t across = up(x_images.blocks(), COLUMNS), groups = up(dy_images.blocks(), ROWS) * across;
-        int64_t sums_size = Sums{nullptr, 0, ROWS, 0, COLUMNS}.size();
+        int64_t runs = up(count(), MOST_TILES), tiles = up(count(), runs), size = run_size(tiles);
+        int64_t at_once = least(runs, most(1, TOGETHER / size));
+        // Blocks of outputs of a task's sums: the more, the less often tiles are read, as long as there are tasks.
+        int64_t rows = x_images.blocks() * dy_images.blocks() < 512 ? 4 : 8;
+        int64_t across = up(x_images.blocks(), COLUMNS), groups = up(dy_images.blocks(), rows) * across;
+        int64_t sums_size = Sums{nullptr, 0, rows, 0, COLUMNS}.size();
         bool kept = at_once < runs;  // the sums wait for more tiles
         float *values = scratch(INPUTS, at_once * size), *all = kept ? scratch(GRADIENTS, groups * sums_size) : nullptr;
         if (!values || (kept && !all)) {
@@ -109,9 +105,9 @@ struct Gradient {
             parallel_for(threads, number * blocks(),
                          [&](int64_t task) { transform(run(task / blocks()), task % blocks()); });
             parallel_for(threads, groups, [&](int64_t group) {
-                int64_t row = group / across * ROWS, column = group % across * COLUMNS;
+                int64_t row = group / across * rows, column = group % across * COLUMNS;
                 Sums sums{kept ? all + group * sums_size : scratch(SUMS, sums_size), row,
-                          least(ROWS, dy_images.blocks() - row), column, least(COLUMNS, x_images.blocks() - column)};
+                          least(rows, dy_images.blocks() - row), column, least(COLUMNS, x_images.blocks() - column)};
                 if (!sums.values) {
                     failed = true;
                     return;
