@@ -18,6 +18,9 @@ from gpucnn.ops import Array, array_module
 
 _buffer_numbers = itertools.count(1)
 
+PITCH = 8
+"""Elements: 16 bytes in 16 bits, the pieces in which tensor cores' kernels read weights that lie so."""
+
 
 class Parameter:
     """A trainable array and its gradient.
@@ -135,7 +138,8 @@ class FlatBuffer:
     """Parameters of one dtype laid end to end: ``data`` and ``gradient`` are 1-d, each parameter a view of both.
 
     An optimizer step, a clearing or a reduction is then one operation on one array, and so is the conversion to
-    16 bits: ``narrow``, where a model computes in them, has the same layout.
+    16 bits: ``narrow``, where a model computes in them, has the same layout. Each parameter begins at a multiple
+    of PITCH elements, in ``offsets``; between them lie zeros, in values and gradients, which steps leave zero.
     """
 
     def __init__(self, parameters: Iterable[Parameter]) -> None:
@@ -143,10 +147,10 @@ class FlatBuffer:
         first = self.parameters[0].data
         self.device, self.number = device_of(first), next(_buffer_numbers)
         self.narrow: Array | None = None
-        size = sum(parameter.size for parameter in self.parameters)
+        size = sum(_padded(parameter.size) for parameter in self.parameters)
         with on_device(self.device):
-            self.data = array_module(first).empty(size, first.dtype)
-            self.gradient = array_module(first).empty(size, first.dtype)
+            self.data = array_module(first).zeros(size, first.dtype)
+            self.gradient = array_module(first).zeros(size, first.dtype)
             self._lay()
 
     def _lay(self) -> None:
@@ -161,7 +165,7 @@ class FlatBuffer:
             parameter.gradient = gradient.reshape(parameter.shape)
             parameter.buffer, parameter.narrow_copy = self, None
             self.offsets.append(start)
-            start = stop
+            start += _padded(parameter.size)
 
     def holds(self) -> bool:
         """Whether every parameter is still a view of this buffer (another buffer may have taken them over)."""
@@ -179,6 +183,10 @@ class FlatBuffer:
                     view = self.narrow[start : start + parameter.size]
                     parameter.narrow_copy = view.reshape(parameter.shape)
         self.narrow[...] = self.data
+
+
+def _padded(size: int) -> int:
+    return -(-size // PITCH) * PITCH
 
 
 def refresh_narrow_copies(parameters: Iterable[Parameter], dtype: str) -> None:
