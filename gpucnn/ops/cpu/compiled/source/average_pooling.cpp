@@ -11,14 +11,15 @@ namespace {
 
 // R x S windows (0: as many as `w` says): a row of sums times `factor`.
 template <int R, int S>
-void pool_row(const Windows &w, const Lines &lines, int64_t first_row, const float *factor, float *y) {
+void pool_row(
+    const Windows &w, const Lines &lines, const int64_t *place, int64_t first_row, const float *factor, float *y) {
     const int64_t rows = R ? R : w.rows, columns = S ? S : w.columns;
     for (int64_t q = 0; q < w.out_width; q += LANES) {
         Vector sum = {};
         for (int64_t r = 0; r < rows; ++r) {
             const float *row = lines.row(first_row + r) + q;
             Vector part = {};
-            for (int64_t s = 0; s < columns; ++s) part += load(row + lines.place(s - w.left));
+            for (int64_t s = 0; s < columns; ++s) part += load(row + place[s]);
             sum += part;
         }
         if (q + LANES <= w.out_width) store(y + q, sum * load(factor + q));
@@ -49,6 +50,8 @@ GPUCNN_EXPORT int gpucnn_average_pool_forward(
     const Windows &w = *windows;
     Lines lines = Lines::under(w);
     Bands bands(w.planes(), w.out_height, w.out_width, lines.row_pitch() * w.stride_h, w.reach(1));
+    const int64_t *place = lines.places(1, w);
+    if (!place) return 1;
     std::atomic<int> failed{0};
     parallel_for(threads, bands.tasks(), [&](int64_t task) {
         Lines mine = lines;
@@ -63,9 +66,9 @@ GPUCNN_EXPORT int gpucnn_average_pool_forward(
             for (int64_t i = 0; i < rows; ++i) {
                 const float *factors = factor + (p + i) * w.out_width;
                 float *to = y + (plane * w.out_height + p + i) * w.out_width;
-                if (w.rows == 2 && w.columns == 2) pool_row<2, 2>(w, mine, i * w.stride_h, factors, to);
-                else if (w.rows == 3 && w.columns == 3) pool_row<3, 3>(w, mine, i * w.stride_h, factors, to);
-                else pool_row<0, 0>(w, mine, i * w.stride_h, factors, to);
+                if (w.rows == 2 && w.columns == 2) pool_row<2, 2>(w, mine, place, i * w.stride_h, factors, to);
+                else if (w.rows == 3 && w.columns == 3) pool_row<3, 3>(w, mine, place, i * w.stride_h, factors, to);
+                else pool_row<0, 0>(w, mine, place, i * w.stride_h, factors, to);
             }
         });
     });

@@ -74,8 +74,8 @@ void correlate_unrolled(
 // V vectors of one row of outputs, the last of them with `last` numbers.
 template <int V>
 void correlate_vectors(
-    const Windows &w, const Lines &lines, const float *row, const float *kernel, float bias, bool add, int last,
-    float *out) {
+    const Windows &w, const Lines &lines, const int64_t *place, const float *row, const float *kernel, float bias,
+    bool add, int last, float *out) {
     Vector sum[V];
     for (int v = 0; v < V; ++v) {
         sum[v] = broadcast(bias);
@@ -83,7 +83,7 @@ void correlate_vectors(
     }
     for (int64_t r = 0; r < w.rows; ++r, row += w.dilation_h * lines.row_pitch()) {
         for (int64_t s = 0; s < w.columns; ++s) {
-            const float *x = row + lines.place(s * w.dilation_w - w.left);
+            const float *x = row + place[s];
             Vector tap = broadcast(*kernel++);
 #pragma GCC unroll 4
             for (int v = 0; v < V; ++v) sum[v] += tap * load(x + v * LANES);
@@ -95,7 +95,8 @@ void correlate_vectors(
 
 // `rows` rows of one plane's outputs, whose windows begin at the first of the lines.
 void correlate(
-    const Windows &w, const Lines &lines, const float *kernel, float bias, bool add, int64_t rows, float *out) {
+    const Windows &w, const Lines &lines, const int64_t *place, const float *kernel, float bias, bool add, int64_t rows,
+    float *out) {
     if (w.dilation_h == 1 && w.rows == w.columns && w.stride_h <= 2) {
         if (w.rows == 3 && w.stride_h == 1) return correlate_unrolled<3, 3, 1>(w, lines, kernel, bias, add, rows, out);
         if (w.rows == 3) return correlate_unrolled<3, 3, 2>(w, lines, kernel, bias, add, rows, out);
@@ -107,9 +108,9 @@ void correlate(
         const float *row = lines.row(p * w.stride_h);
         int64_t q = 0;
         for (; q + V * LANES <= w.out_width; q += V * LANES)
-            correlate_vectors<V>(w, lines, row + q, kernel, bias, add, LANES, out + q);
+            correlate_vectors<V>(w, lines, place, row + q, kernel, bias, add, LANES, out + q);
         for (; q < w.out_width; q += LANES)
-            correlate_vectors<1>(w, lines, row + q, kernel, bias, add, least(LANES, w.out_width - q), out + q);
+            correlate_vectors<1>(w, lines, place, row + q, kernel, bias, add, least(LANES, w.out_width - q), out + q);
     }
 }
 
@@ -119,6 +120,8 @@ int correlate_planes(
     Lines lines = Lines::under(w);
     Bands bands(w.planes(), w.out_height, w.out_width * w.multiplier, lines.row_pitch() * w.stride_h, w.reach(1));
     int64_t area = w.height * w.width, out_area = w.out_height * w.out_width, taps = w.rows * w.columns;
+    const int64_t *place = lines.places(2, w);
+    if (!place) return 1;
     std::atomic<int> failed{0};
     parallel_for(threads, bands.tasks(), [&](int64_t task) {
         Lines mine = lines;
@@ -135,7 +138,7 @@ int correlate_planes(
                         from + (back ? output : plane) * area, w.height, w.width, p * w.stride_h - w.top,
                         w.reach(rows), 0);
                 correlate(
-                    w, mine, weight + k * taps, bias ? bias[k] : 0, back && m > 0, rows,
+                    w, mine, place, weight + k * taps, bias ? bias[k] : 0, back && m > 0, rows,
                     out + (back ? plane : output) * out_area + p * w.out_width);
             }
         });

@@ -31,8 +31,8 @@ void first_places(
 // R x S windows (0: as many as `w` says): a row of maxima and their places, from lines whose padding is minus infinity.
 template <int R, int S, bool NANS>
 void pool_row(
-    const Windows &w, const Lines &lines, int64_t first_row, int32_t first_place, const int32_t *first_column, float *y,
-    uint8_t *place) {
+    const Windows &w, const Lines &lines, const int64_t *places, int64_t first_row, int32_t first_place,
+    const int32_t *first_column, float *y, uint8_t *place) {
     const int64_t rows = R ? R : w.rows, columns = S ? S : w.columns;
     for (int64_t q = 0; q < w.out_width; q += LANES) {
         int64_t count = least(LANES, w.out_width - q);
@@ -44,7 +44,7 @@ void pool_row(
         for (int64_t r = 0; r < rows; ++r) {
             const float *row = lines.row(first_row + r * w.dilation_h) + q;
             for (int64_t s = 0; s < columns; ++s) {
-                Vector x = load(row + lines.place(s * w.dilation_w - w.left));
+                Vector x = load(row + places[s]);
                 IntVector better = NANS ? (x > top) | ((x != x) & (top == top)) : x > top;
                 top = better ? x : top;
                 at = better ? IntVector{} + static_cast<int32_t>(r * columns + s) : at;
@@ -58,16 +58,16 @@ void pool_row(
 
 template <bool NANS>
 void pool_rows(
-    const Windows &w, const Lines &lines, int64_t p, int64_t rows, const int32_t *first_row,
+    const Windows &w, const Lines &lines, const int64_t *places, int64_t p, int64_t rows, const int32_t *first_row,
     const int32_t *first_column, float *y, uint8_t *place) {
     for (int64_t i = 0; i < rows; ++i) {
         int64_t row = i * w.stride_h, out = (p + i) * w.out_width;
         int32_t first = first_row[p + i] < 0 ? -1 : first_row[p + i] * static_cast<int32_t>(w.columns);
         if (w.rows == 2 && w.columns == 2)
-            pool_row<2, 2, NANS>(w, lines, row, first, first_column, y + out, place + out);
+            pool_row<2, 2, NANS>(w, lines, places, row, first, first_column, y + out, place + out);
         else if (w.rows == 3 && w.columns == 3)
-            pool_row<3, 3, NANS>(w, lines, row, first, first_column, y + out, place + out);
-        else pool_row<0, 0, NANS>(w, lines, row, first, first_column, y + out, place + out);
+            pool_row<3, 3, NANS>(w, lines, places, row, first, first_column, y + out, place + out);
+        else pool_row<0, 0, NANS>(w, lines, places, row, first, first_column, y + out, place + out);
     }
 }
 
@@ -93,7 +93,8 @@ GPUCNN_EXPORT int gpucnn_max_pool_forward(
     // Columns in whole vectors: what is beyond the last window is read, and not used.
     int64_t padded = round_up(w.out_width, LANES);
     int32_t *first = reinterpret_cast<int32_t *>(scratch(1, w.out_height + padded));
-    if (!first) return 1;
+    const int64_t *places = lines.places(2, w);
+    if (!first || !places) return 1;
     first_places(w.out_height, w.rows, w.stride_h, w.top, w.dilation_h, w.height, first + padded);
     first_places(w.out_width, w.columns, w.stride_w, w.left, w.dilation_w, w.width, first);
     for (int64_t q = w.out_width; q < padded; ++q) first[q] = 0;
@@ -112,7 +113,7 @@ GPUCNN_EXPORT int gpucnn_max_pool_forward(
             mine.lay(image, w.height, w.width, h, w.reach(rows), lowest);
             auto pool = unusual(image + begin * w.width, (end - begin) * w.width) ? pool_rows<true> : pool_rows<false>;
             int64_t out = plane * w.out_height * w.out_width;
-            pool(w, mine, p, rows, first + padded, first, y + out, place + out);
+            pool(w, mine, places, p, rows, first + padded, first, y + out, place + out);
         });
     });
     return failed.load();

@@ -91,6 +91,13 @@ struct Lines {
         return (w - index * step) * pitch + index;
     }
 
+    // The windows' columns' places, in memory of `slot`; null where there is none.
+    const int64_t *places(int slot, const Windows &w) const {
+        int64_t *found = reinterpret_cast<int64_t *>(scratch(slot, 2 * w.columns));
+        for (int64_t s = 0; found && s < w.columns; ++s) found[s] = place(s * w.dilation_w - w.left);
+        return found;
+    }
+
     // Takes memory for `rows` rows from `slot`, all of it `value`; false where there is none.
     bool allocate(int slot, int64_t rows, float value) {
         memory = scratch(slot, rows * row_pitch());
