@@ -82,6 +82,7 @@ EDGES = {
     },
     **{f"stride-{step}": square(2, 3, 37, 9, 5, stride=step, padding=2) for step in (2, 3, 4, 5)},
     **{f"joined-rows-{size}": square(3, 6, size, 10, 1) for size in (7, 13, 14, 26, 56, 67)},
+    **{f"padded-column-{size}": square(1, 1, size, 1, 1, padding=1) for size in (3, 7, 15)},
     "several-depths": square(2, 96, 9, 17, 3, padding=1),
     "several-cuts-of-outputs": square(1, 4, 5, 1030, 3),
     "images-together": square(37, 40, 6, 72, 3, padding=1),

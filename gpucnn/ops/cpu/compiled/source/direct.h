@@ -52,7 +52,7 @@ inline int64_t staging_pitch(const Staging &staging, int64_t columns, int64_t sh
     int64_t pitch = columns + shift;
     if (staging.step_w == 1) {
         int64_t right = pitch - staging.width - staging.left;
-        pitch -= larger(0, smaller(smaller(staging.left, LANES), right));
+        pitch -= larger(0, smaller(smaller(staging.left, LANES), smaller(right, shift)));
     }
     return pitch;
 }
