@@ -1,5 +1,8 @@
 """Activations and softmax. ``out`` may be the input itself: each block is read before it is written.
 
+float32 is done by the compiled loops where there are such (``compiled/activations.py``). What
+follows is of the NumPy way.
+
 exp(-x) is taken as 2^(-x log2 e): NumPy's exp2 is twice as fast as its exp, and the factor costs no pass, as it
 takes the sign's place. Its rounding moves the power by |x| roundings, as does a rounding of x itself.
 

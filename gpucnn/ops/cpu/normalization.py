@@ -1,5 +1,8 @@
 """Batch normalization: Ioffe and Szegedy, ICML 2015.
 
+float32 is done by the compiled loops where there are such (``compiled/normalization.py``). What follows is of the
+NumPy way.
+
 Each task takes a few channels, small enough to stay in the cache, and makes all its passes over them there: a sum
 (a dot product with ones, twice as fast as NumPy's sum), a sum of squares, a product and an addition. Where the
 mean turns out to be larger than a standard deviation, it is subtracted first and the sums are taken once more

@@ -1,5 +1,8 @@
 """Optimizer steps in place on flat 1-d buffers, PyTorch's update formulas; and what they share.
 
+float32 is done by the compiled loops where there are such (``compiled/optimizers.py``). What
+follows is of the NumPy way.
+
 Each step walks the buffers in blocks, so that its ten or so NumPy passes meet the numbers in the cache.
 
 Limit: each buffer read, and written where it changes: 5 trips for SGD with momentum, 7 for Adam, 0.14 ns a number

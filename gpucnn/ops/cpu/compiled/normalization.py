@@ -1,13 +1,14 @@
 """Batch norm over (N, C, pixels) in C order: each number once from memory, the passes over a channel in the cache.
 
-Measured on one thread, in turns with PyTorch 2.13 (its faster layout), 16 x 64 x 56 x 56, milliseconds:
+Measured on one thread of a busy machine, in turns with PyTorch 2.13 (its faster layout), 16 x 64 x 56 x 56,
+milliseconds:
 
-========  ====  ==========  =======
-          here  NumPy way   PyTorch
-========  ====  ==========  =======
-forward   1.6   7.9         3.3
-backward  3.0   12.5        4.9
-========  ====  ==========  =======
+========  ====  =========  =======
+          here  NumPy way  PyTorch
+========  ====  =========  =======
+forward   3.6   9.1        5.7
+backward  4.7   15.4       6.0
+========  ====  =========  =======
 """
 
 from gpucnn.ops.cpu.compiled.library import function
