@@ -1,8 +1,8 @@
 """Activations and their gradients in one pass: functions of a count, the arrays read and the array written.
 
 The arithmetic is in ``source/activations.cpp`` and ``source/functions.h``. Limit: memory, two trips forward and
-three backward. Measured on one thread of a busy machine, in turns with PyTorch 2.13 (its faster layout), 3.2 million
-numbers, milliseconds forward and backward:
+three backward. Measured on one thread of a busy machine, in turns with PyTorch 2.13 (its faster layout), 3.2
+million numbers, milliseconds forward and backward:
 
 ==========  ============  ============  ============
 function    here          NumPy way     PyTorch
