@@ -88,3 +88,38 @@ def test_a_source_that_does_not_compile_is_told_by_its_lines(monkeypatch: pytest
     assert isinstance(source, Source)
     with pytest.raises(CompileError, match=r"does not compile for this GPU:\nkern\.cu\(1\): error: wrong"):
         _CudaModule(cupy, source, 0)
+
+
+def test_what_a_capture_asks_for_is_there() -> None:
+    cuda = cupy.cuda
+    pool = cuda.MemoryPool(lambda size: cuda.MemoryPointer(cuda.Memory(size), 0))
+    with cuda.using_allocator(pool.malloc):
+        assert cuda.get_allocator() == pool.malloc
+    assert cuda.get_allocator() != pool.malloc
+    for name in ("begin_capture", "end_capture", "is_capturing"):
+        assert callable(getattr(cuda.Stream, name))
+    assert callable(cuda.Graph.launch)
+    assert callable(cupy.get_default_memory_pool().free_all_blocks)
+
+
+def test_cublas_itself_is_reached_through_cupys_module() -> None:
+    """Each function is there and takes its arguments: without a handle it answers "not initialized", 1."""
+    from cupy.cuda import cublas
+
+    from gpucnn_kernels.runtime.cublas import beside
+
+    library = beside(cublas.__file__)
+    assert library is not None
+    sizes, matrix, batched = (0, 0, 2, 2, 2), (0, 0, 2), (0, 0, 2, 4)
+    calls = {
+        "SetStream": lambda: library.prepare(0, 0, 0, 0),
+        "GetMathMode": lambda: library.getMathMode(0),
+        "SetMathMode": lambda: library.setMathMode(0, 16),
+        "GemmEx": lambda: library.gemmEx(0, *sizes, 0, *matrix, *matrix, 0, *matrix, 68, -1),
+        "GemmStridedBatchedEx": lambda: library.gemmStridedBatchedEx(
+            0, *sizes, 0, *batched, *batched, 0, *batched, 3, 68, -1
+        ),
+    }
+    for name, call in calls.items():
+        with pytest.raises(RuntimeError, match=f"cublas{name} answered with status 1 "):
+            call()

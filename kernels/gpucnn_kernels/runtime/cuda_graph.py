@@ -30,12 +30,12 @@ def capture(cupy: Any, run: Callable[[], Result], keep: Iterable[Any], device: i
 
     Raises what ``run`` raises, and RuntimeError where CUDA refuses: all arrays are then as they were.
     """
-    memory = list(keep)
+    blocks: list[Any] = []
 
     def allocate(size: int) -> Any:
         # Held here too, for a pool that runs out of memory gives back blocks that captured kernels will use.
         pointer = cupy.cuda.MemoryPointer(cupy.cuda.Memory(size), 0)
-        memory.append(pointer)
+        blocks.append(pointer)
         return pointer
 
     with cupy.cuda.Device(device):
@@ -50,5 +50,4 @@ def capture(cupy: Any, run: Callable[[], Result], keep: Iterable[Any], device: i
                     stream.end_capture()
                 raise
             graph = stream.end_capture()
-    memory += [pool, stream]
-    return CudaGraph(graph, memory), result
+    return CudaGraph(graph, [*keep, blocks, pool, stream]), result
