@@ -1,4 +1,4 @@
-"""Average pooling, with fixed windows and adaptive.
+"""Average pooling, with fixed windows and adaptive: by the compiled loops where they take the arrays. Otherwise:
 
 A window's sum is taken over its rows, which are contiguous, then over its columns; the gradient goes the other way
 round. Where windows do not overlap, columns are added by a matrix product with ones.

@@ -1,4 +1,22 @@
-"""Depthwise convolution by the compiled loops, on float32 arrays in C order that are already checked."""
+"""Depthwise convolution by the compiled loops, on float32 arrays in C order that are already checked.
+
+Planes are laid out with their padding in the first-level cache, columns of one remainder modulo the stride
+together, so that each place of the kernel meets consecutive numbers. ms on one thread, all in turns on a machine
+that had other work as well, so that only a row's numbers compare (3 x 3, 16 images; PyTorch 2.13's better layout):
+
+=========================  =====  =====  =======
+                           here   NumPy  PyTorch
+=========================  =====  =====  =======
+64 x 56 x 56, forward      3.8    13.2   3.9
+input gradient             4.8    17.4   6.1
+filter gradient            4.8    13.4   4.5
+256 x 28 x 28, forward     3.8    15.2   4.5
+input gradient             4.0    15.5   5.0
+filter gradient            6.1    14.2   7.9
+=========================  =====  =====  =======
+
+In the cache forward takes 0.32 and 0.36 ns a number; a copy of memory, 0.29: what is left is waiting for memory.
+"""
 
 from __future__ import annotations
 
