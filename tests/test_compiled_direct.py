@@ -57,12 +57,17 @@ def truth(direction: str, problem: Conv2dProblem, inputs: tuple[NDArray[Any], ..
 
 
 def assert_right(direction: str, problem: Conv2dProblem) -> None:
-    """Every number is written, with an error of at most twice plain im2col's in float32."""
+    """Every number is written, with an error of at most twice plain im2col's in float32.
+
+    Plain im2col's may be none by luck, so there are a few roundings of a sum that does not cancel on top: of the root
+    of its squared terms.
+    """
     inputs = arrays(problem, "float32")
     expected = truth(direction, problem, inputs, "float64")
     plain = truth(direction, problem, inputs, "float32")
     result = run(direction, problem, inputs, numpy.full(shape(direction, problem), UNWRITTEN))
-    rounding = 4 * numpy.finfo(numpy.float32).eps * numpy.abs(expected).max()
+    squares = truth(direction, problem, tuple(array.astype("float64") ** 2 for array in inputs), "float64")
+    rounding = 4 * numpy.finfo(numpy.float32).eps * numpy.sqrt(squares.max())
     assert max_error(result, expected) <= 2 * max_error(plain, expected) + rounding
 
 
