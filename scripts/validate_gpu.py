@@ -25,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 # In place of this script's folder, whose modules are other programs' parts.
 sys.path[:1] = [str(ROOT), str(ROOT / "kernels")]
-_FOR_TRAINING_SECONDS = 60.0
+_FOR_TRAINING_SECONDS = 90.0
 _FOR_SANITIZER_SECONDS = 90.0
 _GRACE_SECONDS = 120.0
 
@@ -73,10 +73,10 @@ def requirements(runtime: str) -> str | None:
 
 def families() -> dict[str, Any]:
     """The checks by name, in their order."""
-    from scripts.gpu_validation import convolution, convolution_ends, layers, steps, surroundings
+    from scripts.gpu_validation import captured, convolution, convolution_ends, layers, steps, surroundings
 
-    convolutions = {**convolution.CHECKS, **convolution_ends.CHECKS}
-    return {**layers.CHECKS, **steps.CHECKS, **convolutions, **surroundings.CHECKS}
+    checks = (layers, steps, captured, convolution, convolution_ends, surroundings)
+    return {name: check for module in checks for name, check in module.CHECKS.items()}
 
 
 def chosen(wanted: str | None, known: Any, what: str) -> list[str]:
@@ -148,6 +148,7 @@ def validate(given: argparse.Namespace) -> dict[str, Any]:
         say(f"  {said}, {time.monotonic() - from_here:.1f} s")
 
     training = [] if given.no_training else train(given.runtime, whole, seed, deadline, not_run)
+    graphs = [] if given.no_training else capture(given.runtime, whole, seed, deadline, not_run)
     checks = []
     if sanitizer:
         say("compute-sanitizer ...")
@@ -158,7 +159,7 @@ def validate(given: argparse.Namespace) -> dict[str, Any]:
     elif given.runtime == "cuda" and not given.no_sanitizer:
         say("compute-sanitizer is not installed (it comes with the CUDA toolkit): left out")
     operations = [outcome.record() for outcome in bench.outcomes.values()]
-    failed = any(row["failed"] for row in operations) or not all(run["passed"] for run in training)
+    failed = any(row["failed"] for row in operations) or not all(run["passed"] for run in [*training, *graphs])
     failed = failed or any(check["finished"] and not check["passed"] for check in checks)
     return {
         "verdict": "failed" if failed else "not finished" if not_run else "passed",
@@ -171,6 +172,7 @@ def validate(given: argparse.Namespace) -> dict[str, Any]:
         "compiled": compiled,
         "operations": operations,
         "training": training,
+        "captured": graphs,
         "sanitizer": checks,
         "not_run": not_run,
     }
@@ -209,6 +211,26 @@ def train(runtime: str, whole: bool, seed: int, deadline: float, not_run: list[s
             results.append(
                 {"network": run.name, "passed": False, "failures": [f"{type(error).__name__}: {error}"]}
             )
+        say(f"  {'passed' if results[-1]['passed'] else 'FAILED'}, {results[-1].get('seconds', 0):.1f} s")
+    return results
+
+
+def capture(runtime: str, whole: bool, seed: int, deadline: float, not_run: list[str]) -> list[dict[str, Any]]:
+    """Training runs by CUDA graphs beside the same ones kernel by kernel; one that breaks off is a failure."""
+    from scripts.gpu_validation import captured
+
+    results = []
+    for recipe in captured.RECIPES if whole and runtime == "cuda" else captured.REHEARSED:
+        if time.monotonic() > deadline:
+            not_run.append(f"captured {recipe.title}: the time was over")
+            continue
+        say(f"training {recipe.title}, by graphs and kernel by kernel ...")
+        try:
+            results.append(captured.compare(recipe, seed, whole and runtime == "cuda"))
+        except Exception as error:  # reported as any failure is
+            traceback.print_exc()
+            failures = [f"{type(error).__name__}: {error}"]
+            results.append({"recipe": recipe.title, "passed": False, "failures": failures})
         say(f"  {'passed' if results[-1]['passed'] else 'FAILED'}, {results[-1].get('seconds', 0):.1f} s")
     return results
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import gpucnn_kernels as kernels
 from gpucnn_kernels import ArgumentError, DtypeError
 from gpucnn_kernels.optimizer_step import adam_schedule, rmsprop_schedule, sgd_schedule
+from gpucnn_kernels.training_step import average_step, clip_by_total, judge_step
 from tests.kernel_accuracy import EVERY_DTYPE, normal, on_the_host, wide
 
 __all__ = ["on_the_host"]
@@ -123,7 +124,7 @@ def test_a_sum_of_squares_stays_on_the_device():
 def test_the_parts_are_summed_as_fsum_does(parts):
     verdict = numpy.zeros(5)
     squares = numpy.array(parts, "float64")
-    kernels.judge_step(squares, numpy.array(0.5, "float32"), numpy.array(3), verdict=verdict)
+    judge_step(squares, numpy.array(0.5, "float32"), numpy.array(3), verdict=verdict)
     total = math.fsum(parts)
     assert verdict.tolist() == [1.0, 0.5, math.sqrt(total), 3.0, total]
 
@@ -132,7 +133,7 @@ def test_parts_that_lie_halfway():
     tiny = 2.0**-60
     for parts in ([1.0, 2.0**-53, tiny], [1.0, 2.0**-53], [1 + 2.0**-52, 2.0**-53], [tiny] * 5 + [1.0, 2.0**-53]):
         verdict = numpy.zeros(5)
-        kernels.judge_step(numpy.array(parts), numpy.array(1.0), numpy.array(0), verdict=verdict)
+        judge_step(numpy.array(parts), numpy.array(1.0), numpy.array(0), verdict=verdict)
         assert verdict[4] == math.fsum(parts)
 
 
@@ -150,9 +151,7 @@ def test_parts_that_lie_halfway():
 )
 def test_the_verdict(dtype, squares, loss, proceed):
     verdict = numpy.full(5, numpy.nan)
-    given_back = kernels.judge_step(
-        numpy.array(squares), numpy.array(loss, dtype), numpy.array(17), verdict=verdict
-    )
+    given_back = judge_step(numpy.array(squares), numpy.array(loss, dtype), numpy.array(17), verdict=verdict)
     assert given_back is verdict
     total = sum(squares)
     expected = [proceed, loss, math.sqrt(total), 17.0, total]
@@ -167,19 +166,19 @@ def test_clipping_by_the_norm_of_several_arrays(dtype, max_norm):
     total = math.fsum(kernels.sum_of_squares(part) for part in parts)
     factor = max_norm / (math.sqrt(total) + 1e-6)
     for part, plain in zip(parts, expected, strict=True):
-        kernels.clip_by_total(part, one(total), max_norm=max_norm)
+        clip_by_total(part, one(total), max_norm=max_norm)
         if factor < 1:
             kernels.scale(plain, factor)
         assert part.tobytes() == plain.tobytes()
     with pytest.raises(ArgumentError, match="max_norm must be above 0, got 0"):
-        kernels.clip_by_total(parts[0], one(1.0), max_norm=0)
+        clip_by_total(parts[0], one(1.0), max_norm=0)
 
 
 @pytest.mark.parametrize("total", [math.inf, math.nan])
 def test_an_undefined_norm_clips_nothing(total):
     part = normal(40, 1, "float32")
     before = part.tobytes()
-    kernels.clip_by_total(part, one(total), max_norm=1e-3)
+    clip_by_total(part, one(total), max_norm=1e-3)
     assert part.tobytes() == before
 
 
@@ -190,12 +189,12 @@ def test_the_average_has_the_bits_of_three_operations(dtype):
     difference = live - expected
     difference *= 0.0123
     expected += difference
-    kernels.average_step(live, average, share=one(0.0123), proceed=one(0.0))
+    average_step(live, average, share=one(0.0123), proceed=one(0.0))
     assert average.tobytes() == normal((3, 400), 1, dtype).tobytes()
-    kernels.average_step(live, average, share=one(0.0123), proceed=one(1.0))
+    average_step(live, average, share=one(0.0123), proceed=one(1.0))
     assert average.tobytes() == expected.tobytes()
     with pytest.raises(DtypeError, match="live must be float32 or float64, got float16"):
-        kernels.average_step(live.astype("float16"), average.astype("float16"), share=one(0.5))
+        average_step(live.astype("float16"), average.astype("float16"), share=one(0.5))
 
 
 @pytest.mark.parametrize("per_channel", [False, True])

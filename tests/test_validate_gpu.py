@@ -19,6 +19,7 @@ from gpucnn_kernels import runtime
 from gpucnn_kernels.arrays import numpy_dtype
 from scripts.gpu_validation import bench as benches
 from scripts.gpu_validation import (
+    captured,
     convolution,
     convolution_ends,
     layers,
@@ -71,6 +72,10 @@ def test_a_rehearsal_passes_and_says_so(rehearsal: tuple[str, dict[str, Any]]) -
         assert run["passed"]
         assert 0 < run["error_over_bound"] <= 1
         assert len(run["losses"]) == len(run["cpu_losses"]) == run["steps"]
+    assert len(found["captured"]) == 2
+    for run in found["captured"]:
+        assert (run["passed"], run["failures"]) == (True, [])
+        assert f"-- captured {run['recipe']}: passed, " in said
     for row in found["operations"]:
         assert row["failed"] == 0
         assert row["runs"] > 0
@@ -113,7 +118,8 @@ def test_every_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         convolution, "REDUCED", ("k3-d2-s2", "depthwise-s2", "bottleneck", "resnet-block", "many-outputs")
     )
     assert set(convolution.REDUCED) <= set(convolution.problems(bench(whole=True)))
-    for checks, whole in ((layers.CHECKS, True), (steps.CHECKS, True), (CONVOLUTIONS, False)):
+    whole_families = ((module.CHECKS, True) for module in (layers, steps, captured))
+    for checks, whole in (*whole_families, (CONVOLUTIONS, False)):
         made = bench(dtypes=("float32", "bfloat16"), whole=whole)
         for name, check in checks.items():
             made.family = name
@@ -296,6 +302,23 @@ def test_a_wrong_gradient_strays(monkeypatch: pytest.MonkeyPatch) -> None:
 # ------------------------------------------------------------ without a GPU, and the report
 
 
+def test_a_captured_run_of_other_bits_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gpucnn.training.scheduled_step import ScheduledTrainingStep
+
+    prepare = ScheduledTrainingStep.prepare
+    recipe = captured.Recipe("lenet5", {"optimizer": "sgd"})
+    monkeypatch.setattr(
+        ScheduledTrainingStep, "prepare", lambda step, number: prepare(step, number) if number == 1 else None
+    )
+    found = captured.compare(recipe, 1, False)
+    assert not found["passed"]
+    assert "other bits than kernel by kernel in" in found["failures"][0]
+    monkeypatch.setattr(ScheduledTrainingStep, "prepare", prepare)
+    monkeypatch.setattr(ScheduledTrainingStep, "arrays", lambda step: [])
+    found = captured.compare(recipe, 1, False)
+    assert "nothing was captured: the steps are not captured as a CUDA graph" in found["failures"][-1]
+
+
 def test_without_a_gpu_it_says_so_with_status_2(tmp_path: Path) -> None:
     (tmp_path / "cupy.py").write_text("raise ImportError('no CUDA here')\n")
     answer = subprocess.run(
@@ -325,7 +348,8 @@ def test_families_and_dtypes_that_there_are_not() -> None:
         assert answer.returncode == 1
         assert words in answer.stderr
     listed = start("--runtime", "host", "--families", "?").stdout.split("\n")
-    assert listed[:-1] == list({**layers.CHECKS, **steps.CHECKS, **CONVOLUTIONS, **surroundings.CHECKS})
+    known = {**layers.CHECKS, **steps.CHECKS, **captured.CHECKS, **CONVOLUTIONS, **surroundings.CHECKS}
+    assert listed[:-1] == list(known)
 
 
 def test_the_sanitizer_is_run_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,6 +397,7 @@ def test_a_page_of_a_report(rehearsal: tuple[str, dict[str, Any]], tmp_path: Pat
     assert "Not yet run" not in page
     assert f"### NVIDIA Trial, {found['when']}" in page
     assert "compute-sanitizer memcheck: failed." in page
+    assert page.count("Captured as a CUDA graph, lenet5, optimizer ") == 2
     operations = {row["operation"] for row in found["operations"]}
     assert all(f"| `{operation}` |" in page for operation in operations)
     assert page.count("| failed: ") == 1

@@ -69,10 +69,10 @@ _MODULES = {
         "linear_forward",
     ],
     "optimizer_step": ["adam_step", "clip_by_norm", "rmsprop_step", "scale", "sgd_step", "sum_of_squares"],
-    "training_step": ["average_step", "clip_by_total", "judge_step"],
     "images": ["images_to_float"],
     "layout": ["to_channels_last", "to_contiguous"],
     "catalog": ["warm_up"],
+    "tuning": ["autotune"],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

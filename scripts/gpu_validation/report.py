@@ -18,6 +18,7 @@ PAGE_HEAD = """# On which GPUs the kernels ran
   list of problems, against loops in float64, on random numbers that are new each time, with every output and
   workspace filled with NaN before a kernel sees it; twice, which must give the same bits (but for sums by atomics)
 - a training run of lenet5 and of animalnet, their loss at every step beside the CPU's
+- runs of both whose steps are captured as CUDA graphs, every bit of them beside the same runs' kernel by kernel
 - NVIDIA's compute-sanitizer, memcheck and racecheck, on a few problems of each family, where it is installed
 
 It takes some minutes (8 at the most, or as `--minutes` says) and needs a checkout of this repository, Python 3.11
@@ -59,6 +60,9 @@ def table(report: Report) -> str:
                 f"{run['error']:.1e}, allowed {run['bound']:.1e}: {'passed' if run['passed'] else 'FAILED'}"
             )
         lines += [f"      {message}" for message in run["failures"]]
+    for run in report["captured"]:
+        lines.append(f"-- captured {run['recipe']}: {'passed' if run['passed'] else 'FAILED'}{rates(run)}")
+        lines += [f"      {message}" for message in run["failures"]]
     for check in report["sanitizer"]:
         state = "passed" if check["passed"] else "FAILED" if check["finished"] else "not finished"
         lines.append(f"-- compute-sanitizer {check['tool']}: {state}")
@@ -75,11 +79,20 @@ def summary(report: Report) -> str:
     failed = sum(bool(row["failed"]) for row in rows)
     runs = sum(row["runs"] for row in rows)
     trained = sum(run["passed"] for run in report["training"])
+    captured = sum(run["passed"] for run in report["captured"])
     said = (
         f"{report['verdict']}: {len(rows) - failed} of {len(rows)} operations passed in {runs} runs, "
-        f"{trained} of {len(report['training'])} training runs, {report['seconds']:.0f} s, seed {report['seed']}"
+        f"{trained} of {len(report['training'])} training runs, {captured} of {len(report['captured'])} captured "
+        f"ones, {report['seconds']:.0f} s, seed {report['seed']}"
     )
     return said + (f"; {len(report['not_run'])} parts not run" if report["not_run"] else "")
+
+
+def rates(run: Report) -> str:
+    """How fast a captured run was beside the plain one; nothing where it broke off."""
+    if "images_per_second" not in run:
+        return ""
+    return f", {run['images_per_second']:.0f} images/s, {run['images_per_second_plain']:.0f} kernel by kernel"
 
 
 def write(report: Report, path: Path) -> None:
@@ -121,6 +134,9 @@ def page(folder: Path) -> str:
                     f"{run['loss_last']:.4f}, farthest from float64 {run['error']:.1e} "
                     f"(the CPU in float32: {run['cpu_float32_error']:.1e}).\n"
                 )
+        for run in report["captured"]:
+            state = "passed" if run["passed"] else "failed"
+            parts.append(f"\nCaptured as a CUDA graph, {run['recipe']}: {state}{rates(run)}.\n")
         for check in report["sanitizer"]:
             state = "passed" if check["passed"] else "failed" if check["finished"] else "not finished"
             parts.append(f"\ncompute-sanitizer {check['tool']}: {state}.\n")

@@ -13,6 +13,7 @@ import gpucnn_kernels as kernels
 from gpucnn.ops.contract import Array
 from gpucnn.ops.cuda.arrays import call, contiguous, is_contiguous, is_image
 from gpucnn.ops.cuda.optimizers import update
+from gpucnn_kernels import training_step
 from gpucnn_kernels.training_step import VERDICT
 
 __all__ = [
@@ -89,18 +90,18 @@ def sum_of_squares(x: Array, out: Array) -> None:
 
 
 def judge_step(squares: Array, loss: Array, correct: Array, verdict: Array) -> None:
-    """``verdict`` (5,) of a step, as VERDICT names them: see :func:`gpucnn_kernels.judge_step`."""
-    call(kernels.judge_step, squares, loss, correct, verdict=verdict)
+    """``verdict`` (5,) of a step, as VERDICT names them: see :func:`gpucnn_kernels.training_step.judge_step`."""
+    call(training_step.judge_step, squares, loss, correct, verdict=verdict)
 
 
 def clip(x: Array, total: Array, max_norm: float) -> None:
     """X scaled to the share of ``max_norm``, where the norm of all gradients, ``total`` its square, is larger."""
-    call(kernels.clip_by_total, x, total, max_norm=max_norm)
+    call(training_step.clip_by_total, x, total, max_norm=max_norm)
 
 
 def average_step(live: Array, average: Array, share: Array, proceed: Array) -> None:
     """Average += share * (live - average), unless ``proceed`` is 0."""
-    call(kernels.average_step, live, average, share=share, proceed=proceed)
+    call(training_step.average_step, live, average, share=share, proceed=proceed)
 
 
 def dropout_forward(
