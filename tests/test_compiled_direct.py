@@ -59,8 +59,8 @@ def truth(direction: str, problem: Conv2dProblem, inputs: tuple[NDArray[Any], ..
 def assert_right(direction: str, problem: Conv2dProblem) -> None:
     """Every number is written, with an error of at most twice plain im2col's in float32.
 
-    Plain im2col's may be none by luck, so there are a few roundings of a sum that does not cancel on top: of the root
-    of its squared terms.
+    Plain im2col's may be none by luck, so there are a few roundings of a sum that does not cancel on top: of the
+    root of its squared terms.
     """
     inputs = arrays(problem, "float32")
     expected = truth(direction, problem, inputs, "float64")
