@@ -3,7 +3,7 @@
 The compiled loops do it where they take the arrays. What follows is the NumPy way.
 
 There is such a sum over the kernel. The padded channels are laid out as pictures, each a line of height times
-width numbers, and beside them the same lines moved on by one kernel column after the other. A channel's R x S kernel
+width numbers, and beside them the same lines moved on by one kernel column after the other. A channel's kernel
 times its S moved lines is a small matrix product, whose row r holds what kernel row r gives at every place; moved
 down by r lines of the picture and added up, these are the output. At the end of each row the windows run over into
 the next row; what they give there falls into gaps that nobody reads. The filter gradient is a dot product of the

@@ -1,8 +1,8 @@
 """Pooling by the compiled loops, on float32 arrays in C order that are already checked; places are uint8.
 
 Forward, windows side by side are compared or added in vectors, as source/windows.h lays them out; back, each
-number of the image gathers from the windows that met it. ms on one thread, all in turns on a machine that had other
-work as well, so that only a row's numbers compare (16 x 64 images of 56 x 56; PyTorch 2.13's better layout):
+number of the image gathers from the windows that met it. ms on one thread, all in turns on a machine that had
+other work as well, so that only a row's numbers compare (16 x 64 planes of 56 x 56; PyTorch 2.13's better layout):
 
 =========================  =====  =====  =======
                            here   NumPy  PyTorch
