@@ -14,8 +14,8 @@ The sum over channels makes each of the 36 elements a matrix product of its own,
 F(2x2, 5x5) has 6x6 inputs too, and differs in the sizes of G and A alone: 36 products for 4 outputs, where the
 plain sum takes 100.
 
-float32 takes the compiled loops (:mod:`gpucnn.ops.cpu.compiled.winograd`) where there are such, by the same matrices;
-what follows here is the NumPy way.
+float32 takes the compiled loops (:mod:`gpucnn.ops.cpu.compiled.winograd`) where there are such, which evaluate at
+the same points; what follows here is the NumPy way.
 """
 
 from __future__ import annotations

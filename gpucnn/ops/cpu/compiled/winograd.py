@@ -9,7 +9,7 @@ Milliseconds of one thread, in turns in one process, beside PyTorch 2.13's bette
     layer                       forward              input gradient       filter gradient
                                 here   NumPy  torch  here   NumPy  torch  here   NumPy  torch
     ==========================  =====  =====  =====  =====  =====  =====  =====  =====  =====
-    alexnet c2 64->192 k5 27 N16   30.6   99.2   47.8   34.7  115.2   53.8   43.9   89.8   52.3
+    alexnet 64->192 k5 27 N16    30.6   99.2   47.8   34.7  115.2   53.8   43.9   89.8   52.3
     vgg 64->64 k3 224 N2         33.4   91.6   55.7   39.1  105.6   70.1   37.0  132.9   77.9
     vgg 512->512 k3 14 N8        30.6   70.6   56.0   33.8   76.2   64.0   31.4   68.6   74.0
     resnet 64->64 k3 56 N16      15.2   49.5   27.7   15.8   54.4   28.7   16.6   71.8   35.0
@@ -18,8 +18,8 @@ Milliseconds of one thread, in turns in one process, beside PyTorch 2.13's bette
     resnet 512->512 k3 7 N16     16.1   44.4   29.2   16.6   49.1   30.7   17.3   41.6   53.3
     ==========================  =====  =====  =====  =====  =====  =====  =====  =====  =====
 
-The largest error against float64 was 2 to 8 times that of im2col's in these layers' forward passes and gradients
-(mean square: 2 to 5 times), of the kind that NumPy's transforms have; the tests hold it to 20.
+The largest error against float64, of such layers and their gradients, was 2 to 8 times that of im2col's (in the
+mean square 2 to 5 times), which NumPy's transforms make as well; the tests hold it to 20.
 
 Problems here have a 3x3 or 5x5 kernel, stride 1, no dilation and one group; arrays are float32 in C order, and the
 result shares no memory with the others.
