@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpucnn_kernels.errors import ArgumentError
+from gpucnn_kernels.recording import recording
 from gpucnn_kernels.runtime import current
 
 _SAME_CALLS = "the calls in an arena are the same every time: record them anew for other shapes"
@@ -116,7 +117,7 @@ class Arena:
             return self._runtime.memory(size, self._device), 0, token
 
         try:
-            with self._runtime.allocating(take, self._device):
+            with recording(), self._runtime.allocating(take, self._device):
                 yield
         finally:
             for ending in endings:
@@ -156,7 +157,7 @@ class Arena:
             count += 1
             return self._memory, start, token
 
-        with self._runtime.allocating(take, self._device):
+        with recording(), self._runtime.allocating(take, self._device):
             yield
         if count != len(lifetimes):
             raise ArgumentError(f"{count} arrays were made where {len(lifetimes)} were recorded; {_SAME_CALLS}")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gpucnn_kernels import conv2d_data_paths as data_paths
-from gpucnn_kernels import conv2d_filter, conv2d_tensor
+from gpucnn_kernels import conv2d_filter, conv2d_tensor, tuning
 from gpucnn_kernels import conv2d_forward_paths as forward_paths
 from gpucnn_kernels.arrays import DeviceArray, image_layout
 from gpucnn_kernels.conv2d_choice import chosen
@@ -86,28 +86,36 @@ def conv2d_choose(
     return chosen(direction, problem, dtype, precision=precision, channels_last=channels_last, gpu=gpu)
 
 
-def _resolved(
+def _start(
     call: Call,
     direction: str,
     algorithm: str,
     problem: Conv2dProblem,
     images: DeviceArray,
-    precision: str | None = None,
-) -> str:
+    precision: str | None,
+    run: tuning.Run,
+) -> None:
+    """Do the work by the algorithm of this name, or by the one that "auto" is."""
+    options: dict[str, Any] = {"precision": precision, "channels_last": images.channels_last}
+    if algorithm != "auto":
+        run(algorithm)
+    elif tuning.enabled():
+        tuning.start(call, direction, problem, images.dtype, run, **options)
+    else:
+        run(conv2d_choose(direction, problem, images.dtype, gpu=call.gpu, **options))
+
+
+def _check_algorithm(
+    call: Call, direction: str, algorithm: str, problem: Conv2dProblem, dtype: str, precision: str | None
+) -> None:
+    """Raise where there is no algorithm of this name, or it cannot do this problem."""
     names = conv2d_algorithms(direction)
-    conv2d_tensor.check_precision(precision, images.dtype)
+    conv2d_tensor.check_precision(precision, dtype)
     if algorithm == "auto":
-        return conv2d_choose(
-            direction,
-            problem,
-            images.dtype,
-            precision=precision,
-            channels_last=images.channels_last,
-            gpu=call.gpu,
-        )
+        return
     if algorithm == "tensor":
-        conv2d_tensor.check(call, images.dtype)
-        return algorithm
+        conv2d_tensor.check(call, dtype)
+        return
     if algorithm not in names:
         raise ArgumentError(
             f"unknown algorithm {algorithm!r} for conv2d {direction}; choose auto or one of {', '.join(names)}"
@@ -124,7 +132,6 @@ def _resolved(
             f"algorithm 'depthwise' needs as many groups as input channels, got groups={problem.groups} for "
             f"{problem.C} channels; choose auto or one of {others}"
         )
-    return algorithm
 
 
 # ---------------------------------------------------------------- the operations
@@ -174,17 +181,21 @@ def conv2d_forward(
         problem = Conv2dProblem.from_shapes(
             images.shape, weights.shape, stride=stride, padding=padding, dilation=dilation, groups=groups
         )
-        name = _resolved(call, "forward", algorithm, problem, images, precision)
+        _check_algorithm(call, "forward", algorithm, problem, images.dtype, precision)
         vectors = {name: by_channel(call, name, problem.K) for name in ("bias", "scale")}
         epilogue = Epilogue(
             activation=activation, negative_slope=negative_slope, residual=call.get("residual"), **vectors
         )
         y = result_array(call, problem.output_shape, dtype, images, *vectors.values())
         _check_residual(call, y)
-        if name == "tensor":
-            conv2d_tensor.convolve(call, problem, images, weights, y, epilogue, precision=precision)
-        else:
-            _FORWARD[name](call, problem, images, weights, y, epilogue)
+
+        def run(name: str) -> None:
+            if name == "tensor":
+                conv2d_tensor.convolve(call, problem, images, weights, y, epilogue, precision=precision)
+            else:
+                _FORWARD[name](call, problem, images, weights, y, epilogue)
+
+        _start(call, "forward", algorithm, problem, images, precision, run)
         return call.give(y)
 
 
@@ -234,16 +245,19 @@ def input_gradient(
 
     The bias is the transposed convolution's, which this is too.
     """
-    name = _resolved(call, "backward_data", algorithm, problem, dy, precision)
+    _check_algorithm(call, "backward_data", algorithm, problem, dy.dtype, precision)
     bias = by_channel(call, "bias", problem.C)
     epilogue = Epilogue(bias)
     dx = result_array(call, problem.input_shape, dy.dtype, dy, bias)
-    if name == "tensor":
-        conv2d_tensor.convolve(
-            call, problem, dy, call["weight"], dx, epilogue, precision=precision, transposed=True
-        )
-    else:
-        _BACKWARD_DATA[name](call, problem, dy, call["weight"], dx, epilogue)
+    weight = call["weight"]
+
+    def run(name: str) -> None:
+        if name == "tensor":
+            conv2d_tensor.convolve(call, problem, dy, weight, dx, epilogue, precision=precision, transposed=True)
+        else:
+            _BACKWARD_DATA[name](call, problem, dy, weight, dx, epilogue)
+
+    _start(call, "backward_data", algorithm, problem, dy, precision, run)
     return dx
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gpucnn_kernels import conv2d_tensor
+from gpucnn_kernels import conv2d_tensor, tuning
 from gpucnn_kernels.arrays import DeviceArray, image_layout
 from gpucnn_kernels.channel_sums import launch_channel_sums
 from gpucnn_kernels.columns import columns_shape, images, launch_im2col
@@ -71,23 +71,37 @@ def conv2d_backward_filter(
     with Call(stream, dy=dy, x=x, out=out) as call:
         dtype = call.floating("dy", "x", "out")
         problem = _problem(call["dy"], call["x"], kernel_size, stride, padding, dilation, groups)
-        name = _resolved(call, algorithm, problem, dtype, precision)
+        _check_algorithm(call, algorithm, problem, dtype, precision)
         if problem.N:  # the strides of an empty array say nothing
             image_layout(call["dy"])
             image_layout(call["x"])
         dw = call.output(problem.weight_shape, dtype, like=call["x"] if problem.N else None)
         channels_fastest = image_layout(dw) == "channels_last"
         require_apart(dw, call["dy"], call["x"])
-        if problem.N == 0:
-            partial, parts = call.scratch(0, SCALARS[dtype][1]), 0
-        elif name == "tensor":
-            partial, parts = conv2d_tensor.filter_sums(call, problem, call["dy"], call["x"], precision)
-            channels_fastest = True
-        elif name == "im2col":
-            partial, parts, channels_fastest = _by_columns(call, problem), 1, False
+
+        def run(name: str) -> None:
+            fastest = channels_fastest
+            if problem.N == 0:
+                partial, parts = call.scratch(0, SCALARS[dtype][1]), 0
+            elif name == "tensor":
+                partial, parts = conv2d_tensor.filter_sums(call, problem, call["dy"], call["x"], precision)
+                fastest = True
+            elif name == "im2col":
+                partial, parts, fastest = _by_columns(call, problem), 1, False
+            else:
+                partial, parts = _by_parts(call, problem, fastest, name)
+            _finish(call, partial, parts, dw, problem, fastest)
+
+        options: dict[str, Any] = {
+            "precision": precision,
+            "channels_last": call["dy"].channels_last and call["x"].channels_last,
+        }
+        if algorithm != "auto":
+            run(algorithm)
+        elif tuning.enabled():
+            tuning.start(call, "backward_filter", problem, dtype, run, **options)
         else:
-            partial, parts = _by_parts(call, problem, channels_fastest, name)
-        _finish(call, partial, parts, dw, problem, channels_fastest)
+            run(chosen("backward_filter", problem, dtype, gpu=call.gpu, **options))
         return call.give(dw)
 
 
@@ -147,14 +161,16 @@ def _problem(
     return problem
 
 
-def _resolved(call: Call, algorithm: str, problem: Conv2dProblem, dtype: str, precision: str | None) -> str:
+def _check_algorithm(
+    call: Call, algorithm: str, problem: Conv2dProblem, dtype: str, precision: str | None
+) -> None:
+    """Raise where there is no algorithm of this name, or it cannot do this problem."""
     conv2d_tensor.check_precision(precision, dtype)
     if algorithm == "auto":
-        last = call["dy"].channels_last and call["x"].channels_last
-        return chosen("backward_filter", problem, dtype, precision=precision, channels_last=last, gpu=call.gpu)
+        return
     if algorithm == "tensor":
         conv2d_tensor.check(call, dtype)
-        return algorithm
+        return
     if algorithm not in filter_algorithms():
         raise ArgumentError(
             f"algorithm of a filter gradient must be auto, {', '.join(filter_algorithms())}, got {algorithm!r}"
@@ -164,7 +180,6 @@ def _resolved(call: Call, algorithm: str, problem: Conv2dProblem, dtype: str, pr
             f"algorithm 'depthwise' takes one input channel a group, got {problem.C // problem.groups}; use "
             "'implicit_gemm'"
         )
-    return algorithm
 
 
 # ---------------------------------------------------------------- the ways

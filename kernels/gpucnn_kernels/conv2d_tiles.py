@@ -13,7 +13,9 @@ Constants marked [E] are estimates until they are measured on a GPU; [P] follow 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 from gpucnn_kernels.gpu import Gpu
@@ -89,6 +91,19 @@ THREE_PRODUCT_FILTER_TILES = (
 # ---------------------------------------------------------------- a grid of tiles
 
 
+_forced: ContextVar[str] = ContextVar("forced_tile", default="")
+
+
+@contextlib.contextmanager
+def forced(name: str) -> Iterator[None]:
+    """Inside, kernels that have a tile of this name take it; "" is none."""
+    before = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(before)
+
+
 def tiled(
     gpu: Gpu, tile: Tile, channels: int, positions: int, units: int, depth: float, rate: float, item: int
 ) -> tuple[float, float]:
@@ -115,8 +130,12 @@ def faster_tile(
 ) -> Tile:
     """The tile that takes the least time; the depth of the sum is common to all and does not matter.
 
-    Of several whose longer part is the same, the one whose other part is shorter; of equals the first.
+    Of several whose longer part is the same, the one whose other part is shorter; of equals the first. Where
+    :func:`forced` names one of them it is that.
     """
+    name = _forced.get()
+    if name:
+        tiles = [tile for tile in tiles if tile.name == name] or list(tiles)
 
     def seconds(tile: Tile) -> tuple[float, float]:
         parts = tiled(gpu, tile, channels, positions, units, 1.0, rate, item)

@@ -117,6 +117,11 @@ class Call:
         return self._runtime.capability(self._first.device)
 
     @property
+    def device(self) -> int:
+        """The number of the arrays' device."""
+        return self._first.device
+
+    @property
     def gpu(self) -> Gpu:
         """The arrays' device as :mod:`gpucnn_kernels.gpu` describes one, to reckon with."""
         return gpu_of(self._runtime.name, self._first.device, self.capability)

@@ -18,6 +18,7 @@ import numpy
 
 from gpucnn_kernels.arrays import JAX, library_of, numpy_dtype
 from gpucnn_kernels.errors import ArgumentError, CompileError, DeviceError, DtypeError
+from gpucnn_kernels.recording import recording
 from gpucnn_kernels.runtime import Graph, Module, Pointer, Result, Take, cuda_graph
 from gpucnn_kernels.source import Source
 
@@ -221,7 +222,8 @@ class CudaRuntime:
 
     def capture(self, run: Callable[[], Result], keep: Iterable[Any], device: int) -> tuple[Graph, Result]:
         """The work that ``run`` starts, as a CUDA graph."""
-        return cuda_graph.capture(self._cupy, run, keep, device)
+        with recording():
+            return cuda_graph.capture(self._cupy, run, keep, device)
 
     def _stream(self, stream: Any) -> Any:
         cupy = self._cupy

@@ -12,6 +12,7 @@ import numpy
 
 from gpucnn_kernels.arrays import numpy_dtype
 from gpucnn_kernels.errors import CompileError, DeviceError, DtypeError
+from gpucnn_kernels.recording import recording
 from gpucnn_kernels.runtime import Graph, Module, Pointer, Result, Take, host_graph
 from gpucnn_kernels.runtime.host import HostCompileError, HostModule, Memory
 from gpucnn_kernels.source import Source
@@ -135,7 +136,8 @@ class HostRuntime:
     def capture(self, run: Callable[[], Result], keep: Iterable[Any], device: int) -> tuple[Graph, Result]:
         """The work that ``run`` starts, recorded."""
         del device
-        return host_graph.capture(run, keep)
+        with recording():
+            return host_graph.capture(run, keep)
 
 
 class _Part:
