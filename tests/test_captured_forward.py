@@ -117,3 +117,27 @@ def test_what_cannot_be_captured_is_said(launches: list[int]) -> None:
         warnings.simplefilter("error")
         measured(model, "auto")
     assert any(isinstance(layer, OwnLayer) for _, layer in model.named_layers())
+
+
+def test_a_model_compiled_for_inference(launches: list[int]) -> None:
+    from gpucnn.layers import Conv2d, MaxPool2d
+
+    layers = Conv2d(1, 4, 3), BatchNorm2d(4), ReLU(), MaxPool2d(2), Flatten(), Linear(16, 3)
+    model = Sequential(*layers).to("cuda").compile_for_inference()
+    images = numpy.random.default_rng(0).random((40, 1, 6, 6), "float32")
+    captured = model.predict(images, batch_size=10, capture="on")
+    assert captured.tobytes() == model.predict(images, batch_size=10, capture="off").tobytes()
+    assert len(launches) == 3
+
+
+def test_fit_and_predict_pass_the_option_on(launches: list[int]) -> None:
+    images = numpy.random.default_rng(0).random((47, 1, 6, 6), "float32")
+    labels, ends = numpy.arange(47) % 3, []
+    for capture in ("on", "off"):
+        model = predictor()
+        model.fit((images, labels), epochs=1, batch_size=10, capture=capture, verbose=False)
+        ends.append({key: value.tobytes() for key, value in model.state_dict().items()})
+        result = model.evaluate((images, labels), batch_size=10, capture=capture)
+        ends[-1]["loss"] = repr(result.loss).encode()
+    assert ends[0] == ends[1]
+    assert len(launches) == 3 + 3, "of four full batches each, the first kernel by kernel"

@@ -420,3 +420,11 @@ def test_a_run_is_resumed_with_the_same_bits(first: str, second: str, tmp_path: 
     resumed.fit(resume=True)
     ours, theirs = end(resumed), end(undisturbed)
     assert [key for key in theirs if ours[key] != theirs[key]] == []
+
+
+def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path: Any) -> None:
+    train, _ = make_data()
+    options = TrainingOptions(capture="on", batch_size=BATCH)
+    with pytest.raises(ArgumentError, match="capture='on'"):
+        Trainer(make_model(), train, options=options, device="cpu", run=RunFolder(tmp_path / "run")).fit()
+    assert not (tmp_path / "run").exists()

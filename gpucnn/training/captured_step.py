@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy
 
+from gpucnn.errors import ArgumentError
 from gpucnn.ops import Array
 from gpucnn.optimizers.scheduled import layout_of
-from gpucnn.training.replay import Replay, signature
+from gpucnn.training.replay import Replay, reason_against, signature
 from gpucnn.training.scheduled_step import ScheduledTrainingStep
 from gpucnn.training.steps import PlainStep, StepParts, StepResult
 
@@ -19,6 +20,22 @@ MOST_CAPTURES = 20
 
 CAPTURED = "each step of {count} images is launched as one CUDA graph"
 GIVEN_UP = "the steps are not captured as a CUDA graph, and go on kernel by kernel: {reason}"
+
+
+def make_step(parts: StepParts, capture: str, full: int, say: Callable[[str], None]) -> PlainStep | CapturedStep:
+    """The way that a run takes its steps: by a graph where ``capture``, one of CAPTURE, asks for it and it can.
+
+    ``full`` is how many images a full batch has; ``say`` shows a line to the user. Raises ArgumentError, with the
+    reason, where capture is "on" and cannot be.
+    """
+    reason = reason_against(parts.model, capture, training=True)
+    if reason is None:
+        return CapturedStep(parts, full, say)
+    if reason and capture == "on":
+        raise ArgumentError(f"capture='on': {reason}")
+    if reason:
+        say(GIVEN_UP.format(reason=reason))
+    return PlainStep(parts)
 
 
 class CapturedStep:

@@ -23,7 +23,7 @@ from gpucnn.schedules import Schedule
 from gpucnn.training.averaging import WeightAverage
 from gpucnn.training.buffers import BufferCopy
 from gpucnn.training.callbacks import Callback
-from gpucnn.training.captured_step import GIVEN_UP, CapturedStep
+from gpucnn.training.captured_step import CapturedStep, make_step
 from gpucnn.training.checkpoint import Checkpoint, Position, write_checkpoint
 from gpucnn.training.diagnosis import advice_on, find_first_non_finite, find_non_finite_weight
 from gpucnn.training.evaluation import EvaluationResult, evaluate, input_dtype, make_measurement
@@ -42,7 +42,6 @@ from gpucnn.training.preparation import (
 )
 from gpucnn.training.progress import Progress
 from gpucnn.training.random_state import RandomState
-from gpucnn.training.replay import reason_against
 from gpucnn.training.resuming import check_same_run, describe_data
 from gpucnn.training.run_folder import RunFolder
 from gpucnn.training.steps import PlainStep, StepParts
@@ -216,14 +215,6 @@ class Trainer:
             self.history = History(monitor=options.monitor)
             default_generator.manual_seed(options.seed)
             default_generator.reserve(_DROPOUT_OFFSET)
-        if run is not None:
-            if not run.config_path.exists():
-                run.create({"options": options.to_dict(), "model": self._architecture(), "data": self._data})
-            run.remove_temporary_files()
-            if checkpoint is None:
-                self._save()  # so that a run killed at once restarts from these weights, and a full disk shows now
-            self.history.write(run.history_path)
-        self._saved_at, self._saved_step = time.monotonic(), self._position.step
         self._parts = StepParts(
             self.model,
             self.loss,
@@ -234,28 +225,24 @@ class Trainer:
             self._scaler,
             options.clip_norm,
         )
-        self._steps = self._make_steps()
+        self._steps = make_step(self._parts, options.capture, options.batch_size, self.progress.message)
         if self.validation is not None:
             self._measurement = make_measurement(
                 self.model, self.validation, options.capture, self.progress.message
             )
+        if run is not None:
+            if not run.config_path.exists():
+                run.create({"options": options.to_dict(), "model": self._architecture(), "data": self._data})
+            run.remove_temporary_files()
+            if checkpoint is None:
+                self._save()  # so that a run killed at once restarts from these weights, and a full disk shows now
+            self.history.write(run.history_path)
+        self._saved_at, self._saved_step = time.monotonic(), self._position.step
         if self._leaves_out_last and self._position.step == 0:
             self.progress.message(
                 f"the last batch of each epoch would be a single image ({len(self.train)} images, batch size "
                 f"{options.batch_size}), which batch norm cannot learn from; it is left out"
             )
-
-    def _make_steps(self) -> PlainStep | CapturedStep:
-        """The way that steps are taken: by a graph, where that is asked for and can be."""
-        parts, options = self._parts, self.options
-        reason = reason_against(self.model, options.capture, training=True)
-        if reason is None:
-            return CapturedStep(parts, options.batch_size, self.progress.message)
-        if reason and options.capture == "on":
-            raise ArgumentError(f"capture='on': {reason}")
-        if reason:
-            self.progress.message(GIVEN_UP.format(reason=reason))
-        return PlainStep(parts)
 
     def _train_epoch(self, watch: InterruptWatch) -> None:
         position, options = self._position, self.options
