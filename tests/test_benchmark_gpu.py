@@ -23,6 +23,8 @@ from benchmarking.gpu_rows import COMPILED, Measurement, convolution_work, measu
 from benchmarking.gpu_worker import Worker  # noqa: E402
 from benchmarking.rows import convolution_rows  # noqa: E402
 
+from gpucnn_kernels import tuning_memory  # noqa: E402
+
 # ---------------------------------------------------------------- rows
 
 
@@ -108,14 +110,24 @@ def on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.compiler
 @pytest.mark.parametrize("measurement", _kinds(), ids=lambda measurement: measurement.key)
-def test_a_row_of_each_kind_runs(measurement: Measurement, on_the_host: None) -> None:
+def test_a_row_of_each_kind_runs(
+    measurement: Measurement, on_the_host: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tuning_memory, "cache_folder", lambda kind: tmp_path)
+    tuning_memory.memory_of.cache_clear()
     worker = Worker(OursOnGpu(), rehearsing=True)
     answer = worker.prepare(measurement.row.as_json(), measurement.precision)
     assert answer["failed"] == {}
     image = measurement.row.kind not in ("step", "cross_entropy") and "count" not in measurement.row.sizes
     expected = ["", "channels-last"] if image else [""]
-    dense = measurement.row.kind == "convolution" and measurement.row.sizes["groups"] == 1
-    assert answer["variants"] == expected + ["tensor"] * (dense and measurement.precision == "float32")
+    convolution = measurement.row.kind == "convolution"
+    dense = convolution and measurement.row.sizes["groups"] == 1
+    expected += ["tensor"] * (dense and measurement.precision == "float32")
+    assert answer["variants"] == expected + ["autotuned"] * convolution
+    for variant in ("", "autotuned") if convolution else ():
+        assert answer["settings"][variant]["way"].split()[0] in (
+            "implicit_gemm", "phases", "direct", "depthwise", "im2col", "col2im", "tensor",
+        )  # fmt: skip
     for variant in answer["variants"]:
         (seconds,) = worker.measure(variant)["seconds"]
         assert 0 < seconds < 60
@@ -378,7 +390,8 @@ def test_the_command_rehearses_and_writes(tmp_path: Path) -> None:
     results = json.loads(path.read_text())
     assert [entry["precision"] for entry in results["rows"].values()] == ["float32", "tf32", "bfloat16", "float16"]
     exact = results["rows"]["seed c4 64->128 k3 s2 13 N64 forward, float32, libraries"]
-    assert set(exact["seconds"]) == {"gpucnn", "gpucnn channels-last", "gpucnn tensor", "cupy im2col"}
+    ours = {"gpucnn", "gpucnn channels-last", "gpucnn tensor", "gpucnn autotuned"}
+    assert set(exact["seconds"]) == ours | {"cupy im2col"}
     assert set(results["calls"][0]["ceilings"]) == {"copy", "float32", "tf32", "bfloat16", "float16"}
     page = path.with_suffix(".md").read_text()
     assert "A rehearsal without a GPU" in page

@@ -81,6 +81,12 @@ _used: dict[tuple[str, int, str], Choice] = {}
 _lock = threading.Lock()
 
 
+def used() -> dict[str, Choice]:
+    """What this process has chosen, by problem, the latest last."""
+    with _lock:
+        return {key: choice for (_, _, key), choice in _used.items()}
+
+
 def start(
     call: Call,
     direction: str,

@@ -19,9 +19,9 @@ _CUBLAS_TYPES = {"float32": 0, "float16": 2, "bfloat16": 14}  # of cudaDataType
 class OursOnGpu(Ours):
     """gpucnn on device "cuda": what a user of its operations and layers gets, in the precision asked for."""
 
-    variants = ("", "channels-last", "tensor")
-    """The algorithm that is chosen by itself, on contiguous arrays and on channels-last ones; and tensor cores for
-    float32-accurate convolutions, which are not chosen by themselves."""
+    variants = ("", "channels-last", "tensor", "autotuned")
+    """The algorithm that is chosen by itself, on contiguous arrays and on channels-last ones; tensor cores for
+    float32-accurate convolutions, which are not chosen by themselves; and what was measured to be the fastest."""
 
     def __init__(self) -> None:
         super().__init__("cuda")
@@ -29,6 +29,7 @@ class OursOnGpu(Ours):
 
         self._host = is_host_runtime()
         self._precision, self._variant = "float32", ""
+        self._way_taken: Callable[[], str] | None = None
 
     def versions(self) -> dict[str, str]:
         """What ran."""
@@ -93,12 +94,19 @@ class OursOnGpu(Ours):
             row["kind"] != "convolution" or precision != "float32" or row["sizes"]["groups"] > 1
         ):
             return None
+        if variant == "autotuned" and row["kind"] != "convolution":
+            return None
         if variant == "channels-last" and (row["kind"] == "cross_entropy" or "count" in row["sizes"]):
             return None  # no images
         if variant == "channels-last" and row["kind"] == "step":
             return None  # a model's images are contiguous
-        self._precision, self._variant = precision, variant
+        self._precision, self._variant, self._way_taken = precision, variant, None
         return self.prepare(row)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The way that the convolution of the last row took, once it has run."""
+        return {} if self._way_taken is None else {"way": self._way_taken()}
 
     def _way(self) -> dict[str, Any]:
         """What a convolution is told of the precision."""
@@ -108,10 +116,48 @@ class OursOnGpu(Ours):
 
     def _convolution(self, direction: str, s: dict[str, Any]) -> Callable[[], Any]:
         import gpucnn_kernels
+        from gpucnn_kernels import tuning
 
         options = {"stride": s["stride"], "padding": s["padding"], "groups": s["groups"], **self._way()}
         x = self._normal(s["n"], s["c"], s["size"], s["size"])
         weight = self._normal(s["k"], s["c"] // s["groups"], s["kernel"], s["kernel"], scale=0.1)
+        run = self._directed(direction, s, x, weight, options)
+        if self._variant == "autotuned":
+
+            def tuned() -> Any:
+                with gpucnn_kernels.autotune():
+                    return run()
+
+            self._way_taken = lambda: " ".join(list(tuning.used().values())[-1]).strip()
+            return tuned
+        if self._variant != "tensor":
+            self._way_taken = lambda: self._chosen(direction, x, weight, options)
+        return run
+
+    def _chosen(self, direction: str, x: Any, weight: Any, options: dict[str, Any]) -> str:
+        """What "auto" is for these arrays."""
+        from gpucnn_kernels import conv2d_choose
+        from gpucnn_kernels.launch import Call
+        from gpucnn_kernels.problem import Conv2dProblem
+
+        geometry = {name: options[name] for name in ("stride", "padding", "groups")}
+        problem = Conv2dProblem.from_shapes(x.shape, weight.shape, **geometry)
+        with Call(None, x=x) as call:
+            images = call["x"]
+            return conv2d_choose(
+                _DIRECTIONS[direction],
+                problem,
+                images.dtype,
+                precision=options.get("precision"),
+                channels_last=images.channels_last,
+                gpu=call.gpu,
+            )
+
+    def _directed(
+        self, direction: str, s: dict[str, Any], x: Any, weight: Any, options: dict[str, Any]
+    ) -> Callable[[], Any]:
+        import gpucnn_kernels
+
         out = (s["size"] + 2 * s["padding"] - s["kernel"]) // s["stride"] + 1
         if direction == "forward":
             return lambda: gpucnn_kernels.conv2d_forward(x, weight, **options)

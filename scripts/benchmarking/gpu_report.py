@@ -179,6 +179,14 @@ def page(results: dict[str, Any]) -> str:
                 ]
                 if entries:
                     lines += [f"## {what}, {precision}{title}", "", table(entries, results), ""]
+    ways = [
+        f"- {key}: "
+        + ", ".join(f"{column} {taken['way']}" for column, taken in entry["settings"].items() if "way" in taken)
+        for key, entry in results["rows"].items()
+        if any("way" in taken for taken in entry["settings"].values())
+    ]
+    if ways:
+        lines += ["## The ways that our convolutions took", "", *ways, ""]
     blanks = [f"- {library}: {why}" for library, why in results["missing"].items()]
     for key, entry in results["rows"].items():
         blanks += [f"- {key}: {column}: {why}" for column, why in entry["blank"].items()]
