@@ -66,7 +66,8 @@ def test_every_option_can_come_from_every_source(tmp_path: Path) -> None:
         "warmup-epochs": (["0.5"], 0.5), "step-size": (["2.5"], 2.5), "gamma": (["0.2"], 0.2),
         "label-smoothing": (["0.1"], 0.1), "class-weights": (["1,2.5"], [1.0, 2.5]), "clip-norm": (["2"], 2.0),
         "ema": (["0.99"], 0.99), "early-stopping": (["3"], 3), "monitor": (["loss"], "loss"), "seed": (["9"], 9),
-        "precision": (["float64"], "float64"), "capture": (["off"], "off"), "output": (["/o"], "/o"), "resume": (["/r"], "/r"),
+        "precision": (["float64"], "float64"), "capture": (["off"], "off"),
+        "output": (["/o"], "/o"), "resume": (["/r"], "/r"),
         "checkpoint-seconds": (["5"], 5.0), "checkpoint-steps": (["50"], 50), "device": (["cpu"], "cpu"),
         "workers": (["3"], 3),
     }  # fmt: skip
