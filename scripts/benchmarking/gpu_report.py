@@ -179,12 +179,11 @@ def page(results: dict[str, Any]) -> str:
                 ]
                 if entries:
                     lines += [f"## {what}, {precision}{title}", "", table(entries, results), ""]
-    ways = [
-        f"- {key}: "
-        + ", ".join(f"{column} {taken['way']}" for column, taken in entry["settings"].items() if "way" in taken)
-        for key, entry in results["rows"].items()
-        if any("way" in taken for taken in entry["settings"].values())
-    ]
+    ways = []
+    for key, entry in results["rows"].items():
+        taken = {column: chosen["way"] for column, chosen in entry["settings"].items() if "way" in chosen}
+        if taken:
+            ways.append(f"- {key}: " + ", ".join(f"{column}: {way}" for column, way in taken.items()))
     if ways:
         lines += ["## The ways that our convolutions took", "", *ways, ""]
     blanks = [f"- {library}: {why}" for library, why in results["missing"].items()]
