@@ -91,7 +91,7 @@ class Replay:
 
 
 def _form(inputs: tuple[Array, ...]) -> Any:
-    return tuple((array.shape, array.strides, str(array.dtype)) for array in inputs)
+    return tuple((array.shape, array.strides, array.dtype) for array in inputs)
 
 
 # ---------------------------------------------------------------- what can be captured
