@@ -224,7 +224,8 @@ int correlate(
         int64_t vectors = ceiling(length, LANES);
         float *staged = scratch(PIXELS, images * image + STAGING_END);
         float *results = scratch(RESULTS, cut.outputs * pitch + LANES);
-        float *line = scratch(LINE, larger(larger((c.columns + 2 * LANES) * c.spread_w, apart + LANES), staging.line()));
+        int64_t longest = larger(larger((c.columns + 2 * LANES) * c.spread_w, apart + LANES), staging.line());
+        float *line = scratch(LINE, longest);
         float *columns = staged;
         int32_t *dense = nullptr;
         if (cut.together) {

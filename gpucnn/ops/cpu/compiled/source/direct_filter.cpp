@@ -20,7 +20,9 @@ constexpr int64_t FILTER_BLOCK = 128;  // filters a task
 constexpr int64_t POSITION_BLOCK = 640;  // and channels times kernel positions, about
 constexpr int64_t TASKS = 8;           // from so many blocks of weights on, the images are not cut as well
 
-enum Slot { PARTIAL, TABLE, PIXELS, GRADIENTS, SUMS, LINE };
+constexpr int64_t TOGETHER = 400;       // pixels of an image at most for which images are put together
+
+enum Slot { PARTIAL, TABLE, PIXELS, GRADIENTS, SUMS, LINE, TILES };
 
 struct Chunk {  // runs of `vectors` vectors, one an image
     int64_t images, vectors, x_image, dy_image;
@@ -66,6 +68,28 @@ void stage_gradient(
     fill_zeros(to + rows * pitch, length - rows * pitch);
 }
 
+// From an output pixel of a staged plane to the one that the j-th (channel, kernel position) is multiplied with.
+int64_t place(const Problem &p, const Staging &staging, int64_t j) {
+    int64_t kernel = p.r * p.s, r = j % kernel / p.s * p.dilation_h, s = j % p.s * p.dilation_w;
+    int64_t plane = r % p.stride_h * staging.phases_w + s % p.stride_w;
+    return j / kernel * staging.channel() + plane * staging.plane() + r / p.stride_h * staging.pitch + s / p.stride_w;
+}
+
+// to[j][image][row][column] for the first `count` (channel, kernel position), zeros behind.
+void put_together(
+    const Problem &p, const Staging &staging, int64_t count, int64_t images, const float *pixels, int64_t image,
+    float *to, int64_t columns) {
+    for (int64_t j = 0; j < count; ++j, to += columns) {
+        float *at = to;
+        for (int64_t i = 0; i < images; ++i) {
+            const float *row = pixels + i * image + place(p, staging, j);
+            for (int64_t y = 0; y < p.p; ++y, at += p.q, row += staging.pitch)
+                for (int64_t x = 0; x < p.q; x += LANES) store(at + x, load(row + x));
+        }
+        store(at, Vector{});
+    }
+}
+
 }  // namespace
 
 // out = the gradient for the weight, from dy and x. `nan` is 1 where a number of it is NaN, and 0 elsewhere.
@@ -103,14 +127,23 @@ GPUCNN_EXPORT int gpucnn_direct_backward_filter(
     int64_t filter_block = smaller(filters, FILTER_BLOCK), filter_blocks = ceiling(filters, filter_block);
     filter_block = ceiling(ceiling(filters, filter_blocks), FILTERS) * FILTERS;
     filter_blocks = ceiling(filters, filter_block);
-    int64_t channel_block = larger(1, smaller(channels, STAGED / (staging.channel() * images)));
-    channel_block = smaller(channel_block, larger(1, POSITION_BLOCK / kernel));
+    int64_t channel_block = smaller(channels, larger(1, POSITION_BLOCK / kernel));
     int64_t channel_blocks = ceiling(channels, channel_block);
     channel_block = ceiling(channels, channel_blocks);
     channel_blocks = ceiling(channels, channel_block);
+    // Small images are put together without what is computed in vain between rows and at their ends, where that costs
+    // more than another copy of x: about 6 cycles a vector of which filters / 2 cycles of products are made.
+    int64_t run = ceiling((band - 1) * pitch + p.q, LANES) * LANES;
+    double apart = static_cast<double>(run) / static_cast<double>(band * p.q);
+    bool together = p.p * p.q <= TOGETHER && bands == 1 && (apart - 1.02) * static_cast<double>(filter_block) > 12;
+    int64_t columns = ceiling(images * p.p * p.q, LANES) * LANES;  // of images put together
+    // The channels staged at a time.
+    int64_t staged = larger(1, smaller(channel_block, STAGED / (staging.channel() * images)));
+    if (together) staged = larger(1, smaller(staged, STAGED / (kernel * columns)));
     int64_t blocks = p.groups * filter_blocks * channel_blocks;
     int64_t shares = larger(1, smaller(chunks, TASKS / blocks));
-    int64_t positions = channel_block * kernel, width = ceiling(positions, POSITIONS) * POSITIONS;
+    int64_t positions = staged * kernel, width = ceiling(positions, POSITIONS) * POSITIONS;
+    int64_t row = channel_block * kernel;  // of a filter's sums
     int64_t count = p.k * channels * kernel;
 
     float *partial = shares > 1 ? scratch(PARTIAL, shares * count) : out;
@@ -118,10 +151,8 @@ GPUCNN_EXPORT int gpucnn_direct_backward_filter(
     if (!partial || !memory) return 1;
     int32_t *offset = reinterpret_cast<int32_t *>(memory);
     for (int64_t i = 0; i < width; ++i) {
-        int64_t j = smaller(i, positions - 1), r = j % kernel / p.s * p.dilation_h, s = j % p.s * p.dilation_w;
-        int64_t plane = r % p.stride_h * staging.phases_w + s % p.stride_w;
-        offset[i] = static_cast<int32_t>(
-            j / kernel * staging.channel() + plane * staging.plane() + r / p.stride_h * pitch + s / p.stride_w);
+        int64_t j = smaller(i, positions - 1);
+        offset[i] = static_cast<int32_t>(together ? j * columns : place(p, staging, j));
     }
 
     std::atomic<int> failed{0};
@@ -129,29 +160,29 @@ GPUCNN_EXPORT int gpucnn_direct_backward_filter(
         int64_t share = task / blocks, block = task % blocks, group = block / (filter_blocks * channel_blocks);
         int64_t k = block / channel_blocks % filter_blocks * filter_block, c = block % channel_blocks * channel_block;
         int64_t many_k = smaller(filter_block, filters - k), many_c = smaller(channel_block, channels - c);
-        int64_t x_image = many_c * staging.channel(), dy_pitch = length * images;
-        float *pixels = scratch(PIXELS, images * x_image + STAGING_END + LANES);
+        int64_t dy_pitch = together ? columns : length * images;
+        float *pixels = scratch(PIXELS, images * staged * staging.channel() + STAGING_END + LANES);
         float *gradients = scratch(GRADIENTS, filter_block * dy_pitch + LANES);
-        float *sums = scratch(SUMS, filter_block * width), *line = scratch(LINE, staging.line());
-        if (!pixels || !gradients || !sums || !line) {
+        float *sums = scratch(SUMS, filter_block * row), *line = scratch(LINE, staging.line());
+        float *tiles = together ? scratch(TILES, positions * columns + LANES) : pixels;
+        if (!pixels || !gradients || !sums || !line || !tiles) {
             failed.store(1);
             return;
         }
-        fill_zeros(sums, filter_block * width);
+        fill_zeros(sums, filter_block * row);
         for (int64_t chunk = chunks * share / shares; chunk < chunks * (share + 1) / shares; ++chunk) {
             int64_t y = chunk % bands * band, rows = smaller(band, p.p - y), first = chunk / bands * images;
-            Chunk runs = {smaller(images, p.n - first), ceiling((rows - 1) * pitch + p.q, LANES), x_image, length};
-            for (int64_t i = 0; i < runs.images; ++i)
-                stage(
-                    staging, x + (((first + i) * p.groups + group) * channels + c) * p.h * p.w, many_c, y,
-                    line, pixels + i * x_image);
-            for (int64_t m = 0; m < many_k; ++m)  // in this order, since a row is written a little beyond its end
-                for (int64_t i = 0; i < runs.images; ++i)
-                    stage_gradient(
-                        dy + ((((first + i) * p.groups + group) * filters + k + m) * p.p + y) * p.q, rows, p.q, pitch,
-                        length, gradients + m * dy_pitch + i * length);
-            // Zeros times what lies behind must be zeros, so that it has to be numbers.
-            fill_zeros(pixels + runs.images * x_image, STAGING_END + LANES);
+            int64_t many = smaller(images, p.n - first), used = together ? ceiling(many * p.p * p.q, LANES) : 0;
+            for (int64_t m = 0; m < many_k; ++m) {  // in this order, since a row is written a little beyond its end
+                float *to = gradients + m * dy_pitch;
+                for (int64_t i = 0; i < many; ++i) {
+                    int64_t plane = ((first + i) * p.groups + group) * filters + k + m;
+                    const float *from = dy + (plane * p.p + y) * p.q;
+                    if (together) copy(to + i * p.p * p.q, from, p.p * p.q);
+                    else stage_gradient(from, rows, p.q, pitch, length, to + i * length);
+                }
+                if (together) fill_zeros(to + many * p.p * p.q, used * LANES - many * p.p * p.q);
+            }
             int64_t coming = chunk + 1 < chunks * (share + 1) / shares ? chunk + 1 : chunk;
             int64_t coming_y = coming % bands * band, coming_plane = coming / bands * images * p.groups + group;
             int64_t from = larger(0, coming_y * p.stride_h - p.top);
@@ -164,33 +195,49 @@ GPUCNN_EXPORT int gpucnn_direct_backward_filter(
                 dy + ((coming_plane * filters + k) * p.p + coming_y) * p.q, again * many_k, p.p * p.q,
                 smaller(band, p.p - coming_y) * p.q);
             int64_t x_lines = ceiling(next_x.lines(), steps), dy_lines = ceiling(next_dy.lines(), steps);
-            auto block = [&](int64_t m, int64_t i) {
-                int there = static_cast<int>(smaller(POSITIONS, many_c * kernel - i));
-                const float *rows_of_dy = gradients + m * dy_pitch;
-                float *to = sums + m * width + i;
-                int64_t left = many_k - m;
-                if (left >= FILTERS) multiply<FILTERS>(runs, rows_of_dy, dy_pitch, pixels, offset + i, there, to, width);
-                else {
-                    for (; left >= 2; left -= 2, rows_of_dy += 2 * dy_pitch, to += 2 * width)
-                        multiply<2>(runs, rows_of_dy, dy_pitch, pixels, offset + i, there, to, width);
-                    if (left) multiply<1>(runs, rows_of_dy, dy_pitch, pixels, offset + i, there, to, width);
+
+            for (int64_t part = 0; part < many_c; part += staged) {
+                int64_t here = smaller(staged, many_c - part), x_image = here * staging.channel();
+                for (int64_t i = 0; i < many; ++i)
+                    stage(
+                        staging, x + (((first + i) * p.groups + group) * channels + c + part) * p.h * p.w, here, y,
+                        line, pixels + i * x_image);
+                // Zeros times what lies behind must be zeros, so that it has to be numbers.
+                fill_zeros(pixels + many * x_image, STAGING_END + LANES);
+                Chunk runs = {many, ceiling((rows - 1) * pitch + p.q, LANES), x_image, length};
+                if (together) {
+                    put_together(p, staging, here * kernel, many, pixels, x_image, tiles, columns);
+                    runs = {1, used, 0, 0};
                 }
-                next_x.ask<false>(x_lines);
-                next_dy.ask<false>(dy_lines);
-            };
-            // What the inner loop passes over comes from the second-level cache: the rows of x where kernel positions
-            // share them, otherwise those of dy, which are fewer.
-            if (kernel > 1) {
-                for (int64_t m = 0; m < many_k; m += FILTERS)
-                    for (int64_t i = 0; i < many_c * kernel; i += POSITIONS) block(m, i);
-            } else {
-                for (int64_t i = 0; i < many_c * kernel; i += POSITIONS)
-                    for (int64_t m = 0; m < many_k; m += FILTERS) block(m, i);
+                auto block = [&](int64_t m, int64_t i) {
+                    int there = static_cast<int>(smaller(POSITIONS, here * kernel - i));
+                    const float *rows_of_dy = gradients + m * dy_pitch;
+                    float *to = sums + m * row + part * kernel + i;
+                    int64_t left = many_k - m;
+                    if (left >= FILTERS) {
+                        multiply<FILTERS>(runs, rows_of_dy, dy_pitch, tiles, offset + i, there, to, row);
+                    } else {
+                        for (; left >= 2; left -= 2, rows_of_dy += 2 * dy_pitch, to += 2 * row)
+                            multiply<2>(runs, rows_of_dy, dy_pitch, tiles, offset + i, there, to, row);
+                        if (left) multiply<1>(runs, rows_of_dy, dy_pitch, tiles, offset + i, there, to, row);
+                    }
+                    next_x.ask<false>(x_lines);
+                    next_dy.ask<false>(dy_lines);
+                };
+                // What the inner loop passes over comes from the second-level cache: the rows of x where kernel
+                // positions share them, otherwise those of dy, which are fewer.
+                if (kernel > 1 && !together) {
+                    for (int64_t m = 0; m < many_k; m += FILTERS)
+                        for (int64_t i = 0; i < here * kernel; i += POSITIONS) block(m, i);
+                } else {
+                    for (int64_t i = 0; i < here * kernel; i += POSITIONS)
+                        for (int64_t m = 0; m < many_k; m += FILTERS) block(m, i);
+                }
             }
         }
         for (int64_t m = 0; m < many_k; ++m)
             copy(
-                partial + share * count + ((group * filters + k + m) * channels + c) * kernel, sums + m * width,
+                partial + share * count + ((group * filters + k + m) * channels + c) * kernel, sums + m * row,
                 many_c * kernel);
     });
     if (failed.load()) return 1;
