@@ -53,7 +53,7 @@ void multiply(
         for (int n = 0; n < N; ++n) run[n] += chunk.x_image;
     }
     constexpr int WHOLE = M * N / LANES * LANES, REST = M * N - WHOLE;
-    float total[WHOLE + LANES];
+    float total[WHOLE + LANES] = {};
 #pragma GCC unroll 8
     for (int i = 0; i < WHOLE; i += LANES) store(total + i, sums_of<LANES>(sum + i));
     if constexpr (REST > 0) store(total + WHOLE, sums_of<REST>(sum + WHOLE));
