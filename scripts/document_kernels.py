@@ -1,11 +1,12 @@
-"""Writes docs/kernels/registers.json and docs/kernels.md: what each kernel takes of a GPU, on seven architectures.
+"""Writes docs/kernels.md and docs/kernels/: what each kernel takes of a GPU, on seven architectures, and what is
+predicted from that.
 
-    .venv/bin/python scripts/document_kernels.py             compile what has changed, write both
+    .venv/bin/python scripts/document_kernels.py             compile what has changed, write all
     .venv/bin/python scripts/document_kernels.py --all       compile everything anew
-    .venv/bin/python scripts/document_kernels.py --check     only say whether the page is the table's
+    .venv/bin/python scripts/document_kernels.py --check     only say whether the pages are the tables'
 
 It needs no GPU, but the packages nvidia-cuda-nvrtc-cu12 and nvidia-cuda-runtime-cu12, which the extra "test"
-brings on Linux.
+brings on Linux; to count instructions also nvdisasm (the package nvidia-cuda-nvdisasm).
 """
 
 from __future__ import annotations
@@ -18,9 +19,15 @@ from typing import Any
 from gpucnn_kernels import catalog
 from gpucnn_kernels.runtime import nvrtc
 
+if (HERE := str(Path(__file__).resolve().parent)) not in sys.path:
+    sys.path.append(HERE)
+from kernel_documents import compiled, instructions, predictions
+
 DOCUMENTS = Path(__file__).resolve().parent.parent / "docs"
 TABLE = DOCUMENTS / "kernels" / "registers.json"
 PAGE = DOCUMENTS / "kernels.md"
+INSTRUCTIONS = DOCUMENTS / "kernels" / "instructions.json"
+COUNTED = "sm_90"  # the architecture whose instructions are counted
 
 Table = dict[str, Any]
 
@@ -77,9 +84,36 @@ cores, on GPUs from compute capability 8.0 on. `precision` says how:
 
 Channels-last arrays whose channels a group are a multiple of 16 bytes are read where they lie. Others are copied
 by one launch into a workspace, filled up with zeros; results are written in either layout without a copy. The
-automatic choice takes tensor cores where `precision` is `"tf32"`, `"float16"` or `"bfloat16"`. Without one it
-takes none: these kernels have not been measured on a GPU yet. The heads of `cuda/conv2d_tensor*.cu` give their
-limits and what is expected of them.
+automatic choice may take tensor cores where `precision` is `"tf32"`, `"float16"` or `"bfloat16"`. Without one it
+takes none of these kernels: they have not been measured on a GPU yet. The heads of `cuda/conv2d_tensor*.cu` give
+their limits and what is expected of them.
+
+## What a convolution ends with
+
+Every algorithm of `conv2d_forward` stores activation(scale * sum + bias + residual), made in float32 (float64 for
+float64) and rounded once: `bias` and `scale` for each output channel, `residual` of the result's shape and memory
+format, `activation` by name. A residual block's sum and ReLU, or a batch norm in evaluation, then take no pass of
+their own. im2col, whose products are cuBLAS's, ends in a second launch.
+
+`conv2d_max_pool2d_forward` also pools: one launch from the images to the maxima and their places, which
+`max_pool2d_backward` takes; the convolution's result is stored nowhere. `conv2d_max_pool2d_pays` says where it is
+taken by `compile_for_inference`: at most 160 terms a sum, at most 32 output channels, windows that do not overlap.
+Those bounds are counted, not measured.
+
+## What "auto" is
+
+`algorithm="auto"` takes the way that is usual for such a problem, by the table in `conv2d_choice.py`, unless
+another is reckoned to be a quarter faster on the GPU at hand by `conv2d_cost.py`: a page of arithmetic on blocks,
+bytes, rates and launches, most of whose constants are estimates until they are measured.
+`gpucnn_kernels.conv2d_choose` says what it is. It never takes a way that gives other bits from run to run.
+
+Measuring instead of reckoning: inside of `with gpucnn_kernels.autotune():`, or with
+`GPUCNN_KERNELS_AUTOTUNE=1`, the first call of each problem tries every such way and tile on the call's own
+arrays, between events, and the fastest is remembered in the cache folder, by GPU, driver, CUDA and the text of
+the kernels. That takes some hundred runs of each convolution, once. Ways differ from each other in the last
+bits: where two are equally fast, two machines, or two runs that both measured, may choose differently. A
+process never changes a choice that it has used, and nothing is measured while a graph is captured or an arena
+recorded.
 
 ## What each kernel takes
 
@@ -88,7 +122,9 @@ lacks the instructions), shared memory in bytes a block, static and, behind a pl
 registers to memory or needs a stack frame. Occupancy is the share of a multiprocessor's warps that are at work
 with the largest block allowed, on an H100 or H200 (sm_90) and the least of all seven; it is arithmetic, not a
 measurement. This page is written by `scripts/document_kernels.py`, and a test holds the numbers to the compiler's:
-exactly for NVRTC {version}, within a quarter or 8 registers for others.
+exactly for NVRTC {version}, within a quarter or 8 registers for others. The occupancy on every architecture and
+the instructions of the compiled code are in [kernels/compiled.md](kernels/compiled.md), what is predicted of their
+times in [kernels/predictions.md](kernels/predictions.md).
 """
 
 
@@ -187,6 +223,40 @@ def row(kernel: str, form: str, numbers: Table, architectures: list[str]) -> str
     return f"| {' | '.join(cells)} |\n"
 
 
+def count_instructions(table: Table) -> Table:
+    """By title, the instructions of each kernel's code; of sources that have not changed those that are there."""
+    known = json.loads(INSTRUCTIONS.read_text(encoding="utf-8")) if INSTRUCTIONS.exists() else {}
+    tool = instructions.find()
+    counted: Table = {}
+    for made, capability in catalog.capabilities().items():
+        old = known.get(made.title)
+        if old is not None and old["fingerprint"] == made.fingerprint:
+            counted[made.title] = old
+        elif tool is not None and made.title in table["sources"]:
+            assert COUNTED in nvrtc.architectures_since(capability)
+            cubin, _ = nvrtc.compile_source(made, COUNTED)
+            kernels = instructions.count(cubin, tool)
+            counted[made.title] = {
+                "fingerprint": made.fingerprint,
+                "kernels": {name: kernels[name] for name in made.kernels},
+            }
+    if tool is None and len(counted) < len(table["sources"]):
+        print("document_kernels.py: nvdisasm is not there: changed sources are without counts of instructions")
+    return counted
+
+
+def pages(table: Table, counted: Table) -> dict[Path, str]:
+    """All pages and what belongs to them, but the two tables themselves, as text."""
+    rows = predictions.table()
+    folder = TABLE.parent
+    return {
+        PAGE: render(table),
+        folder / "compiled.md": compiled.render(table, counted, LIMITS, REGISTERS, occupancy),
+        folder / "predictions.md": predictions.render(rows),
+        folder / "predictions.json": predictions.written(rows),
+    }
+
+
 def read() -> Table | None:
     """The table as it was written last, or None."""
     return json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.exists() else None
@@ -212,14 +282,28 @@ def main(arguments: list[str]) -> int:
     """Write table and page, or check the page; the exit status."""
     if arguments == ["--check"]:
         table = read()
-        return 0 if table is not None and PAGE.read_text(encoding="utf-8") == render(table) else 1
+        if table is None:
+            return 1
+        counted = json.loads(INSTRUCTIONS.read_text(encoding="utf-8")) if INSTRUCTIONS.exists() else {}
+        stale = [
+            path
+            for path, text in pages(table, counted).items()
+            if not path.exists() or path.read_text(encoding="utf-8") != text
+        ]
+        for path in stale:
+            print(f"document_kernels.py: {path} is not up to date", file=sys.stderr)
+        return 1 if stale else 0
     if arguments not in ([], ["--all"]):
         print(__doc__, file=sys.stderr)
         return 2
     table = compile_all(None if arguments else read())
     TABLE.parent.mkdir(parents=True, exist_ok=True)
     TABLE.write_text(written(table), encoding="utf-8")
-    PAGE.write_text(render(table), encoding="utf-8")
+    counted = count_instructions(table)
+    lines = [f" {json.dumps(title)}: {json.dumps(source)}" for title, source in counted.items()]
+    INSTRUCTIONS.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    for path, text in pages(table, counted).items():
+        path.write_text(text, encoding="utf-8")
     return 0
 
 
