@@ -17,6 +17,7 @@ enum { SUMS, INPUTS, GRADIENTS };  // slots of scratch memory
 // By measurement on 2 MiB of cache; from half to double of each costs some percent.
 constexpr int64_t SUMS_LIMIT = 1 << 19;        // numbers of sums beside a run of tiles
 constexpr int64_t RUN_NUMBERS = 1 << 18;       // of a run's transformed tiles
+constexpr int64_t RUN_TILES = 8 * TILE_ROWS;   // of a run, at least
 constexpr int64_t SHARES = 8;                  // of the tiles, at most, each with sums of its own
 constexpr int64_t MOST_TILES = 22 * TILE_ROWS;  // of a run, where there are many sums
 constexpr int64_t TOGETHER = 6 << 20;          // numbers of tiles transformed at once
@@ -52,7 +53,7 @@ struct Gradient {
     }
 
     void by_shares() {
-        int64_t tiles = most(4 * TILE_ROWS, RUN_NUMBERS / (ELEMENTS * blocks() * LANES));
+        int64_t tiles = most(RUN_TILES, RUN_NUMBERS / (ELEMENTS * blocks() * LANES));
         int64_t runs = up(count(), tiles), shares = least(runs, SHARES);
         Sums sums{nullptr, 0, dy_images.blocks(), 0, x_images.blocks()};
         int64_t size = sums.size();
