@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ import numpy
 from gpucnn.data.dataset import Dataset
 from gpucnn.data.loader import Batch, Loader
 from gpucnn.data.transforms import Augmentation, Preprocessing
-from gpucnn.device import Device, on_device, to_cpu
+from gpucnn.device import Device, on_device
 from gpucnn.errors import ArgumentError, NonFiniteError
 from gpucnn.layers import Layer
 from gpucnn.losses import CrossEntropyLoss
@@ -24,8 +23,8 @@ from gpucnn.training.averaging import WeightAverage
 from gpucnn.training.buffers import BufferCopy
 from gpucnn.training.callbacks import Callback
 from gpucnn.training.captured_step import CapturedStep, make_step
-from gpucnn.training.checkpoint import Checkpoint, Position, write_checkpoint
-from gpucnn.training.diagnosis import advice_on, find_first_non_finite, find_non_finite_weight
+from gpucnn.training.checkpoint import Checkpoint, Position
+from gpucnn.training.diagnosis import advice_on, find_first_non_finite
 from gpucnn.training.evaluation import EvaluationResult, evaluate, input_dtype, make_measurement
 from gpucnn.training.forward_passes import ForwardPass
 from gpucnn.training.history import EpochRecord, History
@@ -44,6 +43,7 @@ from gpucnn.training.progress import Progress
 from gpucnn.training.random_state import RandomState
 from gpucnn.training.resuming import check_same_run, describe_data
 from gpucnn.training.run_folder import RunFolder
+from gpucnn.training.saving import Saver, architecture_of, restore
 from gpucnn.training.steps import PlainStep, StepParts
 
 _DROPOUT_OFFSET = 1 << 40  # the words before it are left to the initial weights, which start from the same seed
@@ -135,12 +135,12 @@ class Trainer:
         self._scaler: LossScaler | None = None
         self._buffers: BufferCopy
         self._parts: StepParts
+        self._saver: Saver
         self._steps: PlainStep | CapturedStep
         self._measurement: ForwardPass | None = None
         self._data = describe_data(model, train, self.preprocessing, self.augmentation)
         self._random = RandomState(model)
         self._position = Position()
-        self._saved_at, self._saved_step = 0.0, 0
         self._step_callbacks = [
             callback for callback in self.callbacks if type(callback).on_step_end is not Callback.on_step_end
         ]
@@ -208,13 +208,6 @@ class Trainer:
         self._scaler = LossScaler() if self.model.narrow_dtype == "float16" else None
         self.model.train()
         self.model.skip_input_gradient()
-        if checkpoint is not None and run is not None:
-            self._restore(checkpoint, run)
-        else:
-            self._position = Position()
-            self.history = History(monitor=options.monitor)
-            default_generator.manual_seed(options.seed)
-            default_generator.reserve(_DROPOUT_OFFSET)
         self._parts = StepParts(
             self.model,
             self.loss,
@@ -225,6 +218,14 @@ class Trainer:
             self._scaler,
             options.clip_norm,
         )
+        self._saver = Saver(run, self._parts, self._data)
+        if checkpoint is not None and run is not None:
+            self._continue_from(checkpoint, run)
+        else:
+            self._position = Position()
+            self.history = History(monitor=options.monitor)
+            default_generator.manual_seed(options.seed)
+            default_generator.reserve(_DROPOUT_OFFSET)
         self._steps = make_step(self._parts, options.capture, options.batch_size, self.progress.message)
         if self.validation is not None:
             self._measurement = make_measurement(
@@ -232,12 +233,14 @@ class Trainer:
             )
         if run is not None:
             if not run.config_path.exists():
-                run.create({"options": options.to_dict(), "model": self._architecture(), "data": self._data})
+                run.create(
+                    {"options": options.to_dict(), "model": architecture_of(self.model), "data": self._data}
+                )
             run.remove_temporary_files()
             if checkpoint is None:
                 self._save()  # so that a run killed at once restarts from these weights, and a full disk shows now
             self.history.write(run.history_path)
-        self._saved_at, self._saved_step = time.monotonic(), self._position.step
+        self._saver.begin(self._position)
         if self._leaves_out_last and self._position.step == 0:
             self.progress.message(
                 f"the last batch of each epoch would be a single image ({len(self.train)} images, batch size "
@@ -270,7 +273,7 @@ class Trainer:
                     self._steps.look_again()
                 if watch.received is not None:
                     raise self._interrupted(watch.received)
-                self._save_if_due()
+                self._saver.save_if_due(self.options, position, self.history)
                 began = time.perf_counter()
 
     def _step(self, batch: Batch) -> tuple[float, int]:
@@ -317,7 +320,8 @@ class Trainer:
         position.finished = position.epoch >= options.epochs or self.history.stopped_early
         is_best = self.history.best is record
         if is_best:
-            self._save_best()
+            self._saver.save_best(options, position, self.history)
+            self.best_state = self._saver.best_state
         self._save()
         if self.run is not None:
             self.history.write(self.run.history_path)
@@ -337,7 +341,7 @@ class Trainer:
                 raise _ValidationStopped(watch.received)
 
         try:
-            with self._averaged_weights():
+            with self._saver.averaged_weights():
                 result = evaluate(
                     self.model,
                     self.validation,
@@ -352,60 +356,14 @@ class Trainer:
         if not math.isfinite(result.loss):
             raise NonFiniteError(
                 f"the validation loss is {result.loss} after epoch {self._position.epoch + 1}, though training's "
-                f"is finite; {self._what_is_kept()}; lower the learning rate, or set clip_norm"
+                f"is finite; {self._saver.what_is_kept}; lower the learning rate, or set clip_norm"
             )
         return result
 
-    # ------------------------------------------------------------ saving and restoring
-
-    def _averaged_weights(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self._average is None else self._average.in_use()
-
-    def _architecture(self) -> dict[str, Any] | None:
-        return getattr(self.model, "architecture", None)
-
-    def _checkpoint(self) -> Checkpoint:
-        state = self.model.state_dict()
-        if (found := find_non_finite_weight(state)) is not None:
-            raise NonFiniteError(
-                f"after step {self._position.step}, {found}; {self._what_is_kept()}; lower the learning rate"
-            )
-        return Checkpoint(
-            model=state,
-            architecture=self._architecture(),
-            options=self.options.to_dict(),
-            data=self._data,
-            position=self._position,
-            generators=self._random.capture(),
-            history=self.history.records,
-            stopped_early=self.history.stopped_early,
-        )
+    # ------------------------------------------------------------ saving
 
     def _save(self) -> None:
-        if self.run is None:
-            return
-        checkpoint = self._checkpoint()
-        checkpoint.optimizer = self.optimizer.state_dict()
-        if self._scaler is not None:
-            checkpoint.loss_scaling = self._scaler.state_dict()
-        if self._average is not None:
-            checkpoint.ema = {name: to_cpu(array) for name, array in self._average.average.items()}
-        write_checkpoint(self.run.last_path, checkpoint)
-        self._saved_at, self._saved_step = time.monotonic(), self._position.step
-
-    def _save_best(self) -> None:
-        with self._averaged_weights():
-            if self.run is None:
-                self.best_state = self.model.state_dict()
-            else:
-                write_checkpoint(self.run.best_path, self._checkpoint())
-
-    def _save_if_due(self) -> None:
-        steps, seconds = self.options.checkpoint_steps, self.options.checkpoint_seconds
-        if (steps is not None and self._position.step - self._saved_step >= steps) or (
-            seconds is not None and time.monotonic() - self._saved_at >= seconds
-        ):
-            self._save()
+        self._saver.save(self.options, self._position, self.history)
 
     def _interrupted(self, signal_number: int) -> TrainingInterrupted:
         """Save, and give the exception to raise."""
@@ -415,20 +373,18 @@ class Trainer:
         self._save()
         return TrainingInterrupted(f"{text}; saved in {self.run.last_path}, resume from there", signal_number)
 
-    def _restore(self, checkpoint: Checkpoint, run: RunFolder) -> None:
+    def _continue_from(self, checkpoint: Checkpoint, run: RunFolder) -> None:
         check_same_run(
-            checkpoint, run.last_path, architecture=self._architecture(), options=self.options, data=self._data
+            checkpoint,
+            run.last_path,
+            architecture=architecture_of(self.model),
+            options=self.options,
+            data=self._data,
         )
-        self.model.load_state_dict(checkpoint.model)
-        self.optimizer.load_state_dict(checkpoint.optimizer)
-        if self._average is not None:
-            self._average.load(checkpoint.ema)
-        if self._scaler is not None:
-            self._scaler.load_state_dict(checkpoint.loss_scaling)
+        restore(checkpoint, self._parts)
         self._position = checkpoint.position
         self._position.finished = checkpoint.stopped_early or self._position.epoch >= self.options.epochs
         self.history = History(checkpoint.history, self.options.monitor, checkpoint.stopped_early)
-        self._random.restore(checkpoint.generators)
 
     # ------------------------------------------------------------ trouble
 
@@ -440,16 +396,11 @@ class Trainer:
         self.optimizer.zero_grad()
         cause = find_first_non_finite(self.model, self.loss, batch.images, batch.labels)
         position = self._position
-        kept = "the weights are those of the step before" if self.run is None else self._what_is_kept()
+        kept = "the weights are those of the step before" if self.run is None else self._saver.what_is_kept
         return NonFiniteError(
             f"the {what} became {value} at step {position.step + 1} (epoch {position.epoch + 1}, batch "
             f"{position.batch + 1}): {cause}; {kept}; {advice_on(batch, self.train.name)}"
         )
-
-    def _what_is_kept(self) -> str:
-        if self.run is None:
-            return "without a run folder nothing is saved"
-        return f"the checkpoint of step {self._saved_step} is kept in {self.run.last_path}"
 
     def _images_an_epoch(self) -> int:
         return len(self.train) - 1 if self._leaves_out_last else len(self.train)
