@@ -180,6 +180,7 @@ void put_together(
     const Correlation &c, int64_t images, int64_t depth, const float *staged, const int32_t *offset, int step,
     int64_t vectors, float *line, float *to) {
     int64_t image = c.channels * c.staging.channel();
+    fill_zeros(line, (vectors + step) * LANES);  // what lies there by chance may be subnormal, 100 times as slow
     for (int64_t k = 0; k < depth; ++k) {
         float *at = line;
         for (int64_t i = 0; i < images; ++i)
