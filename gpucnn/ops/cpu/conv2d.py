@@ -97,8 +97,8 @@ def conv2d_choose(direction: str, problem: Conv2dProblem, dtype: DTypeLike) -> s
     """The name that "auto" stands for, for this Conv2dProblem and dtype.
 
     The first line that fits, where depth is input channels a group times kernel columns, "winograd pays" is
-    conv2d_winograd.pays (3x3 of stride 1 and wide enough, or 5x5 forward, and no float64), and "compiled" says
-    that there are compiled loops and the computation is in float32:
+    conv2d_winograd.pays (3x3 or 5x5 of stride 1, wide enough, and no float64; without compiled loops, 5x5 forward
+    only), and "compiled" says that there are compiled loops and the computation is in float32:
 
     =================  ===========================================  ==========
     direction          problem                                      algorithm

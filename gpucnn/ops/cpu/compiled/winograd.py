@@ -9,7 +9,7 @@ Milliseconds of one thread, in turns in one process, beside PyTorch 2.13's bette
     layer                       forward              input gradient       filter gradient
                                 here   NumPy  torch  here   NumPy  torch  here   NumPy  torch
     ==========================  =====  =====  =====  =====  =====  =====  =====  =====  =====
-    alexnet 64->192 k5 27 N16    30.6   99.2   47.8   34.7  115.2   53.8   43.9   89.8   52.3
+    alexnet 64->192 k5 27 N16    28.7   74.2   44.7   30.7   87.8   43.3   32.1   76.9   46.8
     vgg 64->64 k3 224 N2         33.4   91.6   55.7   39.1  105.6   70.1   37.0  132.9   77.9
     vgg 512->512 k3 14 N8        30.6   70.6   56.0   33.8   76.2   64.0   31.4   68.6   74.0
     resnet 64->64 k3 56 N16      15.2   49.5   27.7   15.8   54.4   28.7   16.6   71.8   35.0
