@@ -1,7 +1,7 @@
 """Convolution and both its gradients straight from the images, without im2col: the sources are ``direct*.cpp``.
 
-Float32, any stride, dilation, padding and groups. Milliseconds on one thread of a Xeon with AVX-512, others at work on
-it: forward, input gradient, filter gradient, and in brackets the better of PyTorch 2.13's eager and channels-last:
+Float32, any stride, dilation, padding and groups. Milliseconds on one thread of a Xeon with AVX-512, while
+others worked on it: the three directions, and in brackets the better of PyTorch 2.13's eager and channels-last:
 
 ======================================  ===========  ===========  ===========
 layer                                   forward      input        filter
