@@ -6,6 +6,7 @@ lies where it did, and that cuBLAS adds up alike inside a graph, a GPU alone can
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from dataclasses import dataclass, field
@@ -193,25 +194,29 @@ def compare(recipe: Recipe, seed: int, whole: bool) -> dict[str, Any]:
     }
 
 
+@functools.cache
+def _data(network: str, seed: int, whole: bool) -> tuple[Array, Array, int]:
+    """(images, labels, batch size): some batches, the last one smaller."""
+    size = 28 if network == "lenet5" else 224
+    batches, batch = ((12, 64) if network == "lenet5" else (6, 16)) if whole else (3, 4)
+    run = Run(network, size, batches, batch, 0.0, False)
+    random = numpy.random.default_rng([seed, *network.encode()])
+    images, labels = digits(run, random) if network == "lenet5" else patterns(run, random)
+    count = batch * batches - batch // 2 - 1
+    return images.reshape(-1, *images.shape[2:])[:count], labels.reshape(-1)[:count], batch
+
+
 def _train(recipe: Recipe, seed: int, whole: bool, capture: str) -> tuple[dict[str, bytes], float, list[str]]:
     """(what the run leaves, by name; images a second in its last epoch; what it said)."""
     from gpucnn.data import TensorDataset
     from gpucnn.random import manual_seed
     from gpucnn.training import Progress, Trainer, TrainingOptions
 
-    batch, batches = (32, 12) if whole else (4, 3)
-    size = 28 if recipe.network == "lenet5" else 224
-    run = Run(recipe.network, size, batches, batch, 0.0, False)
-    random = numpy.random.default_rng([seed, *recipe.network.encode()])
-    images, labels = digits(run, random) if recipe.network == "lenet5" else patterns(run, random)
-    count = batch * batches - batch // 2 - 1  # the last batch is smaller
-    images = images.reshape(-1, *images.shape[2:])[:count]
+    images, labels, batch = _data(recipe.network, seed, whole)
     dtype = numpy.float64 if recipe.precision == "float64" else numpy.float32
     manual_seed(seed)
-    model = create(run)
-    data = TensorDataset(
-        images.astype(dtype), labels.reshape(-1)[:count], classes=[str(n) for n in range(model.num_classes)]
-    )
+    model = create(Run(recipe.network, images.shape[-1], 0, batch, 0.0, False))
+    data = TensorDataset(images.astype(dtype), labels, classes=[str(n) for n in range(model.num_classes)])
     lines: list[str] = []
 
     class Said(Progress):
