@@ -6,6 +6,8 @@ number that should change from step to step and does not gives other weights tha
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import numpy
@@ -173,6 +175,34 @@ def test_an_array_that_nothing_keeps_is_found(monkeypatch: pytest.MonkeyPatch) -
     assert_same(captured, plain)
     assert len(captured.progress.said) == 1
     assert "go on kernel by kernel: the captured work uses" in captured.progress.said[0]
+
+
+def test_a_set_smaller_than_a_batch_is_one_full_batch(launches: list[int]) -> None:
+    captured, plain = both(batch_size=200, epochs=4)
+    assert_same(captured, plain)
+    assert captured.progress.said == ["each step of 163 images is launched as one CUDA graph"]
+    assert len(launches) == 3
+
+
+def test_graphs_and_their_memory_go_with_the_end_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: list[Any] = []
+    launch = HostGraph.launch
+
+    def noted(graph: HostGraph) -> None:
+        if not any(known() is graph for known in graphs):
+            graphs.append(weakref.ref(graph))
+        launch(graph)
+
+    monkeypatch.setattr(HostGraph, "launch", noted)
+    gc.collect()
+    gc.disable()  # a GPU's memory must not wait for the collector
+    try:
+        made = trainer("on", validation=True, evaluation_batch_size=10)
+        made.fit()
+        assert len(graphs) == 2, "a step, and the validation's pass"
+        assert [graph() for graph in graphs] == [None, None]
+    finally:
+        gc.enable()
 
 
 # ------------------------------------------------------------ what cannot be captured

@@ -226,7 +226,8 @@ class Trainer:
             self.history = History(monitor=options.monitor)
             default_generator.manual_seed(options.seed)
             default_generator.reserve(_DROPOUT_OFFSET)
-        self._steps = make_step(self._parts, options.capture, options.batch_size, self.progress.message)
+        full = min(options.batch_size, len(self.train))
+        self._steps = make_step(self._parts, options.capture, full, self.progress.message)
         if self.validation is not None:
             self._measurement = make_measurement(
                 self.model, self.validation, options.capture, self.progress.message
