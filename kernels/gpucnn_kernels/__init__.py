@@ -69,6 +69,7 @@ _MODULES = {
         "linear_forward",
     ],
     "optimizer_step": ["adam_step", "clip_by_norm", "rmsprop_step", "scale", "sgd_step", "sum_of_squares"],
+    "augmentation": ["augment_images"],
     "images": ["images_to_float"],
     "layout": ["to_channels_last", "to_contiguous"],
     "catalog": ["warm_up"],

@@ -47,7 +47,7 @@ def images_to_float(
         if len(shape) != 4:
             raise ArgumentError(f"images must have 4 dimensions (N, H, W, C), got shape {shape}")
         n, height, width, channels = shape
-        factors, shifts = _factors(mean, std, channels)
+        factors, shifts = normalization_factors(mean, std, channels)
         call.contiguous("images", "flip", "crop_offset")
         call.require("flip", "bool", (n,))
         call.require("crop_offset", shape=(n, 2))
@@ -55,7 +55,7 @@ def images_to_float(
         if offset is not None and offset.dtype not in ("int32", "int64"):
             raise DtypeError(f"crop_offset must be int32 or int64, got {offset.dtype}")
         h, w = (height, width) if crop_size is None else pair(tuple(crop_size), "crop_size", 0)
-        name = _dtype_name(dtype)
+        name = dtype_name(dtype)
         layout = "channels_last" if channels_last else "contiguous"
         y = image_output(call, call["images"], (n, channels, h, w), name, layout)
         require_apart(y, call["images"], call.get("flip"), offset)
@@ -87,7 +87,9 @@ def images_to_float(
         return call.give(y)
 
 
-def _factors(mean: Sequence[float], std: Sequence[float], channels: int) -> tuple[list[float], list[float]]:
+def normalization_factors(
+    mean: Sequence[float], std: Sequence[float], channels: int
+) -> tuple[list[float], list[float]]:
     """(1 / (255 std), -mean / std) by channel."""
     if len(mean) != channels or len(std) != channels:
         raise ArgumentError(f"images have {channels} channels, but mean has {len(mean)} values and std {len(std)}")
@@ -99,7 +101,7 @@ def _factors(mean: Sequence[float], std: Sequence[float], channels: int) -> tupl
     )
 
 
-def _dtype_name(dtype: Any) -> str:
+def dtype_name(dtype: Any) -> str:
     """The name of a floating dtype: given as that, as NumPy's (or ml_dtypes') type or as PyTorch's."""
     if isinstance(dtype, str):
         name = dtype
