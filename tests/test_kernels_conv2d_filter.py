@@ -13,6 +13,7 @@ from gpucnn_kernels import (
     ProblemError,
     conv2d_choose,
     conv2d_filter,
+    conv2d_tiles,
     runtime,
 )
 from gpucnn_kernels.conv2d_filter import (
@@ -59,6 +60,23 @@ def is_channels_last(array):
 
 
 # ---------------------------------------------------------------- right
+
+
+@pytest.mark.parametrize("tile", ["filter_gradient_wide", "filter_gradient_narrow"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_both_tiles(dtype, tile, monkeypatch):
+    """Whichever is reckoned to be faster: edges left over, groups, several parts of the positions."""
+    monkeypatch.setattr(conv2d_filter, "_LEAST", 40)
+    for name in ("wide-tiles", "wide-tiles-grouped", "one-channel"):
+        problem = MORE[name]
+        x, _, _, dy = (cast(array, dtype) for array in arrays(problem))
+        described = wide(dy), wide(x), problem.weight_shape, geometry(problem)
+        expected = plain_backward_filter(*described, numpy.longdouble).astype(numpy.float64)
+        bound = error_bound(plain_backward_filter(*described, accumulated(dtype)), expected, dtype)
+        for arrange_x, arrange_dy in BOTH_LAYOUTS:
+            with conv2d_tiles.forced(tile):
+                dw = gradient(arrange_dy(dy), arrange_x(x), problem, algorithm="implicit_gemm")
+            assert max_error(wide(dw), expected) <= bound, f"{name}, {tile}"
 
 
 @pytest.mark.parametrize("algorithm", filter_algorithms())

@@ -16,7 +16,7 @@ from gpucnn_kernels import (
     conv2d_tensor,
     conv_transpose2d_forward,
 )
-from gpucnn_kernels.conv2d_tiles import TENSOR_TILES, tensor_tile
+from gpucnn_kernels.conv2d_tiles import TENSOR_FILTER_TILES, TENSOR_TILES, tensor_filter_tile, tensor_tile
 from gpucnn_kernels.gpu import H200
 from gpucnn_kernels.runtime.host import order_independent
 from tests.accuracy import max_error
@@ -135,7 +135,8 @@ def test_every_tile(form, tile, monkeypatch):
 @pytest.mark.parametrize("tile", ["large", "small"])
 @EVERY_FORM
 def test_every_tile_of_the_filters_gradient(form, tile, monkeypatch):
-    monkeypatch.setattr(conv2d_tensor, "_filter_tile", lambda rows, columns: tile)
+    forced = {each.name: each for each in TENSOR_FILTER_TILES}[f"filter_gradient_tensor_{tile}"]
+    monkeypatch.setattr(conv2d_tensor, "tensor_filter_tile", lambda *given: forced)
     monkeypatch.setattr(conv2d_tensor, "_LEAST_POSITIONS", 40)  # several parts, also of few positions
     for name, problem in WIDE.items():
         for layout, arrange in LAYOUTS.items():
@@ -153,8 +154,10 @@ def test_the_tile_is_large_where_it_is_filled_and_there_are_enough():
         assert tile(64, 64 * 56 * 56) == "medium"
         assert tile(512, 49) == "small"
         assert tile(32, 64 * 56 * 56) == "small"
-    assert conv2d_tensor._filter_tile(128, 576) == "large"
-    assert conv2d_tensor._filter_tile(64, 576) == "small"
+        tile = tensor_filter_tile(H200, dtype, precision, 128, 1152, 1, 256 * 28 * 28)
+        assert tile.name == "filter_gradient_tensor_large"
+        tile = tensor_filter_tile(H200, dtype, precision, 64, 576, 1, 256 * 56 * 56)
+        assert tile.name == "filter_gradient_tensor_small"
 
 
 @EVERY_FORM

@@ -24,14 +24,13 @@ from gpucnn_kernels.conv2d_tiles import (
     CUBLAS_TENSOR_TILES,
     CUBLAS_TILES,
     DIRECT_TILE,
-    FILTER_TILES,
-    FILTER_TILES_FLOAT64,
-    TENSOR_FILTER_TILES,
-    THREE_PRODUCT_FILTER_TILES,
     Tile,
+    filter_parts,
+    filter_seconds,
+    filter_tile,
     implicit_tile,
     plain_rate,
-    products,
+    tensor_filter_tile,
     tensor_rate,
     tensor_tile,
     tiled,
@@ -44,8 +43,6 @@ LAUNCH_SECONDS = 3e-6  # [P] an empty launch, below which nothing is; the next b
 REACHED_BANDWIDTH = 0.9  # [P] of the datasheet's: 4.3 of 4.8 TB/s of an H200 in a copy
 MARGIN = 1.25  # [E] an estimate has to be better by this to be believed against the path that is known to be good
 DEPTHWISE_SHARE = 0.1  # [E] a multiply-add needs a load, and a bound for each
-FILTER_BLOCKS = 512  # that the positions of a filter gradient are split for,
-FILTER_POSITIONS = 256  # but into parts of no fewer positions
 COLUMN_BYTES = 256 << 20  # of the workspace for columns: more is done some images at a time
 
 
@@ -166,12 +163,7 @@ def _by_columns(path: str, problem: Conv2dProblem, dtype: str, gpu: Gpu) -> Esti
     positions = problem.P * problem.Q
     # Forward sums over the columns' rows; the input gradient makes them, in at least float32.
     rows, summed, wide_item = (outputs, depth, item) if path == "im2col" else (depth, outputs, max(item, 4))
-    plain = dtype in ("float32", "float64")
-    rate = gpu.rate(dtype if plain else "16-bit")
-    arithmetic, cache = min(
-        tiled(gpu, tile, rows, positions, problem.N * problem.groups, summed, rate, item)
-        for tile in (CUBLAS_TILES if plain else CUBLAS_TENSOR_TILES)
-    )
+    arithmetic, cache = _by_cublas(gpu, dtype, rows, positions, problem.N * problem.groups, summed)
     made = Estimate(path, "cuBLAS", arithmetic, cache, _memory(gpu, _arrays(problem, item)))
     if pointwise:
         return replace(made, launches=problem.groups)
@@ -183,6 +175,15 @@ def _by_columns(path: str, problem: Conv2dProblem, dtype: str, gpu: Gpu) -> Esti
         memory=_memory(gpu, columns + result),
         passes=_memory(gpu, columns + image),
         launches=turns * (problem.groups + 1),
+    )
+
+
+def _by_cublas(gpu: Gpu, dtype: str, rows: int, columns: int, units: int, summed: int) -> tuple[float, float]:
+    """(arithmetic, cache) seconds of cuBLAS's product, a batch of ``units``, by the better of its tiles."""
+    plain = dtype in ("float32", "float64")
+    return min(
+        tiled(gpu, tile, rows, columns, units, summed, gpu.rate(dtype if plain else "16-bit"), itemsize(dtype))
+        for tile in (CUBLAS_TILES if plain else CUBLAS_TENSOR_TILES)
     )
 
 
@@ -198,28 +199,24 @@ def _filter_gradient(
         rate = DEPTHWISE_SHARE * plain_rate(gpu, dtype)
         return Estimate(path, "", problem.flops / rate, 0.0, _memory(gpu, once), 2)
     if path == "im2col":
-        # A product for each image, one after the other, each adding to the same sums.
+        # A product for each image, one after the other, each adding to the same sums: few blocks at a time.
         made = _by_columns("im2col", problem, dtype, gpu)
-        return replace(made, launches=made.launches + problem.N + 1)
+        parts = _by_cublas(gpu, dtype, outputs, columns, problem.groups, problem.P * problem.Q)
+        arithmetic, cache = (problem.N * part for part in parts)
+        return replace(made, arithmetic=arithmetic, cache=cache, launches=made.launches + problem.N + 1)
+    sizes = outputs, columns, problem.groups, positions
     if path == "tensor":
-        tiles = THREE_PRODUCT_FILTER_TILES if products(dtype, precision) == 3 else TENSOR_FILTER_TILES
-        rate = tensor_rate(gpu, dtype, precision)
+        tile, rate = tensor_filter_tile(gpu, dtype, precision, *sizes), tensor_rate(gpu, dtype, precision)
         packed, packs = _packing(problem, item, channels_last, "backward_filter")
     elif path == "implicit_gemm":
-        tiles = FILTER_TILES_FLOAT64 if dtype == "float64" else FILTER_TILES
-        rate, packed, packs = plain_rate(gpu, dtype), 0.0, 0
+        tile, rate = filter_tile(gpu, dtype, *sizes), plain_rate(gpu, dtype)
+        packed, packs = 0.0, 0
     else:
         raise ValueError(f"no estimate of a path '{path}' for backward_filter")
-    found = []
-    for tile in tiles:
-        across = tile.blocks(outputs, columns, problem.groups)
-        parts = max(1, min(-(-FILTER_BLOCKS // across), -(-positions // FILTER_POSITIONS)))
-        units, depth = problem.groups * parts, positions / parts
-        arithmetic, cache = tiled(gpu, tile, outputs, columns, units, depth, rate, item)
-        sums = 4.0 * parts * problem.K * columns
-        passes = _memory(gpu, packed + sums)
-        found.append(Estimate(path, tile.name, arithmetic, cache, _memory(gpu, once + sums), 2 + packs, passes))
-    return min(found, key=lambda made: made.seconds)
+    arithmetic, cache = filter_seconds(gpu, tile, *sizes, rate, item)
+    sums = 4.0 * filter_parts(tile, *sizes) * problem.K * columns
+    passes = _memory(gpu, packed + sums)
+    return Estimate(path, tile.name, arithmetic, cache, _memory(gpu, once + sums), 2 + packs, passes)
 
 
 def _packing(problem: Conv2dProblem, item: int, channels_last: bool, direction: str) -> tuple[float, int]:

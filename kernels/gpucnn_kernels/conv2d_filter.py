@@ -21,6 +21,7 @@ from gpucnn_kernels.arrays import DeviceArray, image_layout
 from gpucnn_kernels.channel_sums import launch_channel_sums
 from gpucnn_kernels.columns import columns_shape, images, launch_im2col
 from gpucnn_kernels.conv2d_choice import chosen
+from gpucnn_kernels.conv2d_tiles import filter_tile
 from gpucnn_kernels.errors import ArgumentError
 from gpucnn_kernels.launch import Call
 from gpucnn_kernels.matmul import matmul
@@ -189,18 +190,16 @@ def _by_parts(call: Call, problem: Conv2dProblem, channels_fastest: bool, name: 
     """(a row of sums for every part of the positions, their number), by kernels that read x where it lies."""
     dy, x = call["dy"], call["x"]
     outputs, columns = problem.K // problem.groups, _columns(problem)
+    positions = problem.N * problem.P * problem.Q
     across = image_layout(dy) == "channels_last"
     if name == "depthwise":
         width = min(32, 1 << (problem.K - 1).bit_length()) if across else 1
         blocks = -(-columns // _PLACES) * -(-problem.K // width)
         kernel, threads = "filter_gradient_depthwise", (width, _THREADS // width)
     else:
-        # A tile of 64 does four times the products of one of 32 on twice the loads, but wastes more at the edges.
-        wide, narrow = (-(-outputs // tile) * -(-columns // tile) for tile in (64, 32))
-        width, tiles = (64, wide) if 2 * wide < narrow else (32, narrow)
-        blocks = problem.groups * tiles
-        kernel, threads = f"filter_gradient_{'wide' if width == 64 else 'narrow'}", (_THREADS, 1)
-    positions = problem.N * problem.P * problem.Q
+        tile = filter_tile(call.gpu, x.dtype, outputs, columns, problem.groups, positions)
+        blocks = tile.blocks(outputs, columns, problem.groups)
+        kernel, threads = tile.name, (_THREADS, 1)
     elements = problem.K * columns
     accumulated = SCALARS[x.dtype][1]
     most = max(1, _PARTIAL_BYTES // (elements * itemsize(accumulated)))

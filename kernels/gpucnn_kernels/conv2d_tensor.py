@@ -28,7 +28,7 @@ from typing import Any
 
 from gpucnn_kernels.arrays import DeviceArray, image_layout
 from gpucnn_kernels.conv2d_forward_paths import Epilogue, axes, channel_counts, strides
-from gpucnn_kernels.conv2d_tiles import tensor_tile
+from gpucnn_kernels.conv2d_tiles import tensor_filter_tile, tensor_tile
 from gpucnn_kernels.errors import ArgumentError, DeviceError, DtypeError
 from gpucnn_kernels.launch import Call
 from gpucnn_kernels.problem import Conv2dProblem
@@ -169,7 +169,8 @@ def filter_sums(
     dy_chunks, x_chunks = -(-outputs // chunk), -(-depth // chunk)
     columns = problem.R * problem.S * x_chunks * chunk
     positions = problem.N * problem.P * problem.Q
-    tile = _filter_tile(dy_chunks * chunk, columns)
+    made = tensor_filter_tile(call.gpu, x.dtype, precision, dy_chunks * chunk, columns, problem.groups, positions)
+    tile = made.name.removeprefix("filter_gradient_tensor_")
     side, threads = _FILTER_TILES[tile]
     blocks = problem.groups * -(-dy_chunks * chunk // side) * -(-columns // side)
     elements = problem.K * depth * problem.R * problem.S
@@ -215,11 +216,6 @@ def filter_sums(
         },
     )
     return partial, parts
-
-
-def _filter_tile(rows: int, columns: int) -> str:
-    """The large tile where both of its sides are more than half filled."""
-    return "large" if min(rows, columns) > _FILTER_TILES["small"][0] else "small"
 
 
 # ---------------------------------------------------------------- what is not in pieces of 16 bytes

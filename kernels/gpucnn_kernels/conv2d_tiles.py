@@ -14,7 +14,7 @@ Constants marked [E] are estimates until they are measured on a GPU; [P] follow 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -76,7 +76,7 @@ TENSOR_TILES = (
 THREE_PRODUCT_TILES = (
     Tile("conv2d_tensor_large", 128, 128, 8, 1, 0.58),
     Tile("conv2d_tensor_medium", 64, 128, 4, 2, 0.58),
-    Tile("conv2d_tensor_small", 32, 64, 4, 6, 0.40),
+    Tile("conv2d_tensor_small", 32, 64, 4, 5, 0.40),
 )
 TENSOR_FILTER_TILES = (
     Tile("filter_gradient_tensor_large", 128, 128, 8, 2, 0.58),
@@ -86,6 +86,10 @@ THREE_PRODUCT_FILTER_TILES = (
     Tile("filter_gradient_tensor_large", 128, 128, 8, 1, 0.58),
     Tile("filter_gradient_tensor_small", 64, 64, 4, 3, 0.50),
 )
+
+
+FILTER_BLOCKS = 512  # that the positions of a filter gradient are split for: a few for each multiprocessor
+FILTER_POSITIONS = 256  # of a part at least: below, adding up the parts costs more than the parts save
 
 
 # ---------------------------------------------------------------- a grid of tiles
@@ -128,20 +132,19 @@ def cache_bandwidth(gpu: Gpu) -> float:
 def faster_tile(
     gpu: Gpu, tiles: Iterable[Tile], channels: int, positions: int, units: int, rate: float, item: int
 ) -> Tile:
-    """The tile that takes the least time; the depth of the sum is common to all and does not matter.
+    """The tile that takes the least time; the depth of the sum is common to all and does not matter."""
+    return _fastest(tiles, lambda tile: tiled(gpu, tile, channels, positions, units, 1.0, rate, item))
 
-    Of several whose longer part is the same, the one whose other part is shorter; of equals the first. Where
-    :func:`forced` names one of them it is that.
+
+def _fastest(tiles: Iterable[Tile], parts: Callable[[Tile], tuple[float, float]]) -> Tile:
+    """The tile whose longer part is the shortest; then whose other part is; of equals the first.
+
+    Where :func:`forced` names one of them it is that.
     """
     name = _forced.get()
     if name:
         tiles = [tile for tile in tiles if tile.name == name] or list(tiles)
-
-    def seconds(tile: Tile) -> tuple[float, float]:
-        parts = tiled(gpu, tile, channels, positions, units, 1.0, rate, item)
-        return max(parts), min(parts)
-
-    return min(tiles, key=seconds)
+    return min(tiles, key=lambda tile: sorted(parts(tile), reverse=True))
 
 
 def implicit_tile(gpu: Gpu, dtype: str, channels: int, positions: int, units: int) -> Tile:
@@ -155,6 +158,36 @@ def tensor_tile(gpu: Gpu, dtype: str, precision: str | None, channels: int, posi
     tiles = THREE_PRODUCT_TILES if products(dtype, precision) == 3 else TENSOR_TILES
     rate = tensor_rate(gpu, dtype, precision)
     return faster_tile(gpu, tiles, channels, positions, units, rate, itemsize(dtype))
+
+
+def filter_parts(tile: Tile, outputs: int, columns: int, groups: int, positions: int) -> int:
+    """How many parts the positions that a filter's gradient sums over are split into, to have blocks enough."""
+    blocks = tile.blocks(outputs, columns, groups)
+    return max(1, min(-(-FILTER_BLOCKS // blocks), -(-positions // FILTER_POSITIONS)))
+
+
+def filter_seconds(
+    gpu: Gpu, tile: Tile, outputs: int, columns: int, groups: int, positions: int, rate: float, item: int
+) -> tuple[float, float]:
+    """(arithmetic, cache) seconds of a filter's gradient, ``outputs`` x ``columns`` sums a group."""
+    parts = filter_parts(tile, outputs, columns, groups, positions)
+    return tiled(gpu, tile, outputs, columns, groups * parts, positions / parts, rate, item)
+
+
+def filter_tile(gpu: Gpu, dtype: str, outputs: int, columns: int, groups: int, positions: int) -> Tile:
+    """That of the filter's gradient without tensor cores."""
+    tiles = FILTER_TILES_FLOAT64 if dtype == "float64" else FILTER_TILES
+    sizes = outputs, columns, groups, positions
+    return _fastest(tiles, lambda tile: filter_seconds(gpu, tile, *sizes, plain_rate(gpu, dtype), itemsize(dtype)))
+
+
+def tensor_filter_tile(
+    gpu: Gpu, dtype: str, precision: str | None, outputs: int, columns: int, groups: int, positions: int
+) -> Tile:
+    """That of the filter's gradient on tensor cores."""
+    tiles = THREE_PRODUCT_FILTER_TILES if products(dtype, precision) == 3 else TENSOR_FILTER_TILES
+    rate, sizes = tensor_rate(gpu, dtype, precision), (outputs, columns, groups, positions)
+    return _fastest(tiles, lambda tile: filter_seconds(gpu, tile, *sizes, rate, itemsize(dtype)))
 
 
 def products(dtype: str, precision: str | None) -> int:

@@ -39,6 +39,14 @@ _ROUND_SECONDS = 1e-3  # of a round: a quick way is repeated within it
 _MOST_REPEATS = 20
 _HOPELESS = 4.0  # times the best so far: such a way is not measured further
 
+_TILES = {  # by way, and whether it is a filter's gradient
+    ("implicit_gemm", False): conv2d_tiles.IMPLICIT_TILES,
+    ("phases", False): conv2d_tiles.IMPLICIT_TILES,
+    ("tensor", False): conv2d_tiles.TENSOR_TILES,
+    ("implicit_gemm", True): conv2d_tiles.FILTER_TILES,
+    ("tensor", True): conv2d_tiles.TENSOR_FILTER_TILES,
+}
+
 Run = Callable[[str], None]
 """Does the work by the way of this name."""
 
@@ -148,13 +156,7 @@ def candidates(
     first = conv2d_choice.usual(direction, problem, dtype, precision, call.gpu)
     found = []
     for name in sorted(names, key=lambda name: name != first):
-        tiles: tuple[conv2d_tiles.Tile, ...] = ()
-        if direction != "backward_filter":
-            tiles = {
-                "implicit_gemm": conv2d_tiles.IMPLICIT_TILES,
-                "phases": conv2d_tiles.IMPLICIT_TILES,
-                "tensor": conv2d_tiles.TENSOR_TILES,
-            }.get(name, ())
+        tiles = _TILES.get((name, direction == "backward_filter"), ())
         found += [Choice(name, tile.name) for tile in tiles] or [Choice(name)]
     return found
 
