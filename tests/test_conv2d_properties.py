@@ -218,7 +218,7 @@ def problems(draw: st.DrawFn) -> Conv2dProblem:
     )
 
 
-@BACKENDS
+@pytest.mark.parametrize("backend", [pytest.param(backend, id=backend.name) for backend in ALGORITHMS])
 @settings(max_examples=80, deadline=None)
 @given(problem=problems())
 def test_random_problems(backend: Backend, problem: Conv2dProblem) -> None:
