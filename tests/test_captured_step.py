@@ -296,6 +296,20 @@ def test_what_is_not_captured_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason_against(model, "on", training=False) is None
 
 
+def test_auto_captures_on_a_gpu_what_is_gpucnns_own(monkeypatch: pytest.MonkeyPatch, launches: list[int]) -> None:
+    monkeypatch.setattr("gpucnn.training.replay.is_host_runtime", lambda: False)
+    made = trainer("auto", epochs=1)
+    made.fit()
+    assert made.progress.said == [SAID]
+    assert len(launches) == 5
+    launches.clear()
+    made = trainer("auto", epochs=1, model=with_own(lambda x: None))
+    made.fit()
+    assert launches == []
+    assert len(made.progress.said) == 1
+    assert "go on kernel by kernel: OwnLayer ('6') is not gpucnn's own" in made.progress.said[0]
+
+
 def test_what_is_asked_for_and_cannot_be_is_an_error() -> None:
     train, _ = make_data()
     with pytest.raises(ArgumentError, match="capture='on': graphs are a GPU's, and the model is on the CPU"):
@@ -330,6 +344,10 @@ def freeze(made: Trainer) -> None:
 
 def thaw(made: Trainer) -> None:
     first_convolution(made).requires_grad_(True)
+
+
+def freeze_all(made: Trainer) -> None:
+    made.model.requires_grad_(False)
 
 
 def drop_more(made: Trainer) -> None:
@@ -368,6 +386,7 @@ def load_weights(made: Trainer) -> None:
     ("change", "captures"),
     [
         ((freeze, thaw), 3),
+        ((freeze_all,), 2),
         ((drop_more,), 2),
         ((forget_sooner,), 2),
         ((clip,), 2),

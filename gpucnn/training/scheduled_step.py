@@ -35,7 +35,7 @@ class ScheduledTrainingStep:
         self._host = numpy.zeros(reals + len(self.generators), numpy.uint64)
         self._host_numbers, self._host_offsets = self._host[:reals].view(numpy.float64), self._host[reals:]
         with on_device(parts.model.device):
-            module = array_module(self._gradients[0])
+            module = array_module(parts.optimizer.slabs[0].buffer.data)
             self._device = module.zeros(len(self._host), "uint64")
             self._numbers = self._device[:reals].view("float64")
             self._squares = module.zeros(len(self._gradients), "float64")
