@@ -123,7 +123,8 @@ def test_a_row_of_each_kind_runs(
     convolution = measurement.row.kind == "convolution"
     dense = convolution and measurement.row.sizes["groups"] == 1
     expected += ["tensor"] * (dense and measurement.precision == "float32")
-    assert answer["variants"] == expected + ["autotuned"] * convolution
+    step = measurement.row.kind == "step"
+    assert answer["variants"] == expected + ["autotuned"] * convolution + ["captured"] * step
     for variant in ("", "autotuned") if convolution else ():
         assert answer["settings"][variant]["way"].split()[0] in (
             "implicit_gemm", "phases", "direct", "depthwise", "im2col", "col2im", "tensor",
@@ -423,3 +424,14 @@ def test_speed_goals_and_the_share_of_the_limit() -> None:
     assert gpu_report.goal_reached(_entry(gpucnn=[1.0], torch=[1.05])) == "goal"
     assert gpu_report.goal_reached(_entry(gpucnn=[1.0])) == "-"
     assert gpu_report.speed(_entry(torch=[1.0])) is None
+
+
+def test_predictions_stand_beside_what_is_measured_on_the_gpu_that_they_are_for() -> None:
+    (found,) = [each for each in measurements() if each.key == "vgg 512->512 k3 14 N64 forward, tf32, libraries"]
+    entry = {**gpu_run.describe(found), "call": 0, "seconds": {"gpucnn": [1e-3]}, "blank": {}, "settings": {}}
+    results: dict[str, Any] = {"gpu": "NVIDIA H200", "calls": [{"ceilings": {}}]}
+    expected = json.loads(gpu_report.PREDICTIONS.read_text())["rows"][found.key]["seconds"]
+    assert gpu_report.predicted(entry, results) == expected
+    table = gpu_report.table([entry], results)
+    assert f"| 1 ms | {gpu_report.shown(expected)} |" in table
+    assert "predicted" not in gpu_report.table([entry], {**results, "gpu": "NVIDIA L4"})

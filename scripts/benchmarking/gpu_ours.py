@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,9 +20,10 @@ _CUBLAS_TYPES = {"float32": 0, "float16": 2, "bfloat16": 14}  # of cudaDataType
 class OursOnGpu(Ours):
     """gpucnn on device "cuda": what a user of its operations and layers gets, in the precision asked for."""
 
-    variants = ("", "channels-last", "tensor", "autotuned")
+    variants = ("", "channels-last", "tensor", "autotuned", "captured")
     """The algorithm that is chosen by itself, on contiguous arrays and on channels-last ones; tensor cores for
-    float32-accurate convolutions, which are not chosen by themselves; and what was measured to be the fastest."""
+    float32-accurate convolutions, which are not chosen by themselves; what was measured to be the fastest; and
+    training steps as ``fit`` takes them on a GPU, by one CUDA graph."""
 
     def __init__(self) -> None:
         super().__init__("cuda")
@@ -95,6 +97,8 @@ class OursOnGpu(Ours):
         ):
             return None
         if variant == "autotuned" and row["kind"] != "convolution":
+            return None
+        if variant == "captured" and row["kind"] != "step":
             return None
         if variant == "channels-last" and (row["kind"] == "cross_entropy" or "count" in row["sizes"]):
             return None  # no images
@@ -235,6 +239,8 @@ class OursOnGpu(Ours):
         x = self._master(s["n"], s["c"], size, size)
         targets = self._to_device(self._random.integers(0, s["classes"], s["n"]), "cuda")
         scaler = LossScaler() if self._precision == "float16" else None
+        if self._variant == "captured":
+            return self._captured(model, loss, optimizer, scaler, x, targets)
 
         def step() -> Any:
             optimizer.zero_grad()
@@ -253,6 +259,27 @@ class OursOnGpu(Ours):
             scaler.update(finite=finite)
             return value
 
+        return step
+
+    def _captured(
+        self, model: Any, loss: Any, optimizer: Any, scaler: Any, x: Any, targets: Any
+    ) -> Callable[[], Any]:
+        """The trainer's own step, captured; it reads the loss and counts what was classified rightly, too."""
+        from gpucnn.training.buffers import BufferCopy
+        from gpucnn.training.captured_step import make_step
+        from gpucnn.training.random_state import RandomState
+        from gpucnn.training.steps import StepParts
+
+        def refuse(words: str) -> None:
+            if "kernel by kernel" in words:
+                raise RuntimeError(words)
+
+        parts = StepParts(model, loss, optimizer, BufferCopy(model), RandomState(model), None, scaler, None)
+        steps = make_step(parts, "on", len(targets), refuse)
+        numbers = itertools.count(1)
+        step = lambda: steps.take(x, targets, next(numbers))  # noqa: E731 (what is timed)
+        for _ in range(3):  # plain, captured, launched
+            step()
         return step
 
     # ------------------------------------------------------------ ceilings and proofs

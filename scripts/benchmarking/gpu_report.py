@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 from benchmarking.gpu_rows import COMPILED, GOALS, LIBRARIES, PRECISIONS
 from benchmarking.report import geometric_mean, shown, spread
 
-OURS = ("gpucnn", "gpucnn channels-last")
-"""What a user gets without asking for an algorithm, in either memory format."""
+OURS = ("gpucnn", "gpucnn channels-last", "gpucnn captured")
+"""What a user gets without asking for an algorithm, in either memory format; and steps as ``fit`` takes them."""
+
+PREDICTIONS = Path(__file__).resolve().parents[2] / "docs" / "kernels" / "predictions.json"
+"""Seconds of rows, by key, that an H200 is reckoned to take."""
 
 
 def best(entry: dict[str, Any], ours: bool) -> tuple[str, float] | None:
@@ -75,6 +81,23 @@ def line(key: str, entry: dict[str, Any], results: dict[str, Any]) -> str:
     return ", ".join(words)
 
 
+@functools.cache
+def predictions() -> dict[str, float]:
+    """What was predicted of our times before anything was measured, by the row's key."""
+    if not PREDICTIONS.exists():
+        return {}
+    rows = json.loads(PREDICTIONS.read_text(encoding="utf-8"))["rows"]
+    return {key: entry["seconds"] for key, entry in rows.items() if "seconds" in entry}
+
+
+def predicted(entry: dict[str, Any], results: dict[str, Any]) -> float | None:
+    """The prediction for a row on an H200; None for other rows and other GPUs, which it is not for."""
+    if "H200" not in str(results["gpu"]):
+        return None
+    key = f"{entry['name']} {entry['direction']}, {entry['precision']}, {entry['against']}"
+    return predictions().get(key)
+
+
 def _goals(name: str) -> str:
     goal = GOALS[name]
     cells = []
@@ -87,13 +110,16 @@ def table(entries: Sequence[dict[str, Any]], results: dict[str, Any]) -> str:
     """A Markdown table of rows of one precision."""
     columns = [column for entry in entries for column in entry["seconds"]]
     columns = sorted(set(columns), key=lambda column: (not column.startswith("gpucnn"), column))
-    header = ["row", "pass", *columns, "spread", "speed", "first / then / goal", "reached", "limit"]
+    foreseen = any(predicted(entry, results) is not None for entry in entries)
+    header = ["row", "pass", *columns, *["predicted"] * foreseen]
+    header += ["spread", "speed", "first / then / goal", "reached", "limit"]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for entry in entries:
         ratio, part = speed(entry), share(entry, results)
         samples = entry["seconds"]
         cells = [entry["name"], entry["direction"]]
         cells += [shown(median(samples[column]) if samples.get(column) else None) for column in columns]
+        cells += [shown(predicted(entry, results))] * foreseen
         cells += [
             f"{max((spread(values) for values in samples.values() if values), default=0.0):.0%}",
             "-" if ratio is None else f"{ratio:.2f}",
