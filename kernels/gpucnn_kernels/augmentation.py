@@ -14,7 +14,7 @@ from gpucnn_kernels.layout import image_output
 from gpucnn_kernels.overlap import require_apart
 
 SOURCE = "augmentation"
-SOURCES: dict[str, tuple[dict[str, str], ...]] = {SOURCE: ({},)}
+SOURCES: dict[str, tuple[dict[str, str], ...]] = {SOURCE: ({"INTERPOLATED": "0"}, {"INTERPOLATED": "1"})}
 
 _CHANNELS_A_LAUNCH = 4  # as many as the kernel takes factors and shifts for
 _BLOCK = (32, 8)  # neighbours in a row write neighbours in memory
@@ -104,7 +104,9 @@ def augment_images(
         )
         inputs = ("flip", "row_first", "row_weights", "column_first", "column_weights", "rotation", "shift")
         require_apart(y, picture, *(call.get(each) for each in (*inputs, "colour", "cutout")))
-        given = {each: call.get(each) for each in inputs}
+        interpolated = any(tables is not None for tables in (rows, columns, rotation))
+        given: dict[str, Any] = {each: call.get(each) for each in inputs}
+        given["definitions"] = {"INTERPOLATED": str(int(interpolated))}
         pictures: dict[str, int] = {"count": n, "height": height, "width": width, "channels": channels}
         pictures |= dict(zip(("stride_n", "stride_h", "stride_w", "stride_c"), picture.strides, strict=True))
         taps = {"rows": row_taps, "columns": column_taps}

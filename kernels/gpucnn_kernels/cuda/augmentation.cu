@@ -7,7 +7,8 @@
 //
 // A pixel is found backwards, from its place in the result to the bytes that it is made of, so that nothing lies in
 // between in memory. A turned pixel is made of four resampled ones, and a resampled one of rows * columns bytes:
-// neighbours read the same bytes again, from the cache.
+// neighbours read the same bytes again, from the cache. INTERPOLATED is 0 where pictures are neither resampled nor
+// turned, for then a pixel is a byte, and a thread needs half of the registers.
 #include "reduce.cuh"
 #include "scalar.cuh"
 
@@ -21,8 +22,8 @@ struct Pictures {
 };
 
 struct Taps {
-    int rows, columns;                // bytes that a pixel is made of, down and across
-    int row_tables, column_tables;    // 1 for all pictures, or as many as there are pictures
+    int rows, columns;              // bytes that a pixel is made of, down and across
+    int row_tables, column_tables;  // 1 for all pictures, or as many as there are pictures
 };
 
 struct Result {
@@ -45,7 +46,7 @@ __device__ __forceinline__ float between(float near_one, float far_one, float sh
 // One picture, and what is to become of its geometry.
 struct Picture {
     const unsigned char *bytes;
-    const int *row_first, *column_first;          // null where the picture is taken pixel by pixel
+    const int *row_first, *column_first;  // null where the picture is taken pixel by pixel
     const float *row_weights, *column_weights;
     float cosine, sine;
     int down, right;
@@ -79,6 +80,13 @@ __device__ __forceinline__ void resampled(
     float (&values)[MOST_CHANNELS]
 ) {
     if (picture.mirrored) column = result.w - 1 - column;
+#if !INTERPOLATED
+    const unsigned char *place = picture.bytes + row * pictures.stride_h + column * pictures.stride_w;
+#pragma unroll
+    for (int number = 0; number < MOST_CHANNELS; ++number) {
+        if (number < pictures.channels_here) values[number] = (float)place[number * pictures.stride_c];
+    }
+#else
     const int top = picture.row_first ? picture.row_first[row] : row;
     const int left = picture.column_first ? picture.column_first[column] : column;
     const int rows = picture.row_first ? taps.rows : 1, columns = picture.column_first ? taps.columns : 1;
@@ -108,7 +116,48 @@ __device__ __forceinline__ void resampled(
             values[number] = i == 0 ? term : sum(values[number], term);
         }
     }
+#endif
 }
+
+#if INTERPOLATED
+// The channels of the launch at a place of the picture that is turned about its middle, bilinear; or left as it is.
+__device__ __forceinline__ void turned(
+    const Picture &picture, const Pictures &pictures, const Taps &taps, const Result &result, int row, int column,
+    float (&values)[MOST_CHANNELS]
+) {
+    int top = row, left = column, corners = 1;
+    float share_down = 0.0f, share_right = 0.0f;
+    if (picture.turned) {
+        const float middle_row = 0.5f * (float)(result.h - 1), middle_column = 0.5f * (float)(result.w - 1);
+        const float y = sum((float)row, -middle_row), x = sum((float)column, -middle_column);
+        float down = sum(sum(product(picture.cosine, y), middle_row), product(picture.sine, x));
+        float right = sum(sum(product(picture.cosine, x), middle_column), product(-picture.sine, y));
+        down = fminf(fmaxf(down, 0.0f), (float)(result.h - 1));
+        right = fminf(fmaxf(right, 0.0f), (float)(result.w - 1));
+        // The upper left of four, never in the last row or column: all four exist.
+        top = min((int)down, result.h - 2), left = min((int)right, result.w - 2), corners = 2;
+        share_down = sum(down, -(float)top), share_right = sum(right, -(float)left);
+    }
+#pragma unroll 1
+    for (int line = 0; line < corners; ++line) {
+        float side[MOST_CHANNELS], corner[MOST_CHANNELS];
+#pragma unroll 1
+        for (int place = 0; place < corners; ++place) {
+            resampled(picture, pictures, taps, result, top + line, left + place, corner);
+#pragma unroll
+            for (int number = 0; number < MOST_CHANNELS; ++number) {
+                if (number >= pictures.channels_here) continue;
+                side[number] = place == 0 ? corner[number] : between(side[number], corner[number], share_right);
+            }
+        }
+#pragma unroll
+        for (int number = 0; number < MOST_CHANNELS; ++number) {
+            if (number >= pictures.channels_here) continue;
+            values[number] = line == 0 ? side[number] : between(values[number], side[number], share_down);
+        }
+    }
+}
+#endif
 
 // The channels of the launch at a place of the result, before any change of colour.
 __device__ __forceinline__ void pixel_at(
@@ -121,42 +170,11 @@ __device__ __forceinline__ void pixel_at(
     const long long moved_row = (long long)row - picture.down, moved_column = (long long)column - picture.right;
     if (moved_row < 0 || moved_row >= result.h || moved_column < 0 || moved_column >= result.w) return;
     row = (int)moved_row, column = (int)moved_column;
-    if (!picture.turned) {
-        resampled(picture, pictures, taps, result, row, column, values);
-        return;
-    }
-    const float middle_row = 0.5f * (float)(result.h - 1), middle_column = 0.5f * (float)(result.w - 1);
-    const float y = sum((float)row, -middle_row), x = sum((float)column, -middle_column);
-    float down = sum(sum(product(picture.cosine, y), middle_row), product(picture.sine, x));
-    float right = sum(sum(product(picture.cosine, x), middle_column), product(-picture.sine, y));
-    down = fminf(fmaxf(down, 0.0f), (float)(result.h - 1));
-    right = fminf(fmaxf(right, 0.0f), (float)(result.w - 1));
-    // The upper left of four, never in the last row or column: all four exist.
-    const int top = min((int)down, result.h - 2), left = min((int)right, result.w - 2);
-    const float share_down = sum(down, -(float)top), share_right = sum(right, -(float)left);
-    float above[MOST_CHANNELS], corner[MOST_CHANNELS];
-#pragma unroll 1
-    for (int line = 0; line < 2; ++line) {
-        float side[MOST_CHANNELS];
-#pragma unroll 1
-        for (int place = 0; place < 2; ++place) {
-            resampled(picture, pictures, taps, result, top + line, left + place, corner);
-#pragma unroll
-            for (int number = 0; number < MOST_CHANNELS; ++number) {
-                if (number >= pictures.channels_here) continue;
-                side[number] = place == 0 ? corner[number] : between(side[number], corner[number], share_right);
-            }
-        }
-#pragma unroll
-        for (int number = 0; number < MOST_CHANNELS; ++number) {
-            if (number >= pictures.channels_here) continue;
-            above[number] = line == 0 ? side[number] : between(above[number], side[number], share_down);
-        }
-    }
-#pragma unroll
-    for (int number = 0; number < MOST_CHANNELS; ++number) {
-        if (number < pictures.channels_here) values[number] = above[number];
-    }
+#if INTERPOLATED
+    turned(picture, pictures, taps, result, row, column, values);
+#else
+    resampled(picture, pictures, taps, result, row, column, values);
+#endif
 }
 
 // The luma of ITU-R BT.601; of pictures that are not of three channels, the first one.
@@ -168,7 +186,7 @@ __device__ __forceinline__ float grey_of(const Pictures &pictures, const float (
 // For each picture, of its brightness b, contrast c and saturation s (N, 3): b c s, b (1 - c) m and b c (1 - s),
 // where m is its mean grey. A block a picture, which adds in a fixed order. The launch has all channels of three,
 // or the first of others.
-extern "C" __global__ void __launch_bounds__(512) colour_coefficients(
+extern "C" __global__ void __launch_bounds__(512, 1) colour_coefficients(
     const unsigned char *__restrict__ images, const bool *__restrict__ flip, const int *__restrict__ row_first,
     const float *__restrict__ row_weights, const int *__restrict__ column_first,
     const float *__restrict__ column_weights, const float *__restrict__ rotation, const int *__restrict__ shift,
@@ -201,7 +219,7 @@ extern "C" __global__ void __launch_bounds__(512) colour_coefficients(
 }
 
 // A thread for a pixel of the result and all channels of the launch.
-extern "C" __global__ void __launch_bounds__(256) augment_images(
+extern "C" __global__ void __launch_bounds__(256, 1) augment_images(
     const unsigned char *__restrict__ images, const bool *__restrict__ flip, const int *__restrict__ row_first,
     const float *__restrict__ row_weights, const int *__restrict__ column_first,
     const float *__restrict__ column_weights, const float *__restrict__ rotation, const int *__restrict__ shift,
