@@ -123,3 +123,19 @@ def test_cublas_itself_is_reached_through_cupys_module() -> None:
     for name, call in calls.items():
         with pytest.raises(RuntimeError, match=f"cublas{name} answered with status 1 "):
             call()
+
+
+def test_what_tuning_and_the_benchmark_time_and_ask_by() -> None:
+    with pytest.raises(TypeError, match="exactly 19 positional arguments"):
+        cupy.cuda.cublas.gemmEx()
+    for place, names in (
+        (cupy.cuda.Event, ("record", "synchronize")),
+        (cupy.cuda, ("get_elapsed_time", "get_current_stream")),
+        (cupy.cuda.MemoryPointer, ("memset_async", "copy_from_device_async")),
+        (cupy.cuda.Device, ("attributes",)),
+        (cupy.cuda.runtime, ("getDeviceProperties", "driverGetVersion", "runtimeGetVersion")),
+    ):
+        assert [name for name in names if not hasattr(place, name)] == []
+    # gpucnn_kernels.gpu asks for these by what is left of their names.
+    for name in ("ClockRate", "MemoryClockRate", "GlobalMemoryBusWidth", "MultiProcessorCount"):
+        assert hasattr(cupy.cuda.runtime, f"cudaDevAttr{name}")
