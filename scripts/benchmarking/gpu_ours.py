@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from benchmarking.gpu_clock import FLUSH_BYTES, Clock, EventClock, WallClock
 from benchmarking.ours import Ours
 
 _DIRECTIONS = {"forward": "forward", "input gradient": "backward_data", "filter gradient": "backward_filter"}
+_NUMBERS = 1 << 20
 _TF32_COMPUTE = 77  # CUBLAS_COMPUTE_32F_FAST_TF32
 _FLOAT32_COMPUTE = 68  # CUBLAS_COMPUTE_32F
 _CUBLAS_TYPES = {"float32": 0, "float16": 2, "bfloat16": 14}  # of cudaDataType
@@ -32,6 +34,7 @@ class OursOnGpu(Ours):
         self._host = is_host_runtime()
         self._precision, self._variant = "float32", ""
         self._way_taken: Callable[[], str] | None = None
+        self._numbers: Any = None
 
     def versions(self) -> dict[str, str]:
         """What ran."""
@@ -68,14 +71,17 @@ class OursOnGpu(Ours):
     # ------------------------------------------------------------ arrays
 
     def _normal(self, *shape: int, scale: float = 1.0) -> Any:
-        """Normal numbers in the row's precision and layout, made where they are needed."""
+        """Normal numbers in the row's precision and layout: a million of them, over and over."""
         last = len(shape) == 4 and self._variant == "channels-last"
         order = (shape[0], shape[2], shape[3], shape[1]) if last else shape
-        if self._host:
-            values = self._to_device(self._random.standard_normal(order, numpy.float32), "cuda")
-        else:
-            values = self._cupy.random.standard_normal(order, dtype=numpy.float32)
-        values *= numpy.float32(scale)
+        count = math.prod(order)
+        if self._numbers is None:
+            self._numbers = self._to_device(self._random.standard_normal(_NUMBERS, numpy.float32), "cuda")
+        turns = -(-count // _NUMBERS)
+        numbers: Any = self._numbers
+        if turns > 1:  # never in a rehearsal, whose sizes are tiny
+            numbers = self._cupy.tile(numbers, turns)
+        values = numbers[:count].reshape(order) * numpy.float32(scale)
         if self._precision in ("bfloat16", "float16"):
             values = values.astype(_dtype(self._precision))
         return values.transpose(0, 3, 1, 2) if last else values

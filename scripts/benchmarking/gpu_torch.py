@@ -85,11 +85,14 @@ class TorchOnGpu(TorchPeer):
         self.settings = {}
         work = self.prepare(row)
         if self._device.type == "cuda" and row["kind"] in ("convolution", "chain", "step") and not self._compiled:
-            self._choose_algorithms(work)
+            return self._by_the_faster_choice(work)
         return work
 
-    def _choose_algorithms(self, work: Callable[[], Any]) -> None:
-        """Let cuDNN choose by its heuristics and by measuring, and keep what is faster here."""
+    def _by_the_faster_choice(self, work: Callable[[], Any]) -> Callable[[], Any]:
+        """The work with cuDNN choosing by its heuristics or by measuring, whichever is faster here.
+
+        The switch is the process's, and other variants may want it otherwise: each call sets it.
+        """
         seconds = {}
         for measured in (False, True):
             torch.backends.cudnn.benchmark = measured
@@ -100,8 +103,14 @@ class TorchOnGpu(TorchPeer):
                     work()
                 torch.cuda.synchronize()
                 seconds[measured] = (time.perf_counter() - began) / repeats
-        torch.backends.cudnn.benchmark = seconds[True] < seconds[False]
-        self.settings = {"cudnn.benchmark": torch.backends.cudnn.benchmark}
+        best = seconds[True] < seconds[False]
+        self.settings = {"cudnn.benchmark": best}
+
+        def run() -> Any:
+            torch.backends.cudnn.benchmark = best
+            return work()
+
+        return run
 
     def _chain(self, direction: str, s: dict[str, Any]) -> Callable[[], Any]:
         del direction
