@@ -40,7 +40,9 @@ class Backend:
     loops: bool = True
 
     def asarray(self, array: Any) -> Any:
-        """A NumPy array as the backend takes it, on the same memory."""
+        """A NumPy array, or a tuple with some in it, as the backend takes it, on the same memory."""
+        if type(array) is tuple:
+            return tuple(map(self.asarray, array))
         return array.view(self.kind) if type(array) is numpy.ndarray else array
 
     def to_numpy(self, array: Any) -> Any:

@@ -16,6 +16,7 @@ from gpucnn.ops.cpu.activations import (
     tanh_backward,
     tanh_forward,
 )
+from gpucnn.ops.cpu.augmentation import augment_images
 from gpucnn.ops.cpu.average_pooling import (
     adaptive_avg_pool2d_backward,
     adaptive_avg_pool2d_forward,
@@ -62,6 +63,7 @@ __all__ = [
     "adam_step",
     "adaptive_avg_pool2d_backward",
     "adaptive_avg_pool2d_forward",
+    "augment_images",
     "avg_pool2d_backward",
     "avg_pool2d_forward",
     "batch_norm_backward",

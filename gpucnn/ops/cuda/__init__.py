@@ -22,6 +22,9 @@ from gpucnn.ops.cuda.activations import (
     tanh_backward,
     tanh_forward,
 )
+from gpucnn.ops.cuda.augmentation import (
+    augment_images,
+)
 from gpucnn.ops.cuda.convolution import (
     col2im,
     conv2d_algorithms,
@@ -85,6 +88,7 @@ __all__ = [
     "adam_step",
     "adaptive_avg_pool2d_backward",
     "adaptive_avg_pool2d_forward",
+    "augment_images",
     "avg_pool2d_backward",
     "avg_pool2d_forward",
     "batch_norm_backward",
