@@ -73,9 +73,17 @@ def requirements(runtime: str) -> str | None:
 
 def families() -> dict[str, Any]:
     """The checks by name, in their order."""
-    from scripts.gpu_validation import captured, convolution, convolution_ends, layers, steps, surroundings
+    from scripts.gpu_validation import (
+        captured,
+        convolution,
+        convolution_ends,
+        layers,
+        planned,
+        steps,
+        surroundings,
+    )
 
-    checks = (layers, steps, captured, convolution, convolution_ends, surroundings)
+    checks = (layers, steps, captured, convolution, convolution_ends, planned, surroundings)
     return {name: check for module in checks for name, check in module.CHECKS.items()}
 
 

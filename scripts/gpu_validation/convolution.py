@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import product
 from typing import Any
@@ -9,7 +11,10 @@ from typing import Any
 import numpy
 
 import gpucnn_kernels as kernels
-from gpucnn_kernels import conv2d_tensor
+from gpucnn_kernels import conv2d_filter, conv2d_tensor
+from gpucnn_kernels import conv2d_forward_paths as forward_paths
+from gpucnn_kernels import conv2d_tiles as tiles
+from gpucnn_kernels.conv2d_tiles import Tile
 from gpucnn_kernels.problem import Conv2dProblem
 from scripts.gpu_validation.bench import EPSILON, LAYOUTS, Bench, Numbers, accumulated, by_comparison, rounding
 from tests.oracles import convolution as oracle
@@ -103,12 +108,15 @@ class Expectations:
 
 
 def check_convolution(bench: Bench) -> None:
-    """Every algorithm of every direction."""
+    """Every algorithm of every direction; of the wide problems also with the largest tiles."""
     for numbers in bench.numbers():
         for name, problem in problems(bench).items():
             wanted = Expectations(name, problem, numbers)
             for dtype, (layout, filter_layout) in product(numbers.dtypes, layouts(name)):
                 check_directions(bench, name, wanted, dtype, layout, filter_layout)
+                if name in WIDE:
+                    with largest_tiles():
+                        check_directions(bench, f"{name}, large tiles", wanted, dtype, layout, filter_layout)
 
 
 def check_directions(
@@ -160,8 +168,7 @@ def check_directions(
 
 def check_tensor_cores(bench: Bench) -> None:
     """Tensor cores in every precision, with every size of tile: large ones even where they leave few blocks."""
-    enough, conv2d_tensor.ENOUGH_BLOCKS = conv2d_tensor.ENOUGH_BLOCKS, 1
-    try:
+    with largest_tiles():
         for numbers in bench.numbers():
             forms = [(dtype, None) for dtype in numbers.dtypes if dtype in conv2d_tensor.DTYPES]
             if numbers.half and "float32" in bench.dtypes:
@@ -170,8 +177,35 @@ def check_tensor_cores(bench: Bench) -> None:
                 wanted = Expectations(name, problem, numbers)
                 for (dtype, precision), layout in product(forms, LAYOUTS):
                     check_tensor_directions(bench, name, wanted, dtype, precision, layout)
+
+
+@contextlib.contextmanager
+def largest_tiles() -> Iterator[None]:
+    """Inside, the largest tile is taken of whose channels more than half are used, however few blocks it leaves."""
+
+    def filled(tiles: Sequence[Tile], channels: int) -> Tile:
+        return next((tile for tile in tiles if channels > tile.channels / 2), tiles[-1])
+
+    def plain(wide: Sequence[Tile], narrow: Sequence[Tile]) -> Callable[..., Tile]:
+        return lambda gpu, dtype, channels, *others: filled(narrow if dtype == "float64" else wide, channels)
+
+    def tensor(tiles: Sequence[Tile]) -> Callable[..., Tile]:
+        return lambda gpu, dtype, precision, channels, *others: filled(tiles, channels)
+
+    places: list[tuple[Any, str, Callable[..., Tile]]] = [
+        (forward_paths, "implicit_tile", plain(tiles.IMPLICIT_TILES, tiles.IMPLICIT_TILES_FLOAT64)),
+        (conv2d_filter, "filter_tile", plain(tiles.FILTER_TILES, tiles.FILTER_TILES_FLOAT64)),
+        (conv2d_tensor, "tensor_tile", tensor(tiles.TENSOR_TILES)),
+        (conv2d_tensor, "tensor_filter_tile", tensor(tiles.TENSOR_FILTER_TILES)),
+    ]
+    chosen = [getattr(module, name) for module, name, _ in places]
+    try:
+        for module, name, choose in places:
+            setattr(module, name, choose)
+        yield
     finally:
-        conv2d_tensor.ENOUGH_BLOCKS = enough
+        for (module, name, _), before in zip(places, chosen, strict=True):
+            setattr(module, name, before)
 
 
 def check_tensor_directions(

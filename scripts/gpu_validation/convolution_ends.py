@@ -101,7 +101,7 @@ POOLINGS: dict[str, dict[str, Any]] = {
     "groups-2": {"size": (2, 3), "stride": (3, 1), "padding": (1, 1), "dilation": (2, 1)},
     "depthwise-multiplier-2": {"size": (2, 2), "stride": (1, 1)},
 }
-_SMALL_POOLINGS = ("k3-same", "groups-2", "depthwise-multiplier-2")
+_SMALL_POOLINGS = ("lenet-2", "k3-same", "groups-2", "depthwise-multiplier-2")
 
 
 def check_max_pool(bench: Bench) -> None:
