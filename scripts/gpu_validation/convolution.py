@@ -181,7 +181,7 @@ def check_tensor_cores(bench: Bench) -> None:
 
 @contextlib.contextmanager
 def largest_tiles() -> Iterator[None]:
-    """Inside, the largest tile is taken of whose channels more than half are used, however few blocks it leaves."""
+    """Inside, the largest tile is taken of whose channels more than half are used, whatever blocks it leaves."""
 
     def filled(tiles: Sequence[Tile], channels: int) -> Tile:
         return next((tile for tile in tiles if channels > tile.channels / 2), tiles[-1])
