@@ -21,8 +21,8 @@ LINES = (
     ("gradient_check",),
     ("layers",),
     ("losses", "optimizers", "parameter_groups", "schedules", "metrics", "initializers", "parameters"),
-    ("ops",),
     ("data",),
+    ("ops",),
     ("device", "random", "errors", "names"),
 )
 LEVELS = {name: level for level, line in enumerate(LINES) for name in line}

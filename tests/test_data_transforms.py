@@ -10,14 +10,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpucnn.data import ArrayDataset, Augmentation, Preprocessing, TensorDataset, channel_statistics
-from gpucnn.data.resampling import centre_box, resize, rotate, taps
+from gpucnn.data.resampling import centre_box, tables, taps
 from gpucnn.errors import ArgumentError, DtypeError, ShapeError
+from gpucnn.ops.cpu import resampling
 
 EPSILON = float(numpy.finfo(numpy.float32).eps)
 
 
 def noise(*shape: int, seed: int = 0):
     return numpy.random.default_rng(seed).integers(0, 256, shape, dtype=numpy.uint8)
+
+
+def resize(planar, out) -> None:
+    """Both axes of ``planar`` (..., height, width) to those of ``out``, as preprocessing has it done."""
+    (height, width), (new_height, new_width) = planar.shape[-2:], out.shape[-2:]
+    rows = None if height == new_height else taps(height, new_height)
+    columns = None if width == new_width else taps(width, new_width)
+    resampling.resize(planar, rows, columns, out)
+
+
+def rotate(planar, degrees):
+    angles = numpy.deg2rad(degrees).astype(numpy.float32)
+    return resampling.rotate(planar, numpy.stack([numpy.cos(angles), numpy.sin(angles)], axis=1))
 
 
 def plain(height: int, width: int, channels: int = 3) -> Preprocessing:
@@ -80,6 +94,28 @@ def test_tap_weights_sum_to_one_and_stay_inside(source, target):
     assert numpy.abs(weights.sum(axis=0, dtype=numpy.float64) - 1).max() <= 1e-6
     assert first.min() >= 0
     assert first.max() + len(weights) <= source
+
+
+def test_an_axis_that_keeps_its_length_has_one_tap():
+    first, weights = taps(7, 7)
+    assert first.tolist() == list(range(7))
+    assert weights.tolist() == [[1.0] * 7]
+
+
+def test_tables_of_several_stretches_are_filled_up_with_nothing():
+    first, weights = tables([3, 0, 5], [4, 9, 2], 4)
+    assert first.dtype == numpy.int32
+    assert weights.shape == (3, len(taps(9, 4)[1]), 4)
+    image = noise(12)
+    for number, (start, length) in enumerate([(3, 4), (0, 9), (5, 2)]):
+        expected = numpy.zeros(4)
+        places, shares = taps(length, 4)
+        for tap, weight in enumerate(shares):
+            expected += weight * image[start : start + length][places + tap]
+        found = numpy.zeros(4)
+        for tap, weight in enumerate(weights[number]):
+            found += weight * image[numpy.minimum(first[number] + tap, 11)]
+        numpy.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize(

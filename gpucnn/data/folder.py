@@ -14,8 +14,8 @@ from gpucnn.data.dataset import Dataset
 from gpucnn.data.image_files import SUFFIXES, read_header, read_planes
 from gpucnn.data.parallel import in_parallel
 from gpucnn.data.recycling import Recycler
-from gpucnn.data.scratch import scratch
 from gpucnn.errors import ArgumentError, DataError, GpucnnError
+from gpucnn.ops.cpu.threads import scratch
 
 _IDLE_BATCHES = 2
 _NOT_KEPT, _BEING_KEPT = -1, -2  # in the place of an image's slot in the cache
@@ -133,7 +133,7 @@ class ImageFolder(Dataset):
 
         def problem(number: int) -> str | None:
             try:
-                self._decode(number, scratch.get("planes", self._plane_shape, numpy.uint8))
+                self._decode(number, scratch("folder planes", self._plane_shape, numpy.uint8))
             except GpucnnError as error:
                 return str(error)
             return None

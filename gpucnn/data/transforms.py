@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy
@@ -14,14 +13,13 @@ from gpucnn.data.augmentation import PRESETS, Augmentation, check_fits, parse_au
 from gpucnn.data.dataset import Dataset
 from gpucnn.data.parallel import in_parallel
 from gpucnn.data.recycling import Recycler
-from gpucnn.data.resampling import centre_box, resize, rotate
-from gpucnn.data.scratch import scratch
+from gpucnn.data.resampling import centre_box, tables
 from gpucnn.errors import ArgumentError, DtypeError, ShapeError
+from gpucnn.ops import backend_of
+from gpucnn.ops.cpu.threads import scratch
 
 __all__ = ["PRESETS", "Augmentation", "Preprocessing", "channel_statistics", "parse_augmentation", "preset"]
 
-_GREY = numpy.array([0.299, 0.587, 0.114], numpy.float32)  # luma of ITU-R BT.601
-_VALUES_AT_A_TIME = 1 << 18  # a part of the batch that stays in the second-level cache from step to step
 _VALUES_A_TASK = 1 << 20  # of the statistics: enough to be worth a thread, and few enough to share evenly
 _ROWS_EXACT = 256  # see _sums
 
@@ -93,6 +91,26 @@ class Preprocessing:
         Where the images have another aspect ratio than ``image_size``, the largest box in the middle that has it
         is used. Raises DtypeError or ShapeError for other arrays, ArgumentError where augmentation does not fit.
         """
+        changes = self.changes(images, augmentation, seed=seed, epoch=epoch, indices=indices)
+        shape = (len(images), len(self.mean), *self.image_size)
+        out = None if recycler is None else recycler.empty(shape, self.dtype)
+        return backend_of(images).augment_images(
+            images, mean=self.mean, std=self.std, dtype=self.dtype, out=out, **changes
+        )
+
+    def changes(
+        self,
+        images: NDArray[numpy.uint8],
+        augmentation: Augmentation | None = None,
+        *,
+        seed: int = 0,
+        epoch: int = 0,
+        indices: ArrayLike | None = None,
+    ) -> dict[str, Any]:
+        """What each of ``images`` is to go through, as the arguments of ``augment_images`` beside mean and std.
+
+        Arrays of NumPy, pairs of them, and numbers; the arguments and errors are those of :meth:`apply`.
+        """
         if not isinstance(images, numpy.ndarray) or images.dtype != numpy.uint8:
             kind = getattr(images, "dtype", type(images).__name__)
             raise DtypeError(f"images to preprocess must be a uint8 array, got {kind}")
@@ -104,108 +122,53 @@ class Preprocessing:
         numbers = numpy.arange(len(images)) if indices is None else numpy.asarray(indices)
         if numbers.shape != (len(images),):
             raise ShapeError(f"{len(images)} images need as many indices, got shape {numbers.shape}")
-        draws = None
-        if augmentation:
-            check_fits(augmentation, self.image_size)
-            draws = augmentation.draw(seed, epoch, numbers)
-        shape = (len(images), len(self.mean), *self.image_size)
-        out = numpy.empty(shape, numpy.float32) if recycler is None else recycler.empty(shape, numpy.float32)
-        step = max(1, _VALUES_AT_A_TIME // out[0].size) if len(out) else 1
-        for start in range(0, len(images), step):
-            part = slice(start, start + step)
-            if augmentation is None or draws is None:
-                self._normalize(self._resized(images[part]), out[part])
-            else:
-                drawn = {name: column[part] for name, column in draws.items()}
-                planar = self._change_geometry(images[part], augmentation, drawn)
-                self._change_colour_and_normalize(planar, augmentation, drawn, out[part])
-                _cut_out(out[part], augmentation.cutout, drawn)
-        return out.astype(self.dtype, copy=False)
-
-    def _resized(self, images: NDArray[numpy.uint8]) -> NDArray[Any]:
         source = (images.shape[1], images.shape[2])
-        planar = images.transpose(0, 3, 1, 2)
-        if source == self.image_size:
-            return planar
-        top, left, height, width = centre_box(source, self.image_size)
-        resized = scratch.get("resized", (*planar.shape[:2], *self.image_size))
-        resize(planar[:, :, top : top + height, left : left + width], resized)
-        return resized
-
-    def _change_geometry(
-        self, images: NDArray[numpy.uint8], augmentation: Augmentation, drawn: dict[str, NDArray[Any]]
-    ) -> NDArray[Any]:
-        flip = drawn["flip"] < 0.5 if augmentation.horizontal_flip else numpy.zeros(len(images), bool)
+        if not augmentation:
+            return _resizing([centre_box(source, self.image_size)], source, self.image_size)
+        check_fits(augmentation, self.image_size)
+        drawn = augmentation.draw(seed, epoch, numbers)
+        boxes = [centre_box(source, self.image_size)]
         if augmentation.resized_crop is not None:
-            planar = scratch.get("cropped", (len(images), len(self.mean), *self.image_size))
-            boxes = _crop_boxes(images.shape[1:3], augmentation.resized_crop, drawn)
-            for image, box, mirrored, target in zip(images, boxes, flip.tolist(), planar, strict=True):
-                top, left, height, width = box
-                part = image[top : top + height, left : left + width].transpose(2, 0, 1)
-                resize(part[:, :, ::-1] if mirrored else part, target)
-        else:
-            planar = self._resized(images)
-            if flip.any():
-                planar = _mirrored(planar, flip)
-        if augmentation.rotation and min(self.image_size) > 1:
-            planar = rotate(planar, (2 * drawn["rotation"] - 1) * augmentation.rotation)
-        if augmentation.shift:
-            choices = 2 * augmentation.shift + 1
-            down = (drawn["shift_y"] * choices).astype(int) - augmentation.shift
-            right = (drawn["shift_x"] * choices).astype(int) - augmentation.shift
-            planar = _shifted(planar, down, right)
-        return planar
+            boxes = _crop_boxes(source, augmentation.resized_crop, drawn)
+        return _resizing(boxes, source, self.image_size) | _drawn_changes(augmentation, drawn, self.image_size)
 
-    def _normalize(self, planar: NDArray[Any], out: NDArray[numpy.float32]) -> None:
-        factor, offset = self._factor_and_offset
-        out[...] = planar  # by itself: a product of bytes and floats converts them in small pieces
-        out *= factor[:, None, None]
-        out += offset[:, None, None]
 
-    @cached_property
-    def _factor_and_offset(self) -> tuple[NDArray[numpy.float32], NDArray[numpy.float32]]:
-        std = numpy.array(self.std)
-        return (1 / (255 * std)).astype(numpy.float32), (-numpy.array(self.mean) / std).astype(numpy.float32)
+def _resizing(
+    boxes: Sequence[tuple[int, int, int, int]], source: tuple[int, int], target: tuple[int, int]
+) -> dict[str, Any]:
+    """``rows`` and ``columns``: from each image's box, or one for all of them, (top, left, height, width)."""
+    changes: dict[str, Any] = {}
+    for name, axis in (("rows", 0), ("columns", 1)):
+        starts, lengths = [box[axis] for box in boxes], [box[2 + axis] for box in boxes]
+        if source[axis] != target[axis] or any(length != target[axis] for length in lengths):
+            changes[name] = tables(starts, lengths, target[axis])
+    return changes
 
-    def _change_colour_and_normalize(
-        self,
-        planar: NDArray[Any],
-        augmentation: Augmentation,
-        drawn: dict[str, NDArray[Any]],
-        out: NDArray[numpy.float32],
-    ) -> None:
-        """Brightness, contrast, saturation and normalization as one linear map an image.
 
-        With b, c, s the three factors, g a pixel's grey and m the image's mean grey, a value v becomes
-        b c s v + b c (1 - s) g + b (1 - c) m; the normalization's factor and offset are folded in.
-        """
-        if not augmentation.changes_colour:
-            self._normalize(planar, out)
-            return
-        factor, offset = self._factor_and_offset
-        colour = planar.shape[1] == 3
-        for number, image in enumerate(planar):
-            brightness, contrast, saturation = (
-                1 + getattr(augmentation, name) * (2 * drawn[name][number] - 1)
-                for name in ("brightness", "contrast", "saturation")
-            )
-            grey, term = scratch.get("grey", self.image_size), scratch.get("coloured", self.image_size)
-            if colour:
-                numpy.multiply(image[0], _GREY[0], out=grey)
-                for channel in (1, 2):
-                    grey += numpy.multiply(image[channel], _GREY[channel], out=term)
-            else:
-                grey[:], saturation = image[0], 1.0
-            # Each image's mean by itself: a sum over a batch would depend on who else is in it.
-            middle = float(grey.mean(dtype=numpy.float64))
-            added = (offset + factor * numpy.float32(brightness * (1 - contrast) * middle)).astype(numpy.float32)
-            own = factor * numpy.float32(brightness * contrast * saturation)
-            numpy.multiply(image, own[:, None, None], out=out[number])
-            out[number] += added[:, None, None]
-            if saturation != 1.0:
-                grey *= numpy.float32(brightness * contrast * (1 - saturation))
-                for channel, target in enumerate(out[number]):
-                    target += numpy.multiply(grey, factor[channel], out=term)
+def _drawn_changes(
+    augmentation: Augmentation, drawn: dict[str, NDArray[Any]], size: tuple[int, int]
+) -> dict[str, Any]:
+    """All other changes that ``augmentation`` makes, from what each image has drawn."""
+    changes: dict[str, Any] = {}
+    if augmentation.horizontal_flip:
+        changes["flip"] = drawn["flip"] < 0.5
+    if augmentation.rotation and min(size) > 1:
+        angles = numpy.deg2rad((2 * drawn["rotation"] - 1) * augmentation.rotation).astype(numpy.float32)
+        changes["rotation"] = numpy.stack([numpy.cos(angles), numpy.sin(angles)], axis=1)
+    if augmentation.shift:
+        moves = numpy.stack([drawn["shift_y"], drawn["shift_x"]], axis=1) * (2 * augmentation.shift + 1)
+        changes["shift"] = moves.astype(numpy.int32) - numpy.int32(augmentation.shift)
+    if augmentation.changes_colour:
+        factors = [
+            1 + getattr(augmentation, name) * (2 * drawn[name] - 1)
+            for name in ("brightness", "contrast", "saturation")
+        ]
+        changes["colour"] = numpy.stack(factors, axis=1)
+    if side := augmentation.cutout:
+        centres = numpy.stack([drawn["cutout_y"] * size[0], drawn["cutout_x"] * size[1]], axis=1)
+        changes["cutout"] = centres.astype(numpy.int32) - numpy.int32(side // 2)
+        changes["cutout_size"] = side
+    return changes
 
 
 def _crop_boxes(
@@ -223,36 +186,6 @@ def _crop_boxes(
     top = (drawn["crop_y"] * (height - box_height + 1)).astype(int)
     left = (drawn["crop_x"] * (width - box_width + 1)).astype(int)
     return list(zip(top.tolist(), left.tolist(), box_height.tolist(), box_width.tolist(), strict=True))
-
-
-def _mirrored(planar: NDArray[Any], flip: NDArray[Any]) -> NDArray[Any]:
-    """The images, those where ``flip`` is true mirrored left to right."""
-    result = scratch.get("mirrored", planar.shape, planar.dtype)
-    for image, target, backwards in zip(planar, result, flip.tolist(), strict=True):
-        target[:] = image[:, :, ::-1] if backwards else image
-    return result
-
-
-def _shifted(planar: NDArray[Any], down: NDArray[Any], right: NDArray[Any]) -> NDArray[Any]:
-    """Each image moved by its ``down`` and ``right`` pixels over zeros."""
-    height, width = planar.shape[2:]
-    moved = scratch.get("moved", planar.shape, planar.dtype)
-    moved[:] = 0
-    for image, target, y, x in zip(planar, moved, down.tolist(), right.tolist(), strict=True):
-        part = image[:, max(0, -y) : height - max(0, y), max(0, -x) : width - max(0, x)]
-        target[:, max(0, y) : height - max(0, -y), max(0, x) : width - max(0, -x)] = part
-    return moved
-
-
-def _cut_out(out: NDArray[numpy.float32], side: int, drawn: dict[str, NDArray[Any]]) -> None:
-    """Set a square of each normalized image to 0, which is the mean colour."""
-    if not side:
-        return
-    height, width = out.shape[2:]
-    tops = (drawn["cutout_y"] * height).astype(int) - side // 2
-    lefts = (drawn["cutout_x"] * width).astype(int) - side // 2
-    for image, top, left in zip(out, tops.tolist(), lefts.tolist(), strict=True):
-        image[:, max(0, top) : max(0, top + side), max(0, left) : max(0, left + side)] = 0
 
 
 def channel_statistics(
@@ -291,7 +224,7 @@ def _sums(images: NDArray[numpy.uint8]) -> NDArray[numpy.float64]:
     for start in range(0, count, together):
         for top in range(0, height, _ROWS_EXACT):
             rows = planar[start : start + together, :, top : top + _ROWS_EXACT]
-            values = scratch.get("values", rows.shape)
+            values = scratch("channel values", rows.shape, numpy.float32)
             values[...] = rows
             result[0] += values.sum(axis=(0, 2)).sum(axis=1, dtype=numpy.float64)
             values *= values

@@ -571,8 +571,8 @@ class Operations(Protocol):
 
         1. ``columns``, then ``rows``, each (first, weights), resample: first (M, w) integers and weights
            (M, taps, w), where pixel x of a row is the sum over k of weights[k, x] times pixel first[x] + k, or the
-           last pixel where that is beyond it; rows likewise, (M, h) and (M, taps, h), along the height. M is 1, for
-           all images, or N. first is 0 or more.
+           last pixel where that is beyond it; rows likewise, (M, h) and (M, taps, h), along the height. M is 1,
+           for all images, or N. first is 0 or more.
         2. ``flip`` (N,) booleans mirrors left to right.
         3. ``rotation`` (N, 2), cosine and sine, turns counter-clockwise about the centre: bilinear, repeating the
            edge. h and w are at least 2.
@@ -581,10 +581,10 @@ class Operations(Protocol):
            b c s v + b c (1 - s) g + b (1 - c) m, with the pixel's grey g (the luma of ITU-R BT.601) and m, the
            image's mean of it. Of images that are not of three channels, g is the first one, and s is 1.
         6. Normalization: (v / 255 - mean[c]) / std[c].
-        7. ``cutout`` (N, 2) integers, row and column of the upper left corner of a square of ``cutout_size`` pixels,
-           which may reach outside: there the result is 0, the mean colour.
+        7. ``cutout`` (N, 2) integers, row and column of the upper left corner of a square of ``cutout_size``
+           pixels, which may reach outside: there the result is 0, the mean colour.
 
-        Worked out in float32, every product and sum rounded by itself, whatever the ``dtype``: so all backends give
-        the same bits, but for m, a sum of doubles in any order, which is exact where pixels are neither resampled
-        nor turned and there are no more than 2**18 of them.
+        Worked out in float32, every product and sum rounded by itself, whatever the ``dtype``: so all backends
+        give the same bits, but for m, a sum of doubles in any order, which is exact where pixels are neither
+        resampled nor turned and there are no more than 2**18 of them.
         """

@@ -109,7 +109,7 @@ def _resampled(
     part: slice,
     size: tuple[int, int],
 ) -> tuple[NDArray[Any], bool]:
-    """The images as planes, resampled, and whether they have been mirrored on the way, which then costs nothing."""
+    """The images as planes, resampled, and whether they have been mirrored on the way, which costs nothing."""
     planar = images.transpose(0, 3, 1, 2)
     if rows is None and columns is None:
         return planar, False

@@ -21,7 +21,7 @@ Taps = tuple[NDArray[Any], NDArray[numpy.float32]]
 
 
 def window(taps: Taps | None, length: int) -> tuple[slice, Taps | None]:
-    """The pixels of an axis of ``length`` that ``taps`` weigh, and the taps within those; None where all weigh 1."""
+    """The pixels of an axis of ``length`` that ``taps`` weigh, and the taps within those; None where each is 1."""
     if taps is None:
         return slice(0, length), None
     first, weights = taps
@@ -76,8 +76,8 @@ def _weighted_sum(image: NDArray[numpy.float32], taps: Taps, out: NDArray[numpy.
 def rotate(planar: NDArray[Any], turns: NDArray[numpy.float32]) -> NDArray[numpy.float32]:
     """Images (count, channels, height, width), each turned counter-clockwise about its centre by its own angle.
 
-    ``turns`` (count, 2) are cosines and sines. Bilinear; pixels that come from outside repeat the nearest one of the
-    edge. The result is this thread's working memory, good until the next call. Height and width are at least 2.
+    ``turns`` (count, 2) are cosines and sines. Bilinear; pixels that come from outside repeat the nearest one of
+    the edge. The result is this thread's working memory, good until the next call. Height and width are at least 2.
     """
     count, channels, height, width = planar.shape
     source = scratch("rotate source", planar.shape, numpy.float32)

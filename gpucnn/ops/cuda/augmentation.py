@@ -29,7 +29,7 @@ def augment_images(
     dtype: Any = "float32",
     out: Array | None = None,
 ) -> Array:
-    """uint8 images (N, H, W, C) resampled, mirrored, turned, moved, recoloured, normalized, cut out: (N, C, h, w)."""
+    """uint8 images (N, H, W, C) resampled, mirrored, turned, moved, recoloured, normalized, cut out."""
     check_devices(images=images, flip=flip, rotation=rotation, shift=shift, colour=colour, cutout=cutout, out=out)
     check_augmentation(
         images,
