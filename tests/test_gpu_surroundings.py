@@ -9,9 +9,10 @@ import numpy
 import pytest
 
 from gpucnn.data.transfer import HostMemory
-from gpucnn_kernels import runtime
+from gpucnn_kernels import Conv2dProblem, runtime, tuning_memory
+from gpucnn_kernels import tuning as kernels_tuning
 from gpucnn_kernels.runtime.host_array import HostArray, host_arrays
-from scripts.gpu_validation import surroundings
+from scripts.gpu_validation import surroundings, tuning
 from scripts.gpu_validation.bench import Bench
 
 
@@ -32,6 +33,23 @@ def test_they_pass_on_the_host_runtime(bench: Bench) -> None:
     surroundings.check_bfloat16(bench, host_arrays)
     assert failures(bench) == []
     assert sum(outcome.runs for outcome in bench.outcomes.values()) == 4
+
+
+@pytest.mark.compiler
+def test_tuning_passes_on_the_host_runtime_and_is_seen_to_fail(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        tuning, "PROBLEMS", {"3x3": Conv2dProblem.from_shapes((1, 8, 7, 7), (12, 8, 3, 3), padding=1)}
+    )
+    used = kernels_tuning.used()
+    tuning.check_tuning(bench)
+    assert failures(bench) == []
+    assert sum(outcome.runs for outcome in bench.outcomes.values()) == 7
+    assert kernels_tuning.used() == used  # what this process had chosen before
+    monkeypatch.setattr(tuning_memory.Memory, "get", lambda self, key: None)
+    tuning.check_tuning(bench)
+    assert any("what the file remembers" in failure for failure in failures(bench))
 
 
 def test_without_a_gpu_there_is_nothing_to_check(bench: Bench) -> None:

@@ -16,6 +16,7 @@ import numpy
 
 import gpucnn_kernels as kernels
 from scripts.gpu_validation.bench import Bench
+from scripts.gpu_validation.tuning import check_tuning
 
 Array = numpy.ndarray[Any, Any]
 _LAUNCHES = 40  # on a stream, each waiting for the one before
@@ -195,6 +196,7 @@ def check_surroundings(bench: Bench) -> None:
     check_batches(bench, CudaMemory(cupy, cupy.cuda.runtime.getDevice()))
     check_bfloat16(bench, cupy)
     check_libraries(bench)
+    check_tuning(bench)
 
 
 CHECKS = {"surroundings": check_surroundings}
