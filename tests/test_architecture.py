@@ -23,7 +23,7 @@ LINES = (
     ("losses", "optimizers", "parameter_groups", "schedules", "metrics", "initializers", "parameters"),
     ("data",),
     ("ops",),
-    ("device", "random", "errors", "names"),
+    ("device", "random", "recycling", "errors", "names"),
 )
 LEVELS = {name: level for level, line in enumerate(LINES) for name in line}
 

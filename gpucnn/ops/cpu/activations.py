@@ -35,7 +35,7 @@ from gpucnn.ops.cpu import compiled
 from gpucnn.ops.cpu.blocks import contiguously, elementwise
 from gpucnn.ops.cpu.compiled import activations as loops
 from gpucnn.ops.cpu.compiled import losses as row_loops
-from gpucnn.ops.cpu.memory import FloatArray, calculation_dtype, result_array
+from gpucnn.ops.cpu.memory import FloatArray, calculation_dtype, result_like
 from gpucnn.ops.cpu.selection import choose, keep
 from gpucnn.ops.cpu.threads import scratch
 
@@ -43,20 +43,16 @@ _FAR = 1000.0
 """Below minus this, exp(-x) is infinite in every dtype; SiLU cuts its input there, as inf / inf is NaN."""
 
 
-def _result(out: FloatArray | None, x: FloatArray) -> FloatArray:
-    return numpy.empty_like(x, subok=False) if out is None else result_array(out, x.shape, x.dtype)
-
-
 def forward(kernel: Any, x: FloatArray, out: FloatArray | None, loop: Any) -> FloatArray:
     """``kernel(out, x)`` block by block, or the compiled ``loop``."""
     require_floating(x, "the input")
-    return elementwise(kernel, _result(out, x), x, loop=loop)
+    return elementwise(kernel, result_like(out, x), x, loop=loop)
 
 
 def backward(kernel: Any, dy: FloatArray, saved: FloatArray, out: FloatArray | None, loop: Any) -> FloatArray:
     """``kernel(out, dy, saved)`` block by block, or the compiled ``loop``."""
     check_gradient(dy, saved)
-    return elementwise(kernel, _result(out, dy), dy, saved, loop=loop)
+    return elementwise(kernel, result_like(out, dy), dy, saved, loop=loop)
 
 
 def relu_forward(x: FloatArray, *, out: FloatArray | None = None) -> FloatArray:
@@ -218,7 +214,7 @@ def softmax_forward(x: FloatArray, *, axis: int = -1, out: FloatArray | None = N
     """exp(x - max) / sum, along ``axis``."""
     require_floating(x, "the input")
     check_axis(x, axis)
-    result = _result(out, x)
+    result = result_like(out, x)
     if x.size == 0:
         return result
     if _last(x, axis) and compiled.available() and x.dtype == result.dtype == numpy.float32:
@@ -238,7 +234,7 @@ def softmax_backward(
     require_floating(dy, "the output gradient")
     require_shape(dy, y.shape, "the output gradient")
     check_axis(y, axis)
-    result = _result(out, dy)
+    result = result_like(out, dy)
     float32 = dy.dtype == y.dtype == result.dtype == numpy.float32
     if dy.size and _last(y, axis) and compiled.available() and float32:
         return contiguously(functools.partial(row_loops.softmax_backward, *_rows(y, axis)), result, dy, y)

@@ -11,7 +11,8 @@ from gpucnn.ops.checks import check_mask, check_probability, dropout_mask_shape,
 from gpucnn.ops.cpu import compiled
 from gpucnn.ops.cpu.blocks import contiguously
 from gpucnn.ops.cpu.compiled import dropout as loops
-from gpucnn.ops.cpu.memory import FloatArray, result_array
+from gpucnn.ops.cpu.memory import FloatArray, result_like
+from gpucnn.recycling import results
 
 
 def _scale(probability: float) -> float:
@@ -20,7 +21,7 @@ def _scale(probability: float) -> float:
 
 
 def _masked(x: FloatArray, mask: numpy.ndarray, scale: float, out: FloatArray | None) -> FloatArray:
-    result = numpy.empty_like(x, subok=False) if out is None else result_array(out, x.shape, x.dtype)
+    result = result_like(out, x)
     if compiled.available() and x.dtype == numpy.float32 and mask.dtype == numpy.bool_:
         bits = numpy.ascontiguousarray(mask)
 
@@ -60,8 +61,8 @@ def dropout_forward(
     if threshold > 0xFFFFFFFF:
         mask = numpy.zeros(shape, numpy.bool_)
     elif compiled.available():
-        mask = numpy.empty(shape, numpy.bool_)
-        result = numpy.empty_like(x, subok=False) if out is None else result_array(out, x.shape, x.dtype)
+        mask = results.empty(shape, numpy.bool_)
+        result = result_like(out, x)
         if not per_channel and compiled.usable(x, result):
             loops.dropout_forward(count, seed, offset, threshold, scale, x, mask, result)
             return result, mask

@@ -27,7 +27,7 @@ from gpucnn.ops.checks import check_batch, check_batch_norm, require_floating, r
 from gpucnn.ops.cpu import compiled
 from gpucnn.ops.cpu.blocks import PLANE_BYTES, SMALL, contiguously, ranges
 from gpucnn.ops.cpu.compiled import normalization as loops
-from gpucnn.ops.cpu.memory import FloatArray, calculation_dtype, result_array
+from gpucnn.ops.cpu.memory import FloatArray, calculation_dtype, result_like
 from gpucnn.ops.cpu.threads import parallel_for, scratch
 
 _PIECE = 512  # numbers added in the calculation dtype before float64 takes over
@@ -128,7 +128,7 @@ def batch_norm_forward(
     channels = x.shape[1]
     count = x.size // max(1, channels)
     check_batch(x)
-    y = numpy.empty_like(x, subok=False) if out is None else result_array(out, x.shape, x.dtype)
+    y = result_like(out, x)
     if _takes_loops((x, y), (weight, bias, running_mean, running_var)):
         found_mean, inverse_std = numpy.empty((2, channels), numpy.float32)
         moments = (weight, bias, running_mean, running_var, momentum, epsilon)
@@ -199,7 +199,7 @@ def batch_norm_backward(
     require_shape(dy, x.shape, "the output gradient")
     channels = x.shape[1]
     count = max(1, x.size // max(1, channels))
-    dx = numpy.empty_like(dy, subok=False) if out is None else result_array(out, dy.shape, dy.dtype)
+    dx = result_like(out, dy)
     if _takes_loops((x, dy, dx), (weight, mean, inverse_std)) and x.size:
         loop_dweight, loop_dbias = numpy.empty((2, channels), numpy.float32)
 
@@ -269,7 +269,7 @@ def batch_norm_inference(
 ) -> FloatArray:
     """(x - running_mean) / sqrt(running_var + epsilon) * weight + bias."""
     check_batch_norm(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
-    y = numpy.empty_like(x, subok=False) if out is None else result_array(out, x.shape, x.dtype)
+    y = result_like(out, x)
     if _takes_loops((x, y), (weight, bias, running_mean, running_var)):
 
         def apply(images: FloatArray, result: FloatArray) -> None:
