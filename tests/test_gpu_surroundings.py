@@ -61,10 +61,10 @@ def test_a_batch_that_comes_too_late_is_seen(bench: Bench) -> None:
     class Late(HostMemory):
         before: list[Any] | None = None
 
-        def start(self, sources: list[Any]) -> tuple[list[Any], Any]:
-            arrays, event = super().start(sources)
+        def start(self, *sent: Any) -> tuple[list[Any], Any, Any]:
+            arrays, copied, end = super().start(*sent)
             late, self.before = self.before or arrays, arrays
-            return late, event
+            return late, copied, end
 
     surroundings.check_batches(bench, Late())
     assert any("numbers are over the bound" in failure for failure in failures(bench))

@@ -34,13 +34,12 @@ def check_tuning(bench: Bench) -> None:
                     _check_problem(bench, name, problem, dtype)
             chosen = tuning.used()
             _forget()
-            remembered = [
-                tuning_memory.memory_of(bench.name, 0).get(key) == choice for key, choice in chosen.items()
-            ]
+            memory = tuning_memory.memory_of(bench.name, 0)
+            same = numpy.array([memory.get(key) == choice for key, choice in chosen.items()], "float32")
+            everything = numpy.ones(same.shape)
             bench.check(
-                "tuning", "what the file remembers", "float32", lambda: bench.put(numpy.array(remembered, "float32")),
-                [numpy.ones(len(chosen))], [0.0],
-            )  # fmt: skip
+                "tuning", "what the file remembers", "float32", lambda: bench.put(same), [everything], [0.0]
+            )
         finally:
             tuning_memory.cache_folder = plain[0]
             _forget()
@@ -63,23 +62,24 @@ def _check_problem(bench: Bench, name: str, problem: Conv2dProblem, dtype: str) 
     options: dict[str, Any] = {"stride": problem.stride, "padding": problem.padding}
     if dtype in ("float16", "bfloat16"):
         options["precision"] = dtype
-    put = {
-        label: lambda values=values: bench.put(values, dtype)
-        for label, values in (("x", x), ("w", weight), ("dy", dy))
-    }
+    given = {"x": x, "weight": weight, "dy": dy}
+
+    def put(label: str) -> Any:
+        return bench.put(given[label], dtype)
+
     directions: dict[str, tuple[Callable[[], Any], Callable[[str], Any], int]] = {
         "forward": (
-            lambda: kernels.conv2d_forward(put["x"](), put["w"](), **options),
+            lambda: kernels.conv2d_forward(put("x"), put("weight"), **options),
             lambda wide: oracle.plain_forward(x, weight, where, None, wide),
             problem.C * problem.R * problem.S,
         ),
         "data": (
-            lambda: kernels.conv2d_backward_data(put["dy"](), put["w"](), input_size=x.shape[2:], **options),
+            lambda: kernels.conv2d_backward_data(put("dy"), put("weight"), input_size=x.shape[2:], **options),
             lambda wide: oracle.plain_backward_data(dy, weight, x.shape, where, wide),
             problem.K * problem.R * problem.S,
         ),
         "filter": (
-            lambda: kernels.conv2d_backward_filter(put["dy"](), put["x"](), kernel_size=size, **options),
+            lambda: kernels.conv2d_backward_filter(put("dy"), put("x"), kernel_size=size, **options),
             lambda wide: oracle.plain_backward_filter(dy, x, weight.shape, where, wide),
             problem.N * problem.P * problem.Q,
         ),
