@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from typing import Any
 
 import numpy
@@ -100,6 +101,41 @@ def test_what_a_capture_asks_for_is_there() -> None:
         assert callable(getattr(cuda.Stream, name))
     assert callable(cuda.Graph.launch)
     assert callable(cupy.get_default_memory_pool().free_all_blocks)
+
+
+def test_every_new_array_lies_where_an_arena_says_and_its_views_hold_its_place() -> None:
+    from gpucnn_kernels.runtime.cuda import CudaRuntime
+
+    class Token:
+        """What tells an arena that an array is gone."""
+
+    runtime = CudaRuntime.__new__(CudaRuntime)  # without a GPU
+    runtime._cupy = cupy
+    memory = cupy.cuda.MemoryPointer(cupy.cuda.UnownedMemory(1 << 20, 1 << 16, None, 0), 0)
+    asked: list[int] = []
+    tokens: list[Any] = []
+
+    def take(size: int) -> tuple[Any, int, Any]:
+        token = Token()
+        asked.append(size)
+        tokens.append(weakref.ref(token))
+        return memory, 512 * len(asked), token
+
+    with runtime.allocating(take, 0):
+        array = cupy.empty((2, 3, 4), "float32")
+        nothing = cupy.empty((0, 3), "float32")
+        other = cupy.ndarray((5,), "float16")
+    assert asked[0] == 96
+    assert asked[-1] == 10
+    assert (array.data.ptr, other.data.ptr) == ((1 << 20) + 512, (1 << 20) + 512 * len(asked))
+    assert array.device.id == 0
+    assert nothing.size == 0
+    view = array.transpose(2, 0, 1)[1:]
+    del array
+    assert tokens[0]() is not None, "held by the view"
+    del view
+    assert tokens[0]() is None
+    assert tokens[-1]() is not None
 
 
 def test_cublas_itself_is_reached_through_cupys_module() -> None:
