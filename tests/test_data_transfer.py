@@ -17,10 +17,12 @@ import threading
 import numpy
 import pytest
 
-from gpucnn.data import ArrayDataset, Loader, Preprocessing
+from gpucnn.data import ArrayDataset, Augmentation, Loader, Preprocessing
+from gpucnn.data import device_preprocessing as device_module
 from gpucnn.data import loader as loader_module
-from gpucnn.data.transfer import CudaMemory, HostMemory, Transfer
+from gpucnn.data.transfer import CudaMemory, HostMemory, Transfer, Work
 from gpucnn.errors import DataError, DeviceError
+from gpucnn.ops import cpu
 
 
 class Simulation:
@@ -84,6 +86,10 @@ class Stream:
         self.give(lambda: setattr(event, "done", True))
         return event
 
+    def synchronize(self) -> None:
+        self.record(event := Event(self.gpu.simulation))
+        event.synchronize()
+
     def __enter__(self) -> None:
         self.gpu.current().append(self)
 
@@ -111,9 +117,48 @@ class DeviceArray:
     def values(self):
         return self.block.view(self.dtype).reshape(self.shape)
 
+    def __getitem__(self, part: slice) -> View:
+        return View(self, self.values()[part])
+
     def __del__(self) -> None:
         with self.gpu.simulation.lock:
             self.pool.append(self.block)
+
+
+class View:
+    """A part of an array, whose memory it keeps."""
+
+    def __init__(self, base: DeviceArray, part) -> None:
+        self.base, self.part = base, part
+
+    def values(self):
+        return self.part
+
+    def view(self, dtype) -> View:
+        return View(self.base, self.part.view(dtype))
+
+    def reshape(self, shape) -> View:
+        return View(self.base, self.part.reshape(shape))
+
+    def transpose(self, *axes) -> View:
+        return View(self.base, self.part.transpose(axes))
+
+
+class Operations:
+    """Operations on the simulated GPU, done when the stream that is current comes to them."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        self.gpu = gpu
+
+    def augment_images(self, images, *, out, **options) -> None:
+        def memory(value):  # what runs later does not hold the arrays
+            if isinstance(value, tuple):
+                return tuple(map(memory, value))
+            return value.values() if isinstance(value, (DeviceArray, View)) else value
+
+        pixels, target = memory(images), memory(out)
+        options = {name: memory(value) for name, value in options.items()}
+        self.gpu.current()[-1].give(lambda: cpu.augment_images(pixels, out=target, **options))
 
 
 class Gpu:
@@ -159,22 +204,29 @@ class Gpu:
 IMAGES = numpy.random.default_rng(7).integers(0, 256, (90, 3, 3)).astype(numpy.uint8)
 DATA = ArrayDataset(IMAGES, numpy.arange(90) % 5)
 PREPROCESSING = Preprocessing((3, 3), (0.5,), (0.25,))
+AUGMENTATION = Augmentation(shift=2, horizontal_flip=True)
+
+
+def loader_to(gpu: Gpu, monkeypatch, data=DATA, **options) -> Loader:
+    monkeypatch.setattr(
+        loader_module, "make_transfer", lambda device, buffers: Transfer(CudaMemory(gpu, 0), buffers)
+    )
+    monkeypatch.setattr(device_module, "backend_of", lambda array: Operations(gpu))
+    return Loader(data, 5, preprocessing=PREPROCESSING, augmentation=AUGMENTATION, device="cuda", **options)
 
 
 def train_on(gpu: Gpu, monkeypatch, workers: int) -> bool:
     """Whether each of 18 steps saw its batch, though everything on the GPU happened later."""
-    monkeypatch.setattr(
-        loader_module, "make_transfer", lambda device, buffers: Transfer(CudaMemory(gpu, 0), buffers)
-    )
-    loader = Loader(DATA, 5, preprocessing=PREPROCESSING, shuffle=True, workers=workers, prefetch=3, device="cuda")
+    loader = loader_to(gpu, monkeypatch, shuffle=True, workers=workers, prefetch=3)
     seen: list = []
 
     def step(batch) -> None:
         blocks = batch.images.values(), batch.labels.values()
-        temporary = gpu.empty(batch.images.shape, batch.images.dtype)  # an activation, as large as the images
-        place = temporary.values()
+        # Activations, as large as the images and as what was sent.
+        temporary = gpu.empty(batch.images.shape, batch.images.dtype), gpu.empty(batch.labels.base.shape, "uint8")
+        places = [array.values() for array in temporary]
         gpu.compute.give(lambda: seen.append([block.copy() for block in blocks]))
-        gpu.compute.give(lambda: place.fill(numpy.nan))
+        gpu.compute.give(lambda: [place.fill(77) for place in places])
 
     with loader.epoch(0) as batches:
         for batch in batches:
@@ -184,7 +236,7 @@ def train_on(gpu: Gpu, monkeypatch, workers: int) -> bool:
                 gpu.simulation.advance()
     gpu.simulation.drain()
     monkeypatch.undo()
-    plain = Loader(DATA, 5, preprocessing=PREPROCESSING, shuffle=True, workers=0)
+    plain = Loader(DATA, 5, preprocessing=PREPROCESSING, augmentation=AUGMENTATION, shuffle=True, workers=0)
     return len(seen) == len(plain) and all(
         numpy.array_equal(images, batch.images) and numpy.array_equal(labels, batch.labels)
         for (images, labels), batch in zip(seen, plain, strict=True)
@@ -212,9 +264,19 @@ def without_waiting_for_the_buffer(monkeypatch):
     monkeypatch.setattr(CudaMemory, "wait", lambda self, event: None)
 
 
+def with_the_work_on_another_stream(monkeypatch):
+    plain = Stream.__enter__
+    monkeypatch.setattr(Stream, "__enter__", lambda self: plain(self.gpu.compute if self.copies else self))
+
+
 @pytest.mark.parametrize(
     "fault",
-    [without_waiting_for_the_compute_stream, without_waiting_for_the_copy, without_waiting_for_the_buffer],
+    [
+        without_waiting_for_the_compute_stream,
+        without_waiting_for_the_copy,
+        without_waiting_for_the_buffer,
+        with_the_work_on_another_stream,
+    ],
 )
 def test_each_rule_is_needed(fault):
     outcomes = []
@@ -228,10 +290,7 @@ def test_each_rule_is_needed(fault):
 @pytest.mark.parametrize("closed", [True, False])
 def test_no_copy_is_under_way_once_an_epoch_is_left(monkeypatch, closed):
     gpu = Gpu(1)
-    monkeypatch.setattr(
-        loader_module, "make_transfer", lambda device, buffers: Transfer(CudaMemory(gpu, 0), buffers)
-    )
-    loader = Loader(DATA, 5, preprocessing=PREPROCESSING, workers=2, prefetch=4, device="cuda")
+    loader = loader_to(gpu, monkeypatch, workers=2, prefetch=4)
     batches = loader.epoch(0)
     next(batches)
     threads = batches._threads
@@ -262,15 +321,33 @@ def test_what_fails_in_a_worker_arrives(monkeypatch):
             return super().images(indices)
 
     gpu = Gpu(0)
-    monkeypatch.setattr(
-        loader_module, "make_transfer", lambda device, buffers: Transfer(CudaMemory(gpu, 0), buffers)
-    )
-    data = Damaged(IMAGES, numpy.zeros(90, int))
-    with (
-        pytest.raises(DataError, match="image 12"),
-        Loader(data, 5, preprocessing=PREPROCESSING, device="cuda").epoch(0) as batches,
-    ):
+    loader = loader_to(gpu, monkeypatch, Damaged(IMAGES, numpy.zeros(90, int)))
+    with pytest.raises(DataError, match="image 12"), loader.epoch(0) as batches:
         list(batches)
+
+
+def test_work_that_fails_leaves_no_copy_under_way_and_its_buffer_free():
+    gpu = Gpu(0)
+    transfer = Transfer(CudaMemory(gpu, 0), 1)
+
+    def fail(sent, made) -> None:
+        raise DeviceError("does not compile")
+
+    for _ in range(2):
+        with pytest.raises(DeviceError, match="does not compile"):
+            transfer.start([numpy.arange(9)], Work((3,), "float32", fail))
+        assert not any(stream.queue for stream in gpu.simulation.streams if stream.copies)
+    transfer.close()
+
+
+def test_images_travel_as_bytes(monkeypatch):
+    gpu = Gpu(0)
+    with loader_to(gpu, monkeypatch, workers=0).epoch(0) as batches:
+        batch = next(batches)
+    gpu.simulation.drain()
+    # 45 bytes of images, 5 of flips, 40 of shifts and 40 of labels, each from a multiple of 256 on.
+    assert batch.labels.base.nbytes == 4 * 256
+    assert batch.images.dtype == numpy.float32
 
 
 def test_a_batch_may_be_empty_or_grow_and_dtypes_keep_their_alignment():

@@ -13,6 +13,7 @@ import numpy
 from numpy.typing import NDArray
 
 from gpucnn.data.dataset import Dataset
+from gpucnn.data.device_preprocessing import to_send
 from gpucnn.data.recycling import Recycler
 from gpucnn.data.transfer import Transfer, make_transfer
 from gpucnn.data.transforms import Augmentation, Preprocessing
@@ -51,8 +52,8 @@ class Loader:
         workers: background threads; 0 prepares each batch when it is asked for.
         prefetch: how many batches may be ready or under way ahead of the one in use.
         dtype: "float32" or "float64": what to convert inputs to; None leaves them as they come.
-        device: where batches go: "cpu", "cuda" or "cuda:1". With workers they are copied to a GPU while it
-            computes on the ones before.
+        device: where batches go: "cpu", "cuda" or "cuda:1". To a GPU images travel as bytes, with what is drawn
+            for each, and are augmented and normalized there; with workers while it computes on the ones before.
 
     The order and every value depend on ``seed``, the epoch and the image's number alone, not on ``workers``,
     ``prefetch`` or where the epoch was started. Raises ArgumentError for sizes out of range.
@@ -126,21 +127,34 @@ class Loader:
 
         def prepare(batch: int) -> Batch:
             indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            images = self.dataset.images(indices)
-            if self.preprocessing is not None:
-                images = self.preprocessing.apply(
-                    images,
-                    self.augmentation,
-                    seed=self.seed,
-                    epoch=number,
-                    indices=indices,
-                    recycler=self._recycler,
-                )
-            if self.dtype is not None:
-                images = images.astype(self.dtype, copy=False)
-            return Batch(images, self.dataset.labels[indices], indices)
+            if transfer is None:
+                return self._prepared(number, indices)
+            return self._sent(transfer, number, indices)
 
         return EpochIterator(prepare, start_batch, len(self), self.workers, self.prefetch, transfer)
+
+    def _prepared(self, epoch: int, indices: NDArray[numpy.int64]) -> Batch:
+        """The batch of these images on the CPU."""
+        images = self.dataset.images(indices)
+        if self.preprocessing is not None:
+            images = self.preprocessing.apply(
+                images, self.augmentation, seed=self.seed, epoch=epoch, indices=indices, recycler=self._recycler
+            )
+        if self.dtype is not None:
+            images = images.astype(self.dtype, copy=False)
+        return Batch(images, self.dataset.labels[indices], indices)
+
+    def _sent(self, transfer: Transfer, epoch: int, indices: NDArray[numpy.int64]) -> Batch:
+        """The batch on its way to the device; until it arrives, what the transfer gave stands for the images."""
+        if self.preprocessing is None:
+            images, labels, _ = self._prepared(epoch, indices)
+            return Batch(transfer.start([images, labels]), None, indices)
+        images = self.dataset.images(indices)
+        changes = self.preprocessing.changes(
+            images, self.augmentation, seed=self.seed, epoch=epoch, indices=indices
+        )
+        arrays, work = to_send(images, self.preprocessing, changes, self.dtype or self.preprocessing.dtype)
+        return Batch(transfer.start([*arrays, self.dataset.labels[indices]], work), None, indices)
 
 
 def _count(name: str, value: Any, least: int) -> int:
@@ -152,7 +166,11 @@ def _count(name: str, value: Any, least: int) -> int:
 
 
 class EpochIterator(Iterator[Batch]):
-    """The batches ``start`` .. ``stop`` - 1 of one epoch, in order. Made by :meth:`Loader.epoch`."""
+    """The batches ``start`` .. ``stop`` - 1 of one epoch, in order. Made by :meth:`Loader.epoch`.
+
+    ``prepare`` makes a batch by its number; with a ``transfer``, one whose images are what its ``start`` gave: the
+    first and the last of the arrays that arrive are then the images and the labels.
+    """
 
     def __init__(
         self,
@@ -164,7 +182,7 @@ class EpochIterator(Iterator[Batch]):
         transfer: Transfer | None = None,
     ) -> None:
         self._transfer = transfer
-        self._queue = _Queue(prepare if transfer is None else _sending(prepare, transfer), start, stop, prefetch)
+        self._queue = _Queue(prepare, start, stop, prefetch)
         # The threads know the queue but not this object: when it is dropped, the finalizer tells them to end.
         self._threads = [
             threading.Thread(target=self._queue.work, name=f"gpucnn-loader-{number}", daemon=True)
@@ -179,7 +197,7 @@ class EpochIterator(Iterator[Batch]):
             found = self._queue.get(inline=not self._threads)
             if self._transfer is None:
                 return found
-            images, labels = self._transfer.arrive(found.images)
+            images, *_, labels = self._transfer.arrive(found.images)
             return Batch(images, labels, found.indices)
         except BaseException:  # the end, an error in a worker, or Ctrl-C: in each case it is over
             self.close()
@@ -200,16 +218,6 @@ class EpochIterator(Iterator[Batch]):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _sending(prepare: Callable[[int], Batch], transfer: Transfer) -> Callable[[int], Batch]:
-    """``prepare``, and the copy to the device begun; until it arrives, it is in the place of the images."""
-
-    def prepare_and_send(number: int) -> Batch:
-        images, labels, indices = prepare(number)
-        return Batch(transfer.start([images, labels]), None, indices)
-
-    return prepare_and_send
 
 
 class _Queue:

@@ -1,11 +1,13 @@
 """Batches on their way to a GPU, copied while the step before them is computed.
 
-A thread of the loader copies a batch into page-locked memory, from where the GPU fetches it by itself, on a stream
-of its own. Three rules keep that right, and each has an event that is waited for:
+A thread of the loader copies a batch into page-locked memory, from where the GPU fetches it by itself, in one
+copy, on a stream of its own; there the GPU also does what work is left to do on it. Three rules keep that right,
+and each has an event that is waited for:
 
-1. The copy writes memory that the compute stream may have used until a moment ago (the pool hands out what was
-   freed, in the compute stream's order): the copy stream first waits for all that the compute stream was given.
-2. The step reads the batch: the compute stream waits for the batch's copy.
+1. The copy and the work write memory that the compute stream may have used until a moment ago (the pool hands out
+   what was freed, in the compute stream's order): the copy stream first waits for all that the compute stream was
+   given.
+2. The step reads the batch: the compute stream waits for the end of the batch's copy and work.
 3. The page-locked buffer is filled again: the thread that does it waits for the copy out of it.
 
 :class:`Memory` is all that it needs of a GPU; the tests put a recorder in its place.
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import collections
 import threading
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import numpy
@@ -27,14 +30,41 @@ _ALIGNMENT = 256  # of each array in a buffer, as device memory has it
 _PER_THREAD = 2  # cudaStreamPerThread, the handle that is another stream in every thread
 
 
+class Part(NamedTuple):
+    """Where an array lies among the bytes that are sent together."""
+
+    place: int
+    shape: tuple[int, ...]
+    dtype: numpy.dtype[Any]
+
+    def of(self, octets: Any) -> Any:
+        """The array in ``octets``, bytes of the CPU or a device."""
+        size = int(numpy.prod(self.shape, dtype=numpy.int64)) * self.dtype.itemsize
+        return octets[self.place : self.place + size].view(self.dtype).reshape(self.shape)
+
+
+class Work(NamedTuple):
+    """What is to be done on the device with the arrays that were sent, into a new array of this form."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    run: Callable[[list[Any], Any], object]
+    """Called with the arrays on the device and the new one; what it launches goes to the current stream."""
+
+
 class Memory(Protocol):
     """What a transfer needs of a device."""
 
     def pinned(self, size: int) -> NDArray[numpy.uint8]:
         """``size`` bytes of page-locked memory."""
 
-    def start(self, sources: list[NDArray[Any]]) -> tuple[list[Any], Any]:
-        """New arrays on the device, the copies into them under way, and the event of their end."""
+    def start(
+        self, octets: NDArray[numpy.uint8], parts: list[Part], work: Work | None
+    ) -> tuple[list[Any], Any, Any]:
+        """The copy of the octets and the work under way; the arrays, and the events of the copy's and all's end.
+
+        The arrays are those of the parts on the device, after the one that the work makes, where there is some.
+        """
 
     def order_after(self, event: Any) -> None:
         """Have the current stream wait for the event."""
@@ -44,7 +74,7 @@ class Memory(Protocol):
 
 
 class InFlight(NamedTuple):
-    """A batch whose copy is under way: its arrays on the device, and the event of the copy's end."""
+    """A batch under way: its arrays on the device, and the event of the end of its copy and work."""
 
     number: int
     arrays: list[Any]
@@ -67,40 +97,38 @@ class Transfer:
         self._started = 0
         self._lock = threading.Lock()
 
-    def start(self, arrays: list[NDArray[Any]]) -> InFlight:
-        """Begin to copy; what comes back is handed to :meth:`arrive`. Any thread may call this."""
+    def start(self, arrays: list[NDArray[Any]], work: Work | None = None) -> InFlight:
+        """Begin to copy, and have ``work`` done; what comes back is handed to :meth:`arrive`. For any thread."""
         self._available.acquire()
         buffer = self._free.popleft()
         try:
-            if buffer.event is not None:
-                self._memory.wait(buffer.event)  # rule 3
-                buffer.event = None
-            copied, buffer.event = self._memory.start(self._fill(buffer, arrays))
+            if buffer.copied is not None:
+                self._memory.wait(buffer.copied)  # rule 3
+                buffer.copied = None
+            made, buffer.copied, buffer.end = self._memory.start(*self._fill(buffer, arrays), work)
         finally:
             self._free.append(buffer)
             self._available.release()
         with self._lock:
-            # Kept until it arrives: memory that is freed may be handed out again while the copy still writes it.
+            # Kept until it arrives: memory that is freed may be handed out again while it is still written.
             self._started += 1
-            in_flight = self._pending[self._started] = InFlight(self._started, copied, buffer.event)
+            in_flight = self._pending[self._started] = InFlight(self._started, made, buffer.end)
         return in_flight
 
-    def _fill(self, buffer: _Buffer, arrays: list[NDArray[Any]]) -> list[NDArray[Any]]:
-        places, size = [], 0
+    def _fill(self, buffer: _Buffer, arrays: list[NDArray[Any]]) -> tuple[NDArray[numpy.uint8], list[Part]]:
+        parts, size = [], 0
         for array in arrays:
-            places.append(size)
+            parts.append(Part(size, array.shape, array.dtype))
             size += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
         if buffer.octets is None or len(buffer.octets) < size:
             buffer.octets = self._memory.pinned(max(size, 1))
-        filled = []
-        for place, array in zip(places, arrays, strict=True):
-            target = buffer.octets[place : place + array.nbytes].view(array.dtype).reshape(array.shape)
-            target[...] = array
-            filled.append(target)
-        return filled
+        octets = buffer.octets[:size]
+        for part, array in zip(parts, arrays, strict=True):
+            part.of(octets)[...] = array
+        return octets, parts
 
     def arrive(self, in_flight: InFlight) -> list[Any]:
-        """The arrays on the device; what the current stream is given from now on finds them filled."""
+        """The arrays on the device, after that of the work; the current stream finds them filled from now on."""
         self._memory.order_after(in_flight.event)  # rule 2
         with self._lock:
             self._pending.pop(in_flight.number, None)
@@ -113,8 +141,8 @@ class Transfer:
         for in_flight in pending:
             self._memory.wait(in_flight.event)
         for buffer in self._free:
-            if buffer.event is not None:
-                self._memory.wait(buffer.event)
+            if buffer.end is not None:
+                self._memory.wait(buffer.end)
 
     def __del__(self) -> None:
         self.close()
@@ -123,7 +151,8 @@ class Transfer:
 class _Buffer:
     def __init__(self) -> None:
         self.octets: NDArray[numpy.uint8] | None = None
-        self.event: Any = None
+        self.copied: Any = None  # events: the copy out of it, and the work on that
+        self.end: Any = None
 
 
 class CudaMemory:
@@ -149,17 +178,29 @@ class CudaMemory:
         with self._device:
             return numpy.frombuffer(self._cupy.cuda.alloc_pinned_memory(size), numpy.uint8, size)
 
-    def start(self, sources: list[NDArray[Any]]) -> tuple[list[Any], Any]:
-        """New arrays, the copies into them under way on the copy stream, and the event of their end."""
+    def start(
+        self, octets: NDArray[numpy.uint8], parts: list[Part], work: Work | None
+    ) -> tuple[list[Any], Any, Any]:
+        """The copy and the work under way on the copy stream; the arrays, and the events of their ends."""
         cupy = self._cupy
         with self._device:
             with self._compute:  # the memory is the compute stream's: in its order it is freed and handed out
-                arrays = [cupy.empty(source.shape, source.dtype) for source in sources]
+                block = cupy.empty(octets.shape, octets.dtype)
+                made = None if work is None else cupy.empty(work.shape, work.dtype)
                 self._stream.wait_event(self._compute.record(self._event()))  # rule 1
-            for source, array in zip(sources, arrays, strict=True):
-                if source.nbytes:
-                    array.set(source, stream=self._stream)
-            return arrays, self._stream.record(self._event())
+            if octets.nbytes:
+                block.set(octets, stream=self._stream)
+            copied = self._stream.record(self._event())
+            arrays = [part.of(block) for part in parts]
+            if work is None:
+                return arrays, copied, copied
+            try:
+                with self._stream:
+                    work.run(arrays, made)
+            except BaseException:
+                self._stream.synchronize()  # the memory goes, and must not be written any more
+                raise
+            return [made, *arrays], copied, self._stream.record(self._event())
 
     def _event(self) -> Any:
         return self._cupy.cuda.Event(block=True, disable_timing=True)
@@ -181,9 +222,16 @@ class HostMemory:
         """``size`` bytes."""
         return numpy.empty(size, numpy.uint8)
 
-    def start(self, sources: list[NDArray[Any]]) -> tuple[list[Any], Any]:
-        """Copies in what stands for device memory; there is nothing to wait for."""
-        return [to_device(source, "cuda") for source in sources], None
+    def start(
+        self, octets: NDArray[numpy.uint8], parts: list[Part], work: Work | None
+    ) -> tuple[list[Any], Any, Any]:
+        """Copies in what stands for device memory, the work done; there is nothing to wait for."""
+        arrays = [to_device(part.of(octets), "cuda") for part in parts]
+        if work is None:
+            return arrays, None, None
+        made = to_device(numpy.empty(work.shape, work.dtype), "cuda")
+        work.run(arrays, made)
+        return [made, *arrays], None, None
 
     def order_after(self, event: Any) -> None:
         """Nothing: the copy is finished."""

@@ -94,9 +94,10 @@ class Preprocessing:
         changes = self.changes(images, augmentation, seed=seed, epoch=epoch, indices=indices)
         shape = (len(images), len(self.mean), *self.image_size)
         out = None if recycler is None else recycler.empty(shape, self.dtype)
-        return backend_of(images).augment_images(
+        inputs: NDArray[Any] = backend_of(images).augment_images(
             images, mean=self.mean, std=self.std, dtype=self.dtype, out=out, **changes
         )
+        return inputs
 
     def changes(
         self,
