@@ -18,48 +18,27 @@ import copy
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import numpy
-from numpy.typing import NDArray
-
 from gpucnn import initializers
-from gpucnn.device import on_device, to_cpu, to_device
-from gpucnn.errors import ArgumentError, ShapeError, StateError
+from gpucnn.device import on_device
+from gpucnn.errors import ArgumentError, StateError
 from gpucnn.layers import (
-    GELU,
     BatchNorm1d,
     BatchNorm2d,
     Conv2d,
     Dropout,
     Identity,
     Layer,
-    LeakyReLU,
     Linear,
     MaxPool2d,
-    ReLU,
     Sequential,
-    Sigmoid,
-    SiLU,
-    Tanh,
 )
-from gpucnn.layers.layer import check_input
+from gpucnn.models.folded import ACTIVATIONS, NO_TRAINING, FoldedConv2d, FoldedMaxPool2d, FoldedResidual, fold
 from gpucnn.models.model import Model
-from gpucnn.ops import Array, backend_of
-from gpucnn.parameters import Parameter, flatten
+from gpucnn.ops import Array
+from gpucnn.parameters import flatten
 
 if TYPE_CHECKING:
     from gpucnn.models.inference_plan import InferencePlan
-
-_ACTIVATIONS: dict[type[Layer], str] = {
-    ReLU: "relu",
-    LeakyReLU: "leaky_relu",
-    Sigmoid: "sigmoid",
-    Tanh: "tanh",
-    GELU: "gelu",
-    SiLU: "silu",
-}
-"""The layers that a convolution can end with, and what the operations call them."""
-
-_NO_TRAINING = "a model compiled for inference only predicts; use the model that it was compiled from"
 
 
 class InferenceModel(Model):
@@ -86,19 +65,19 @@ class InferenceModel(Model):
 
     def backward(self, dy: Array) -> Array:
         """There is none: raises StateError."""
-        raise StateError(_NO_TRAINING)
+        raise StateError(NO_TRAINING)
 
     def fit(self, *data: Any, **options: Any) -> NoReturn:
         """Raise StateError."""
-        raise StateError(_NO_TRAINING)
+        raise StateError(NO_TRAINING)
 
     def save(self, path: Any) -> NoReturn:
         """Raise ArgumentError: the registry cannot build a folded network again, and folding takes no time."""
-        raise ArgumentError(f"{_NO_TRAINING} to save, load that and compile it again")
+        raise ArgumentError(f"{NO_TRAINING} to save, load that and compile it again")
 
     def load(self, path: Any, strict: bool = True) -> NoReturn:
         """Raise ArgumentError, as :meth:`save` does."""
-        raise ArgumentError(f"{_NO_TRAINING} to load, and compile it again")
+        raise ArgumentError(f"{NO_TRAINING} to load, and compile it again")
 
     def compile_for_inference(self) -> Model:
         """Itself."""
@@ -112,129 +91,6 @@ class InferenceModel(Model):
         from gpucnn.models.inference_plan import InferencePlan
 
         return InferencePlan(self, shape)
-
-
-class FoldedConv2d(Conv2d):
-    """A convolution that has taken in the batch norm and the activation after it."""
-
-    def __init__(
-        self, convolution: Conv2d, norm: BatchNorm2d | None = None, activation: Layer | None = None
-    ) -> None:
-        with initializers.skipped():
-            super().__init__(
-                convolution.in_channels,
-                convolution.out_channels,
-                convolution.kernel_size,
-                convolution.stride,
-                convolution.padding,
-                convolution.dilation,
-                convolution.groups,
-                algorithm=convolution.algorithm,
-            )
-        self.activation = activation
-        _fold(convolution, norm, self)
-
-    def forward(self, x: Array) -> Array:
-        """activation(convolution of x (N, in_channels, H, W))."""
-        return self.with_shortcut(x, None)
-
-    def with_shortcut(self, x: Array, shortcut: Array | None) -> Array:
-        """activation(convolution of x + shortcut), the shortcut of the result's shape or None."""
-        self._check(x)
-        assert self.bias is not None, "folding gives it one"
-        return backend_of(x).conv2d_inference(
-            x,
-            self.weight.working,
-            self.bias.working,
-            shortcut,
-            algorithm=self.algorithm["forward"],
-            **self._options(),
-        )
-
-    def _check(self, x: Array) -> None:
-        check_input(x, 4, f"(N, {self.in_channels}, H, W)", self.weight.working)
-        if x.shape[1] != self.in_channels:
-            raise ShapeError(f"expected {self.in_channels} input channels, got {x.shape[1]} (shape {x.shape})")
-
-    def _options(self) -> dict[str, Any]:
-        return {
-            "stride": self.stride,
-            "padding": self.padding,
-            "dilation": self.dilation,
-            "groups": self.groups,
-            "activation": _operation_name(self.activation),
-            "negative_slope": getattr(self.activation, "negative_slope", 0.01),
-        }
-
-    def backward(self, dy: Array) -> Array:
-        """There is none: raises StateError."""
-        raise StateError(_NO_TRAINING)
-
-    def extra_repr(self) -> str:
-        """The convolution's arguments, and the activation."""
-        return super().extra_repr() + ("" if self.activation is None else f", activation={self.activation}")
-
-
-class FoldedMaxPool2d(FoldedConv2d):
-    """A convolution that has also taken in the max pooling after its activation.
-
-    On a GPU it is one kernel where :func:`gpucnn_kernels.conv2d_max_pool2d_pays` says so. On the CPU what rises
-    with its input, as ReLU does, is applied to what the pooling leaves.
-    """
-
-    def __init__(
-        self, convolution: Conv2d, norm: BatchNorm2d | None, activation: Layer | None, pool: MaxPool2d
-    ) -> None:
-        super().__init__(convolution, norm, activation)
-        self.pool = pool
-
-    def forward(self, x: Array) -> Array:
-        """The largest values of windows of activation(convolution of x (N, in_channels, H, W))."""
-        self._check(x)
-        assert self.bias is not None, "folding gives it one"
-        return backend_of(x).conv2d_max_pool2d_inference(
-            x,
-            self.weight.working,
-            self.bias.working,
-            pool_size=self.pool.kernel_size,
-            pool_stride=self.pool.stride,
-            pool_padding=self.pool.padding,
-            pool_dilation=self.pool.dilation,
-            ceil_mode=self.pool.ceil_mode,
-            **self._options(),
-        )
-
-    def extra_repr(self) -> str:
-        """The convolution's arguments, the activation and the pooling."""
-        return f"{super().extra_repr()}, pool={self.pool}"
-
-
-class FoldedResidual(Layer):
-    """A residual block whose last convolution adds the shortcut and applies the activation as it stores its sums.
-
-    Args:
-        body: what comes before the last convolution.
-        last: the last convolution of the body, with the activation if that is one it can apply.
-        shortcut: what the input goes through on the other way; None adds the input itself.
-        activation: what is still to be applied to the sum, if anything.
-    """
-
-    def __init__(
-        self, body: Sequence[Layer], last: FoldedConv2d, shortcut: Layer | None, activation: Layer | None
-    ) -> None:
-        self.body, self.last = Sequential(*body), last
-        self.shortcut, self.activation = shortcut, activation
-
-    def forward(self, x: Array) -> Array:
-        """The block's output for x."""
-        y = self.body(x)
-        other = x if self.shortcut is None else self.shortcut(x)
-        y = self.last.with_shortcut(y, other)
-        return y if self.activation is None else self.activation(y)
-
-    def backward(self, dy: Array) -> Array:
-        """There is none: raises StateError."""
-        raise StateError(_NO_TRAINING)
 
 
 def compile_for_inference(model: Model) -> InferenceModel:
@@ -266,7 +122,7 @@ def _fold_chain(container: Layer, names: tuple[str, ...]) -> None:
     for run in _runs([(name, children[name]) for name in names]):
         (name, first), norm, activation = run[0], _of_kind(run, BatchNorm2d, BatchNorm1d), None
         if isinstance(first, Conv2d):
-            activation, pool = _of_kind(run, *_ACTIVATIONS), _of_kind(run, MaxPool2d)
+            activation, pool = _of_kind(run, *ACTIVATIONS), _of_kind(run, MaxPool2d)
             assert norm is None or isinstance(norm, BatchNorm2d), "_runs joins these alone"
             folded = FoldedConv2d(first, norm, activation)
             if pool is not None:
@@ -275,7 +131,7 @@ def _fold_chain(container: Layer, names: tuple[str, ...]) -> None:
         elif isinstance(first, Linear):
             with initializers.skipped():
                 linear = Linear(first.in_features, first.out_features)
-            _fold(first, norm, linear)
+            fold(first, norm, linear)
             setattr(container, name, linear)
         for other, _ in run[1:]:
             setattr(container, other, Identity())
@@ -310,7 +166,7 @@ def _continues(run: list[tuple[str, Layer]], layer: Layer) -> bool:
         return False
     if type(layer) is MaxPool2d:
         return first.algorithm["forward"] == "auto"
-    return type(layer) in _ACTIVATIONS and type(last) not in _ACTIVATIONS
+    return type(layer) in ACTIVATIONS and type(last) not in ACTIVATIONS
 
 
 def _folded_sum(block: Layer) -> FoldedResidual | None:
@@ -326,7 +182,7 @@ def _folded_sum(block: Layer) -> FoldedResidual | None:
     if type(last) is not FoldedConv2d or last.activation is not None:
         return None
     activation = None if form.activation is None else children[form.activation]
-    if type(activation) in _ACTIVATIONS:
+    if type(activation) in ACTIVATIONS:
         last.activation, activation = activation, None
     return FoldedResidual(body, last, None if form.shortcut is None else children[form.shortcut], activation)
 
@@ -342,30 +198,3 @@ def _one_after_another(layer: Layer) -> Iterator[Layer]:
 
 def _of_kind(run: list[tuple[str, Layer]], *kinds: type[Layer]) -> Any:
     return next((layer for _, layer in run if isinstance(layer, kinds)), None)
-
-
-def _fold(layer: Conv2d | Linear, norm: BatchNorm2d | BatchNorm1d | None, into: Conv2d | Linear) -> None:
-    """Give ``into`` the weight and bias of ``layer`` followed by ``norm``."""
-    weight = _float64(layer.weight)
-    bias = numpy.zeros(len(weight)) if layer.bias is None else _float64(layer.bias)
-    if norm is not None:
-        variance, mean = to_cpu(norm.running_var).astype("f8"), to_cpu(norm.running_mean).astype("f8")
-        gamma = numpy.ones(len(weight)) if norm.weight is None else _float64(norm.weight)
-        beta = numpy.zeros(len(weight)) if norm.bias is None else _float64(norm.bias)
-        share = gamma / numpy.sqrt(variance + norm.eps)
-        weight = weight * share.reshape(-1, *[1] * (weight.ndim - 1))
-        bias = (bias - mean) * share + beta
-    dtype, device = layer.weight.dtype, layer.weight.device
-    into.weight = Parameter(to_device(weight.astype(dtype), device))
-    into.bias = Parameter(to_device(bias.astype(dtype), device))
-
-
-def _float64(parameter: Parameter) -> NDArray[numpy.float64]:
-    return numpy.asarray(to_cpu(parameter.data), numpy.float64)
-
-
-def _operation_name(activation: Layer | None) -> str:
-    if activation is None:
-        return "identity"
-    approximate = isinstance(activation, GELU) and activation.approximate == "tanh"
-    return "gelu_tanh" if approximate else _ACTIVATIONS[type(activation)]
