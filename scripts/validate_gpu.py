@@ -74,6 +74,7 @@ def requirements(runtime: str) -> str | None:
 def families() -> dict[str, Any]:
     """The checks by name, in their order."""
     from scripts.gpu_validation import (
+        augmentation,
         captured,
         convolution,
         convolution_ends,
@@ -83,7 +84,7 @@ def families() -> dict[str, Any]:
         surroundings,
     )
 
-    checks = (layers, steps, captured, convolution, convolution_ends, planned, surroundings)
+    checks = (layers, steps, augmentation, captured, convolution, convolution_ends, planned, surroundings)
     return {name: check for module in checks for name, check in module.CHECKS.items()}
 
 

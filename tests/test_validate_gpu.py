@@ -17,8 +17,8 @@ import pytest
 import gpucnn_kernels
 from gpucnn_kernels import runtime
 from gpucnn_kernels.arrays import numpy_dtype
-from scripts.gpu_validation import bench as benches
 from scripts.gpu_validation import (
+    augmentation,
     captured,
     convolution,
     convolution_ends,
@@ -30,6 +30,7 @@ from scripts.gpu_validation import (
     surroundings,
     training,
 )
+from scripts.gpu_validation import bench as benches
 from scripts.gpu_validation.bench import Bench, Numbers, OutOfTimeError
 
 pytestmark = pytest.mark.compiler
@@ -117,7 +118,7 @@ def test_every_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         convolution, "REDUCED", ("k3-d2-s2", "depthwise-s2", "bottleneck", "resnet-block", "many-outputs")
     )
     assert set(convolution.REDUCED) <= set(convolution.problems(bench(whole=True)))
-    whole_families = ((module.CHECKS, True) for module in (layers, steps, captured))
+    whole_families = ((module.CHECKS, True) for module in (layers, steps, augmentation, captured))
     for checks, whole in (*whole_families, (CONVOLUTIONS, False)):
         made = bench(dtypes=("float32", "bfloat16"), whole=whole)
         for name, check in checks.items():
@@ -214,6 +215,7 @@ FAULTS = {
     "batch_norm_forward": (layers.check_batch_norm, lambda y: (y[0], y[1], y[2] * (1 + 1e-4))),
     "softmax_cross_entropy_backward": (steps.check_cross_entropy, lambda y: y * (1 + 1e-3)),
     "images_to_float": (steps.check_images, lambda y: y[..., ::-1]),
+    "augment_images": (augmentation.check_augmentation, lambda y: y * numpy.float32(1 + 1e-5)),
 }
 
 
@@ -347,7 +349,7 @@ def test_families_and_dtypes_that_there_are_not() -> None:
         assert answer.returncode == 1
         assert words in answer.stderr
     listed = start("--runtime", "host", "--families", "?").stdout.split("\n")
-    checks = (layers, steps, captured, convolution, convolution_ends, planned, surroundings)
+    checks = (layers, steps, augmentation, captured, convolution, convolution_ends, planned, surroundings)
     known = {name: check for module in checks for name, check in module.CHECKS.items()}
     assert listed[:-1] == list(known)
 

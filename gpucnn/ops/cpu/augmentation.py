@@ -7,6 +7,7 @@ loader has threads of its own. Rounded as the CUDA kernel rounds.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy
@@ -57,7 +58,7 @@ def augment_images(
     )
     h, w = augmented_size(images, rows, columns)
     result = result_array(out, (len(images), images.shape[3], h, w), dtype)
-    factor, offset = _factor_and_offset(mean, std)
+    factor, offset = _factor_and_offset(tuple(mean), tuple(std))
     if not result.size:
         return result
     step = max(1, _VALUES_AT_A_TIME // result[0].size)
@@ -85,8 +86,9 @@ def augment_images(
     return result
 
 
+@lru_cache(maxsize=64)
 def _factor_and_offset(
-    mean: Sequence[float], std: Sequence[float]
+    mean: tuple[float, ...], std: tuple[float, ...]
 ) -> tuple[NDArray[numpy.float32], NDArray[numpy.float32]]:
     """Of each channel: value * factor + offset is (value / 255 - mean) / std."""
     deviation = numpy.array(std, numpy.float64)
