@@ -7,7 +7,7 @@ convolutions and linear layers read; :func:`refresh_narrow_copies` brings the co
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy
@@ -27,14 +27,18 @@ class Parameter:
 
     Attributes:
         data: the values.
-        gradient: an array of the same shape and dtype that ``backward`` adds to and ``zero_grad`` clears.
+        gradient: an array of the same shape and dtype that ``backward`` adds to and ``zero_grad`` clears. It is
+            cleared when it is next looked at: the first gradient after ``zero_grad`` takes its place, and spares
+            a pass that writes zeros and one that reads them. A view of it that was taken before is not cleared.
         requires_grad: False freezes it; layers then leave its gradient alone and optimizers skip it.
         path: where it is in its model ("features.0.weight"), for messages.
         buffer: the flat buffer that it was last laid into; None for none, or none since it was moved.
         narrow_copy: the values in 16 bits as they were at the last refresh, where a model computes in them.
     """
 
-    __slots__ = ("buffer", "data", "gradient", "narrow_copy", "path", "requires_grad")
+    __slots__ = ("_gradient", "_is_cleared", "buffer", "data", "narrow_copy", "path", "requires_grad")
+
+    _is_cleared: bool
 
     def __init__(self, data: Array, requires_grad: bool = True) -> None:
         self.data = data
@@ -44,6 +48,19 @@ class Parameter:
         self.path = ""
         self.buffer: FlatBuffer | None = None
         self.narrow_copy: Array | None = None
+
+    @property
+    def gradient(self) -> Array:
+        """The sum of all gradients since it was cleared."""
+        if self._is_cleared:
+            self._gradient.fill(0)
+            self._is_cleared = False
+        return self._gradient
+
+    @gradient.setter
+    def gradient(self, array: Array) -> None:
+        self._gradient = array
+        self._is_cleared = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -91,12 +108,30 @@ class Parameter:
 
     def add_gradient(self, gradient: Array) -> None:
         """Add to the gradient, unless the parameter is frozen; what comes in 16 bits is added in the own dtype."""
-        if self.requires_grad:
-            self.gradient += gradient
+        if not self.requires_grad:
+            return
+        if self._is_cleared:
+            self._gradient[...] = gradient
+            self._is_cleared = False
+        else:
+            self._gradient += gradient
+
+    def add_gradient_by(self, operation: Callable[..., Array], dy: Array, *others: Array, **options: Any) -> None:
+        """Add ``operation(dy, *others, **options)``, of dy's dtype, unless the parameter is frozen.
+
+        The first one since the gradient was cleared is computed right where it belongs.
+        """
+        if not self.requires_grad:
+            return
+        if self._is_cleared and self._gradient.dtype == dy.dtype:
+            operation(dy, *others, **options, out=self._gradient)
+            self._is_cleared = False
+        else:
+            self.add_gradient(operation(dy, *others, **options))
 
     def zero_grad(self) -> None:
         """Set the gradient to zero."""
-        self.gradient.fill(0)
+        self._is_cleared = True
 
     def copy_from(self, values: Any) -> None:
         """Set the values in place (views of the flat buffer stay views), from an array on any device or a list.
@@ -135,7 +170,7 @@ class Parameter:
 
 
 class FlatBuffer:
-    """Parameters of one dtype laid end to end: ``data`` and ``gradient`` are 1-d, each parameter a view of both.
+    """Parameters of one dtype laid end to end: ``data`` and ``gradient`` are 1-d, each parameter views of both.
 
     An optimizer step, a clearing or a reduction is then one operation on one array, and so is the conversion to
     16 bits: ``narrow``, where a model computes in them, has the same layout. Each parameter begins at a multiple
@@ -150,7 +185,7 @@ class FlatBuffer:
         size = sum(_padded(parameter.size) for parameter in self.parameters)
         with on_device(self.device):
             self.data = array_module(first).zeros(size, first.dtype)
-            self.gradient = array_module(first).zeros(size, first.dtype)
+            self._gradient = array_module(first).zeros(size, first.dtype)
             self._lay()
 
     def _lay(self) -> None:
@@ -158,7 +193,7 @@ class FlatBuffer:
         start = 0
         for parameter in self.parameters:
             stop = start + parameter.size
-            view, gradient = self.data[start:stop], self.gradient[start:stop]
+            view, gradient = self.data[start:stop], self._gradient[start:stop]
             view[...] = parameter.data.reshape(-1)
             gradient[...] = parameter.gradient.reshape(-1)
             parameter.data = view.reshape(parameter.shape)
@@ -167,10 +202,23 @@ class FlatBuffer:
             self.offsets.append(start)
             start += _padded(parameter.size)
 
+    @property
+    def gradient(self) -> Array:
+        """All gradients; those that were cleared, and have had nothing added since, are zeros from now on."""
+        for parameter in self.parameters:
+            if parameter._is_cleared:
+                _ = parameter.gradient
+        return self._gradient
+
+    def zero_grad(self) -> None:
+        """Set all gradients to zero."""
+        for parameter in self.parameters:
+            parameter.zero_grad()
+
     def holds(self) -> bool:
         """Whether every parameter is still a view of this buffer (another buffer may have taken them over)."""
         return all(
-            parameter.data.base is self.data and parameter.gradient.base is self.gradient
+            parameter.data.base is self.data and parameter._gradient.base is self._gradient
             for parameter in self.parameters
         )
 

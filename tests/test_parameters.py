@@ -23,6 +23,55 @@ def test_a_parameter_starts_with_a_zero_gradient_and_adds_to_it():
     assert not parameter.gradient.any()
 
 
+def test_the_first_gradient_after_clearing_is_computed_where_it_belongs():
+    parameter, given = Parameter(numpy.full(4, 2.0)), []
+    parameter.gradient[...] = numpy.nan
+
+    def twice(dy, more, *, out=None):
+        given.append(out)
+        return numpy.multiply(dy, more, out=out)
+
+    parameter.zero_grad()
+    parameter.add_gradient_by(twice, numpy.ones(4), 2)
+    assert given == [parameter.gradient]
+    parameter.add_gradient_by(twice, numpy.ones(4), more=3)
+    assert parameter.gradient.tolist() == [5, 5, 5, 5]
+    assert given[1] is None
+    parameter.zero_grad()
+    parameter.add_gradient_by(twice, numpy.ones(4, numpy.float32), 4)  # of another dtype: converted, then added
+    assert given[2] is None
+    assert parameter.gradient.tolist() == [4, 4, 4, 4]
+    parameter.requires_grad = False
+    parameter.zero_grad()
+    parameter.add_gradient_by(twice, numpy.ones(4), 5)
+    assert len(given) == 3
+    assert parameter.gradient.tolist() == [0, 0, 0, 0]
+
+
+def test_what_was_cleared_is_zero_wherever_it_is_looked_at():
+    def failing(dy, *, out=None):
+        out[0] = 77
+        raise FloatingPointError
+
+    parameters = [Parameter(numpy.ones(3)), Parameter(numpy.ones(3)), Parameter(numpy.ones(2))]
+    (buffer,) = flatten(parameters)
+    optimizer = SGD(parameters, lr=1.0)
+    buffer = optimizer.slabs[0].buffer
+    for parameter in parameters:
+        parameter.gradient[...] = 9
+    optimizer.zero_grad()
+    parameters[0].add_gradient(numpy.array([1.0, 2.0, 3.0]))
+    with pytest.raises(FloatingPointError):
+        parameters[2].add_gradient_by(failing, numpy.ones(2))
+    assert optimizer.gradient_norm() == pytest.approx(14**0.5)
+    assert buffer.gradient.tolist() == [1, 2, 3, *[0] * 13, 0, 0, 0, 0, 0, 0, 0, 0]
+    optimizer.step()
+    assert [parameter.data.tolist() for parameter in parameters] == [[0, -1, -2], [1, 1, 1], [1, 1]]
+    parameters[1].zero_grad()
+    parameters[1].gradient += 4
+    assert parameters[1].gradient.tolist() == [4, 4, 4]
+
+
 def test_a_frozen_parameter_keeps_its_gradient_at_zero():
     parameter = Parameter(numpy.ones(3), requires_grad=False)
     parameter.add_gradient(numpy.ones(3))

@@ -116,21 +116,19 @@ class Conv2d(Layer):
         x, output_shape = self._take_saved()
         check_gradient(dy, output_shape, x)
         ops = backend_of(dy)
-        if self.bias is not None and self.bias.requires_grad:
-            self.bias.add_gradient(ops.conv2d_backward_bias(dy))
-        if self.weight.requires_grad:
-            self.weight.add_gradient(
-                ops.conv2d_backward_filter(
-                    dy,
-                    x,
-                    kernel_size=self.kernel_size,
-                    stride=self.stride,
-                    padding=self.padding,
-                    dilation=self.dilation,
-                    groups=self.groups,
-                    algorithm=self.algorithm["backward_filter"],
-                )
-            )
+        if self.bias is not None:
+            self.bias.add_gradient_by(ops.conv2d_backward_bias, dy)
+        self.weight.add_gradient_by(
+            ops.conv2d_backward_filter,
+            dy,
+            x,
+            kernel_size=self.kernel_size,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            algorithm=self.algorithm["backward_filter"],
+        )
         if not self.input_needs_gradient:
             return None
         return ops.conv2d_backward_data(
@@ -216,20 +214,18 @@ class ConvTranspose2d(Layer):
         x, output_shape = self._take_saved()
         check_gradient(dy, output_shape, x)
         ops = backend_of(dy)
-        if self.bias is not None and self.bias.requires_grad:
-            self.bias.add_gradient(ops.conv2d_backward_bias(dy))
-        if self.weight.requires_grad:
-            self.weight.add_gradient(
-                ops.conv_transpose2d_backward_filter(
-                    dy,
-                    x,
-                    kernel_size=self.kernel_size,
-                    stride=self.stride,
-                    padding=self.padding,
-                    dilation=self.dilation,
-                    groups=self.groups,
-                )
-            )
+        if self.bias is not None:
+            self.bias.add_gradient_by(ops.conv2d_backward_bias, dy)
+        self.weight.add_gradient_by(
+            ops.conv_transpose2d_backward_filter,
+            dy,
+            x,
+            kernel_size=self.kernel_size,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+        )
         if not self.input_needs_gradient:
             return None
         return ops.conv_transpose2d_backward_data(

@@ -45,10 +45,9 @@ class Linear(Layer):
         (x,) = self._take_saved()
         check_gradient(dy, (x.shape[0], self.out_features), x)
         ops = backend_of(dy)
-        if self.bias is not None and self.bias.requires_grad:
-            self.bias.add_gradient(ops.linear_backward_bias(dy))
-        if self.weight.requires_grad:
-            self.weight.add_gradient(ops.linear_backward_weight(dy, x))
+        if self.bias is not None:
+            self.bias.add_gradient_by(ops.linear_backward_bias, dy)
+        self.weight.add_gradient_by(ops.linear_backward_weight, dy, x)
         if not self.input_needs_gradient:
             return None
         return ops.linear_backward_data(dy, self.weight.working)

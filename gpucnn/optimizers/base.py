@@ -144,10 +144,10 @@ class Optimizer(ABC):
                 slab.steps[parameters] = step
 
     def zero_grad(self) -> None:
-        """Set all gradients to zero, one fill a buffer."""
+        """Set all gradients to zero."""
         self.follow()
         for slab in self.slabs:
-            slab.buffer.gradient.fill(0)
+            slab.buffer.zero_grad()
 
     def gradient_norm(self) -> float:
         """The Euclidean norm of all gradients that the next step would use, as one vector."""

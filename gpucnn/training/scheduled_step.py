@@ -30,7 +30,6 @@ class ScheduledTrainingStep:
         self._parts = parts
         self._update = ScheduledStep(parts.optimizer)
         self.generators = list(parts.random.generators.values())
-        self._gradients = self._update.gradients()
         reals = _SCHEDULE + self._update.size
         self._host = numpy.zeros(reals + len(self.generators), numpy.uint64)
         self._host_numbers, self._host_offsets = self._host[:reals].view(numpy.float64), self._host[reals:]
@@ -38,7 +37,7 @@ class ScheduledTrainingStep:
             module = array_module(parts.optimizer.slabs[0].buffer.data)
             self._device = module.zeros(len(self._host), "uint64")
             self._numbers = self._device[:reals].view("float64")
-            self._squares = module.zeros(len(self._gradients), "float64")
+            self._squares = module.zeros(len(self._update.gradients()), "float64")
             self._verdict = module.zeros(5, "float64")
         self._starts = [self._device[reals + place : reals + place + 1] for place in range(len(self.generators))]
 
@@ -57,7 +56,7 @@ class ScheduledTrainingStep:
         """Launch everything. On the host only counters move: those of batch norms, and of generators."""
         from gpucnn.ops.cuda import scheduled
 
-        parts, gradients = self._parts, self._gradients
+        parts = self._parts
         with contextlib.ExitStack() as stack:
             for generator, start in zip(self.generators, self._starts, strict=True):
                 stack.enter_context(generator.counted_from(start))
@@ -70,6 +69,7 @@ class ScheduledTrainingStep:
             if parts.scaler is not None:
                 scheduled.scale(gradient, self._number(_SCALE_UP))
             backward_pass(parts.model, gradient)
+        gradients = self._update.gradients()  # after the pass: those that it gave nothing to are now zero
         for place, part in enumerate(gradients):
             if parts.scaler is not None:
                 scheduled.scale(part, self._number(_SCALE_DOWN))
