@@ -22,7 +22,9 @@ def _scale(probability: float) -> float:
 
 def _masked(x: FloatArray, mask: numpy.ndarray, scale: float, out: FloatArray | None) -> FloatArray:
     result = result_like(out, x)
-    if compiled.available() and x.dtype == numpy.float32 and mask.dtype == numpy.bool_:
+    by_rows = mask.shape == (*x.shape[:2], *(1,) * (x.ndim - 2))  # a channel's numbers lie behind one another
+    known = mask.dtype == numpy.bool_ and (mask.shape == x.shape or by_rows)
+    if compiled.available() and x.dtype == numpy.float32 and known:
         bits = numpy.ascontiguousarray(mask)
 
         def multiply(values: FloatArray, kept: FloatArray) -> None:
