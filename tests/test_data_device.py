@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import numpy
 import pytest
 
-from gpucnn.data import ArrayDataset, Augmentation, Dataset, Loader, Preprocessing, TensorDataset
+import gpucnn
+from gpucnn.data import ArrayDataset, Augmentation, Batch, Dataset, Loader, Preprocessing, TensorDataset
 from gpucnn.data import device_preprocessing as device_module
 from gpucnn.device import is_device_array, to_cpu
 from gpucnn.errors import ArgumentError, DtypeError
+from gpucnn.layers import Conv2d, Flatten, Linear, ReLU
+from gpucnn.training import Callback, TrainingInterrupted
 from gpucnn_kernels import runtime
 
 EPSILON = float(numpy.finfo(numpy.float32).eps)
@@ -159,3 +165,50 @@ def test_what_does_not_fit_is_said_as_on_the_cpu():
                 device="cuda",
             )
         )
+
+
+def trained(augmentation, **options):
+    """The weights after two epochs of a small network on the device."""
+    gpucnn.manual_seed(0)
+    model = gpucnn.Sequential(Conv2d(3, 4, 3, stride=2), ReLU(), Flatten(), Linear(4 * 7 * 8, 2))
+    model.fit(
+        Planes(IMAGES[:, :16, :18], LABELS), batch_size=6, augmentation=augmentation, device="cuda", verbose=False,
+        **{"epochs": 2, "lr": 0.05, "seed": 3, **options},
+    )  # fmt: skip
+    return [to_cpu(value) for value in model.state_dict().values()]
+
+
+@pytest.mark.parametrize("augmentation", ["flip,shift=3,cutout=4,color=0.3", "flip,resized-crop=0.3,rotate=15"])
+def test_training_ends_with_the_weights_that_preprocessing_on_the_cpu_gives(augmentation, monkeypatch):
+    on_device = trained(augmentation)
+
+    def sent(self, transfer, epoch, indices):
+        images, labels, _ = self._prepared(epoch, indices)
+        return Batch(transfer.start([images, labels]), None, indices)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loader, "_sent", sent)
+        on_cpu = trained(augmentation)
+    for mine, other in zip(on_device, on_cpu, strict=True):
+        numpy.testing.assert_array_equal(mine, other)
+    others = trained("none")
+    assert any((mine != other).any() for mine, other in zip(on_device, others, strict=True))
+
+
+class Stop(Callback):
+    steps = 0
+
+    def on_step_end(self, trainer, loss):
+        self.steps += 1
+        if self.steps == 6:  # in the middle of the second epoch
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_run_that_is_stopped_and_resumed_sees_the_same_batches(tmp_path):
+    augmentation = "flip,shift=3,cutout=4,color=0.3"
+    whole = trained(augmentation)
+    with pytest.raises(TrainingInterrupted):
+        trained(augmentation, output=tmp_path, callbacks=[Stop()])
+    resumed = trained(augmentation, output=tmp_path, resume=True)
+    for mine, other in zip(resumed, whole, strict=True):
+        numpy.testing.assert_array_equal(mine, other)
