@@ -210,10 +210,10 @@ extern "C" __global__ void __launch_bounds__(512, 1) colour_coefficients(
         if (threadIdx.x == 0 && threadIdx.y == 0) {
             const double middle = total / ((double)result.h * (double)result.w);
             const double brightness = colour[3 * n], contrast = colour[3 * n + 1];
-            const double saturation = pictures.channels == 3 ? colour[3 * n + 2] : 1.0;
+            const double saturation = pictures.channels == 3 ? colour[3 * n + 2] : 1;
             coefficients[3 * n] = (float)(brightness * contrast * saturation);
-            coefficients[3 * n + 1] = (float)(brightness * (1.0 - contrast) * middle);
-            coefficients[3 * n + 2] = (float)(brightness * contrast * (1.0 - saturation));
+            coefficients[3 * n + 1] = (float)(brightness * (1 - contrast) * middle);
+            coefficients[3 * n + 2] = (float)(brightness * contrast * (1 - saturation));
         }
     }
 }
