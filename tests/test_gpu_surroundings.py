@@ -8,6 +8,7 @@ from typing import Any
 import numpy
 import pytest
 
+from gpucnn.data import device_preprocessing
 from gpucnn.data.transfer import HostMemory
 from gpucnn_kernels import Conv2dProblem, runtime, tuning_memory
 from gpucnn_kernels import tuning as kernels_tuning
@@ -30,9 +31,10 @@ def failures(bench: Bench) -> list[str]:
 def test_they_pass_on_the_host_runtime(bench: Bench) -> None:
     surroundings.check_threads(bench)
     surroundings.check_batches(bench, HostMemory())
+    surroundings.check_loader(bench)
     surroundings.check_bfloat16(bench, host_arrays)
     assert failures(bench) == []
-    assert sum(outcome.runs for outcome in bench.outcomes.values()) == 4
+    assert sum(outcome.runs for outcome in bench.outcomes.values()) == 7
 
 
 @pytest.mark.compiler
@@ -68,6 +70,18 @@ def test_a_batch_that_comes_too_late_is_seen(bench: Bench) -> None:
 
     surroundings.check_batches(bench, Late())
     assert any("numbers are over the bound" in failure for failure in failures(bench))
+
+
+def test_batches_that_are_not_the_cpus_are_seen(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = device_preprocessing.to_send
+
+    def wrong(images: Any, preprocessing: Any, changes: Any, dtype: str) -> Any:
+        return right(images, preprocessing, {name: changes[name] for name in changes if name != "flip"}, dtype)
+
+    monkeypatch.setattr("gpucnn.data.loader.to_send", wrong)
+    surroundings.check_loader(bench)
+    assert failures(bench)[0].startswith("moved: ")
+    assert not any(failure.startswith("no changes") for failure in failures(bench))
 
 
 def test_a_thread_that_cannot_launch_is_seen(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

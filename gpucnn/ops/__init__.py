@@ -7,8 +7,8 @@ operations through it, so the array's type chooses the backend.
 
 from __future__ import annotations
 
+import functools
 import importlib
-import sys
 from typing import Any
 
 import numpy
@@ -29,7 +29,13 @@ def backend_of(array: Any) -> Operations:
     """
     if type(array) is numpy.ndarray or module_of(array) is numpy:
         return cpu
-    backend: Operations = sys.modules.get(_CUDA) or importlib.import_module(_CUDA)
+    return _cuda()
+
+
+@functools.cache
+def _cuda() -> Operations:
+    """The CUDA backend, whole: where another thread is importing it, this one waits."""
+    backend: Operations = importlib.import_module(_CUDA)
     return backend
 
 

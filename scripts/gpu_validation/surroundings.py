@@ -106,6 +106,43 @@ def check_batches(bench: Bench, memory: Any) -> None:
     bench.check("batches", "two buffers, two threads", "float32", run, expected, [0.0] * _BATCHES)
 
 
+def check_loader(bench: Bench) -> None:
+    """A loader's batches, made on the GPU of bytes beside other work, have the bits of those made on the CPU."""
+    from gpucnn.data import ArrayDataset, Augmentation, Loader, Preprocessing
+
+    random = numpy.random.default_rng([bench.seed, 150])
+    images, labels = random.integers(0, 256, (150, 40, 36, 3), numpy.uint8), numpy.arange(150) % 3
+    data, preprocessing = ArrayDataset(images, labels), Preprocessing((32, 32), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    augmentations = {
+        "no changes": None,
+        "moved": Augmentation(horizontal_flip=True, shift=4, cutout=8),
+        "cropped and turned": Augmentation(horizontal_flip=True, resized_crop=0.3, rotation=20.0, shift=2),
+    }
+    for title, augmentation in augmentations.items():
+
+        def batches(device: str, augmentation: Augmentation | None = augmentation) -> list[Any]:
+            loader = Loader(
+                data, 8, preprocessing=preprocessing, augmentation=augmentation, shuffle=True, device=device
+            )
+            kept = []
+            with loader.epoch(1) as prepared:
+                for batch in prepared:
+                    kept.append(batch.images)
+                    if device != "cpu":  # work on the stream of the steps, on memory that batches will use
+                        kernels.leaky_relu_forward(batch.images, negative_slope=0.5)
+            return kept
+
+        expected = batches("cpu")
+        bench.check(
+            "loader",
+            title,
+            "float32",
+            lambda batches=batches: tuple(batches("cuda")),
+            expected,
+            [0.0] * len(expected),
+        )
+
+
 def check_bfloat16(bench: Bench, arrays: Any) -> None:
     """What layers and training do with arrays of bfloat16 themselves, beside the same by NumPy and ml_dtypes."""
     try:
@@ -194,6 +231,7 @@ def check_surroundings(bench: Bench) -> None:
     check_threads(bench)
     check_streams(bench)
     check_batches(bench, CudaMemory(cupy, cupy.cuda.runtime.getDevice()))
+    check_loader(bench)
     check_bfloat16(bench, cupy)
     check_libraries(bench)
     check_tuning(bench)
