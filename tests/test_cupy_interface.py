@@ -138,6 +138,38 @@ def test_every_new_array_lies_where_an_arena_says_and_its_views_hold_its_place()
     assert tokens[-1]() is not None
 
 
+def test_arrays_that_are_sent_as_one_lie_in_it_and_keep_it() -> None:
+    class Owner:
+        """Of the memory, which is given back when it goes."""
+
+    owner = Owner()
+    kept = weakref.ref(owner)
+    memory = cupy.cuda.MemoryPointer(cupy.cuda.UnownedMemory(1 << 20, 1 << 16, owner, 0), 0)
+    block = cupy.ndarray((1024,), numpy.uint8, memptr=memory)
+    del owner, memory
+    parts = [
+        transfer.Part(0, (5, 3, 4, 2), numpy.dtype("uint8")),
+        transfer.Part(256, (5, 2), numpy.dtype("int32")),
+        transfer.Part(512, (5,), numpy.dtype("bool")),
+        transfer.Part(768, (5, 3), numpy.dtype("float64")),
+        transfer.Part(1024, (0, 2), numpy.dtype("float32")),
+    ]
+    arrays = [part.of(block) for part in parts]
+    del block
+    for part, array in zip(parts, arrays, strict=True):
+        assert array.shape == part.shape
+        assert array.dtype == part.dtype
+        assert array.flags.c_contiguous
+        assert array.size == 0 or array.data.ptr == (1 << 20) + part.place
+    pixels = arrays[0].transpose(0, 2, 3, 1)  # as images in planes are handed to the kernel
+    assert pixels.shape == (5, 4, 2, 3)
+    assert pixels.strides == (24, 2, 1, 8)
+    del arrays, array
+    assert kept() is not None
+    del pixels
+    assert kept() is None
+
+
 def test_cublas_itself_is_reached_through_cupys_module() -> None:
     """Each function is there and takes its arguments: without a handle it answers "not initialized", 1."""
     from cupy.cuda import cublas
