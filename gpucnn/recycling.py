@@ -8,6 +8,7 @@ on one thread, one of lenet5 on 128 digits from 33 to 16, when memory was kept.
 
 from __future__ import annotations
 
+import collections
 import ctypes
 import functools
 import math
@@ -43,8 +44,9 @@ class Recycler:
             os.register_at_fork(after_in_child=self._reset)  # the lock may have been another thread's
 
     def _reset(self) -> None:
-        # The garbage collector may give memory back in the middle of anything, this thread's own request too.
         self._lock = threading.RLock()
+        self._inside = False
+        self._returned: collections.deque[NDArray[numpy.uint8]] = collections.deque()
         self._idle: OrderedDict[int, list[NDArray[numpy.uint8]]] = OrderedDict()
         self._idle_bytes = 0
 
@@ -71,27 +73,51 @@ class Recycler:
         loan.lender, loan.memory = self, memory
         return numpy.ndarray(shape, dtype, loan)
 
+    # The garbage collector and signals' handlers may drop arrays in the middle of anything, the same thread's own
+    # request too. ``_inside`` tells them so: they leave what they bring in ``_returned``.
+
     def clear(self) -> None:
         """Give all idle memory back to the system."""
         with self._lock:
-            self._idle.clear()
-            self._idle_bytes = 0
-
-    def _take(self, size: int) -> NDArray[numpy.uint8] | None:
-        with self._lock:
-            pieces = self._idle.get(size)
-            if not pieces:
-                return None
-            self._idle.move_to_end(size)
-            self._idle_bytes -= size
-            return pieces.pop()
+            if not self._inside:
+                self._returned.clear()
+                self._idle.clear()
+                self._idle_bytes = 0
 
     def give_back(self, memory: NDArray[numpy.uint8]) -> None:
         """Take memory that nobody holds a view of any more; arrays do it themselves."""
+        self._returned.append(memory)
         with self._lock:
-            self._idle.setdefault(len(memory), []).append(memory)
-            self._idle.move_to_end(len(memory))
-            self._idle_bytes += len(memory)
+            if not self._inside:
+                try:
+                    self._inside = True
+                    self._sort_in()
+                finally:
+                    self._inside = False
+
+    def _take(self, size: int) -> NDArray[numpy.uint8] | None:
+        with self._lock:
+            if self._inside:
+                return None
+            try:
+                self._inside = True
+                self._sort_in()
+                pieces = self._idle.get(size)
+                if not pieces:
+                    return None
+                self._idle.move_to_end(size)
+                self._idle_bytes -= size
+                return pieces.pop()
+            finally:
+                self._inside = False
+
+    def _sort_in(self) -> None:
+        while self._returned:
+            memory = self._returned.popleft()
+            size = len(memory)
+            self._idle.setdefault(size, []).append(memory)
+            self._idle.move_to_end(size)
+            self._idle_bytes += size
             while self._idle_bytes > self.kept_bytes:
                 size, pieces = next(iter(self._idle.items()))
                 if pieces:
