@@ -355,7 +355,7 @@ def test_families_and_dtypes_that_there_are_not() -> None:
 
 
 def test_the_sanitizer_is_run_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert set(machine.SANITIZED) <= set({**layers.CHECKS, **steps.CHECKS, **CONVOLUTIONS})
+    assert set(machine.SANITIZED) <= set({**layers.CHECKS, **steps.CHECKS, **augmentation.CHECKS, **CONVOLUTIONS})
     home = tmp_path / "bin"
     home.mkdir()
     tool = home / "compute-sanitizer"

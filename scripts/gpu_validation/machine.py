@@ -22,6 +22,7 @@ SANITIZED = (
     "cross-entropy",
     "optimizers",
     "layouts",
+    "augmentation",
 )
 """The families that compute-sanitizer looks at: those with shared memory, barriers or uneven edges."""
 
