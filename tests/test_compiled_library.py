@@ -142,6 +142,83 @@ def test_a_function_that_is_not_in_the_library() -> None:
         compiled.function("no_such", "i")(1)
 
 
+def read_only(shape: tuple[int, ...]) -> Any:
+    array = numpy.ones(shape, "f4")
+    array.flags.writeable = False
+    return array
+
+
+def test_read_only_arrays_are_not_written() -> None:
+    x, locked = numpy.full((2, 3, 4, 4), -1, "f4"), read_only((2, 3, 4, 4))
+    statistics, row = read_only((3,)), numpy.ones(6, "f4")
+    writes = [
+        lambda: cpu.relu_forward(x, out=locked),
+        lambda: cpu.softmax_forward(x, out=locked),
+        lambda: cpu.dropout_forward(x, probability=0.5, seed=1, offset=0, out=locked),
+        lambda: cpu.batch_norm_forward(x, out=locked),
+        lambda: cpu.batch_norm_forward(x, running_mean=statistics, running_var=numpy.ones(3, "f4")),
+        lambda: cpu.avg_pool2d_forward(x, kernel_size=1, out=locked),
+        lambda: cpu.max_pool2d_backward(
+            x, numpy.zeros(x.shape, "u1"), input_size=(4, 4), kernel_size=1, out=locked
+        ),
+        lambda: cpu.conv2d_forward(x, numpy.ones((3, 3, 3, 3), "f4"), padding=1, out=locked),
+        lambda: cpu.conv2d_forward(x, numpy.ones((3, 1, 3, 3), "f4"), padding=1, groups=3, out=locked),
+        lambda: cpu.conv2d_forward(x, numpy.ones((3, 3, 3, 3), "f4"), padding=1, algorithm="winograd", out=locked),
+        lambda: cpu.conv2d_backward_bias(x, out=statistics),
+        lambda: cpu.mean_squared_error_backward(x, x, out=locked),
+        lambda: cpu.scale(locked, 2.0),
+        lambda: cpu.sgd_step(row, row, read_only((6,)), lr=0.1, momentum=0.9),
+        lambda: cpu.adam_step(row, row, row.copy(), read_only((6,)), lr=0.1),
+        lambda: cpu.rmsprop_step(read_only((6,)), row, row.copy(), None, None, lr=0.1),
+    ]
+    for write in writes:
+        for on in (True, False):
+            with compiled.switched(on), pytest.raises(ValueError, match="read-only"):
+                write()
+    assert (locked == 1).all()
+    assert (statistics == 1).all()
+
+
+def test_switches_may_be_numpy_s() -> None:
+    steps = []
+    for on in (True, False):
+        parameter, velocity = numpy.ones(5, "f4"), numpy.ones(5, "f4")
+        with compiled.switched(on):
+            cpu.sgd_step(
+                parameter,
+                numpy.full(5, 2, "f4"),
+                velocity,
+                lr=0.5,
+                momentum=0.5,
+                nesterov=True,
+                first_step=numpy.bool_(True),  # type: ignore[arg-type]
+            )
+        steps.append((parameter, velocity))
+    numpy.testing.assert_array_equal(steps[0], steps[1])
+    numpy.testing.assert_array_equal(steps[0][0], 1 - 0.5 * 3)
+
+
+# ---------------------------------------------------------------- scratch memory
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="this system does not say how much is in memory")
+def test_a_large_problem_does_not_keep_its_scratch_memory() -> None:
+    channels = 5000  # the weights are packed: 100 MB
+    x, weight = numpy.ones((1, channels, 1, 1), "f4"), numpy.ones((channels, channels, 1, 1), "f4")
+    cpu.conv2d_forward(x, weight[:16], algorithm="direct")
+    before = resident()
+    for _ in range(2):
+        y = cpu.conv2d_forward(x, weight, algorithm="direct")
+        assert (y == channels).all()
+    assert resident() - before < weight.nbytes // 4
+
+
 # ---------------------------------------------------------------- threads
 
 

@@ -75,7 +75,7 @@ def sgd_step(
     if compiled.usable(parameter, gradient, momentum_buffer):
         velocity = momentum_buffer if momentum else None
         rates = (lr, momentum, 1 - dampening, weight_decay, -1.0 if maximize else 1.0)
-        loops.sgd_step(parameter.size, parameter, gradient, velocity, *rates, nesterov, first_step)
+        loops.sgd_step(parameter.size, parameter, gradient, velocity, *rates, int(nesterov), int(first_step))
         return
 
     def kernel(parameter: FloatArray, gradient: FloatArray, velocity: FloatArray | None) -> None:

@@ -28,9 +28,9 @@ from gpucnn.ops.cpu.compiled.library import function
 from gpucnn.ops.cpu.compiled.windows import windows
 from gpucnn_kernels.problem import Conv2dProblem
 
-_forward = function("depthwise_forward", "ppppp")
-_backward_data = function("depthwise_backward_data", "pppp")
-_backward_filter = function("depthwise_backward_filter", "pppp")
+_forward = function("depthwise_forward", "ppppo")
+_backward_data = function("depthwise_backward_data", "pppo")
+_backward_filter = function("depthwise_backward_filter", "pppo")
 
 
 def forward(

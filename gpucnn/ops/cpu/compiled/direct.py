@@ -32,9 +32,9 @@ from gpucnn.ops.cpu import conv2d_im2col
 from gpucnn.ops.cpu.compiled.library import function
 from gpucnn_kernels.problem import Conv2dProblem
 
-_forward = function("direct_forward", "ppppp")
-_backward_data = function("direct_backward_data", "pppp")
-_backward_filter = function("direct_backward_filter", "ppppp")
+_forward = function("direct_forward", "ppppo")
+_backward_data = function("direct_backward_data", "pppo")
+_backward_filter = function("direct_backward_filter", "pppoo")
 
 
 def forward(

@@ -6,14 +6,14 @@ PyTorch 2.13.
 
 from gpucnn.ops.cpu.compiled.library import function
 
-dropout_mask = function("dropout_mask", "iiiip")
+dropout_mask = function("dropout_mask", "iiiio")
 """count, seed, offset, threshold, mask (bytes): mask[i] = word offset + i of the seed's stream >= threshold."""
 
-dropout_forward = function("dropout_forward", "iiiifppp")
+dropout_forward = function("dropout_forward", "iiiifpoo")
 """count, seed, offset, threshold, scale, x, mask, out: the mask, and out = x * scale where it holds, else 0."""
 
-dropout_multiply = function("dropout_multiply", "ifppp")
+dropout_multiply = function("dropout_multiply", "ifppo")
 """count, scale, x, mask, out."""
 
-dropout_rows = function("dropout_rows", "iifppp")
+dropout_rows = function("dropout_rows", "iifppo")
 """rows, columns, scale, x, mask (one byte a row), out."""

@@ -110,13 +110,16 @@ class Function:
     first number is handed over: it must be in C order, and of the type that the C++ text says.
     """
 
-    def __init__(self, name: str, kinds: tuple[type, ...]) -> None:
+    def __init__(self, name: str, kinds: str) -> None:
         self.name = name
-        self._kinds = kinds
+        self._kinds = tuple(_KINDS[kind] for kind in kinds)
+        self._written = tuple(index for index, kind in enumerate(kinds) if kind == "o")
         self._entry: Any = None
+        self._large: Any = None
+        self._release: Any = None
 
     def __call__(self, *arguments: Any) -> None:
-        """Raises MemoryError where the function says that it found no memory to work in."""
+        """Raises ArgumentError where an array to write is read-only, MemoryError without memory to work in."""
         entry = self._entry
         if entry is None:
             if not available() or _library is None:
@@ -124,21 +127,39 @@ class Function:
             entry = getattr(_library, f"gpucnn_{self.name}")
             entry.argtypes = (ctypes.c_int, *self._kinds)
             entry.restype = ctypes.c_int
+            large = _library.gpucnn_large_scratch
+            large.restype = ctypes.POINTER(ctypes.c_int)
+            self._large = large().contents
+            self._release = _library.gpucnn_release_large_scratch
+            self._release.restype = None
             self._entry = entry
         given = [
             argument.__array_interface__["data"][0] if isinstance(argument, numpy.ndarray) else argument
             for argument in arguments
         ]
-        if entry(thread_count(), *given):
+        for index in self._written:
+            if arguments[index] is not None and not arguments[index].flags.writeable:
+                raise ArgumentError(f"{self.name} cannot write its result to a read-only array; pass a copy of it")
+        failed = entry(thread_count(), *given)
+        if self._large.value:
+            self._release()
+        if failed:
             raise MemoryError(f"no memory left to work in for {self.name}")
 
 
-_KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "d": ctypes.c_double}
+_KINDS = {
+    "p": ctypes.c_void_p,
+    "o": ctypes.c_void_p,
+    "i": ctypes.c_int64,
+    "f": ctypes.c_float,
+    "d": ctypes.c_double,
+}
 
 
 def function(name: str, kinds: str) -> Function:
     """The library's ``gpucnn_<name>``, looked up when first called.
 
-    ``kinds`` has a letter for each argument: p an array or None, i an integer (int64), f a float, d a double.
+    ``kinds`` has a letter for each argument: p an array that is read, or None, o one that is written, or None,
+    i an integer (int64), f a float, d a double.
     """
-    return Function(name, tuple(_KINDS[kind] for kind in kinds))
+    return Function(name, kinds)

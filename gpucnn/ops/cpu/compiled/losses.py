@@ -15,22 +15,22 @@ from gpucnn.ops.cpu.compiled.library import function
 from gpucnn.ops.cpu.compiled.sums import partial_sums
 from gpucnn.ops.cpu.memory import FloatArray
 
-softmax_forward = function("softmax_forward", "iipp")
+softmax_forward = function("softmax_forward", "iipo")
 """rows, columns, x, out."""
 
-softmax_backward = function("softmax_backward", "iippp")
+softmax_backward = function("softmax_backward", "iippo")
 """rows, columns, dy, y, out."""
 
-binary_cross_entropy_backward = function("binary_cross_entropy_backward", "ifppp")
+binary_cross_entropy_backward = function("binary_cross_entropy_backward", "ifppo")
 """count, share, logits, targets, out."""
 
-squared_error_backward = function("squared_error_backward", "ifppp")
+squared_error_backward = function("squared_error_backward", "ifppo")
 """count, share, prediction, target, out."""
 
-_cross_entropy_forward = function("cross_entropy_forward", "iipppp")
-_cross_entropy_backward = function("cross_entropy_backward", "iipppp")
-_binary_cross_entropy_forward = function("binary_cross_entropy_forward", "ipppp")
-_squared_error_sums = function("squared_error_sums", "ippp")
+_cross_entropy_forward = function("cross_entropy_forward", "iippoo")
+_cross_entropy_backward = function("cross_entropy_backward", "iipppo")
+_binary_cross_entropy_forward = function("binary_cross_entropy_forward", "ippoo")
+_squared_error_sums = function("squared_error_sums", "ippo")
 
 
 def _indices(labels: NDArray[Any]) -> NDArray[numpy.int64]:

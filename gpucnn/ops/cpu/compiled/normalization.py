@@ -13,11 +13,11 @@ backward  4.7   15.4       6.0
 
 from gpucnn.ops.cpu.compiled.library import function
 
-batch_norm_forward = function("batch_norm_forward", "iiipppppddppp")
+batch_norm_forward = function("batch_norm_forward", "iiipppooddooo")
 """n, channels, pixels, x, weight, bias, running_mean, running_var, momentum, epsilon, y, mean, inverse_std."""
 
-batch_norm_backward = function("batch_norm_backward", "iiipppppppp")
+batch_norm_backward = function("batch_norm_backward", "iiipppppooo")
 """n, channels, pixels, dy, x, weight, mean, inverse_std, dx, dweight, dbias."""
 
-batch_norm_inference = function("batch_norm_inference", "iiipppppdp")
+batch_norm_inference = function("batch_norm_inference", "iiipppppdo")
 """n, channels, pixels, x, weight, bias, running_mean, running_var, epsilon, y."""

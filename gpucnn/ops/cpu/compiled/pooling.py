@@ -31,12 +31,12 @@ from gpucnn.ops.cpu.compiled.library import function, usable
 from gpucnn.ops.cpu.compiled.windows import windows
 from gpucnn_kernels.problem import Pool2dProblem
 
-_max_forward = function("max_pool_forward", "pppp")
-_max_backward = function("max_pool_backward", "pppp")
-_average_forward = function("average_pool_forward", "pppp")
-_average_backward = function("average_pool_backward", "pppp")
-_plane_means = function("plane_means", "iipp")
-_plane_shares = function("plane_shares", "iipp")
+_max_forward = function("max_pool_forward", "ppoo")
+_max_backward = function("max_pool_backward", "pppo")
+_average_forward = function("average_pool_forward", "pppo")
+_average_backward = function("average_pool_backward", "pppo")
+_plane_means = function("plane_means", "iipo")
+_plane_shares = function("plane_shares", "iipo")
 
 
 @contextmanager

@@ -13,9 +13,9 @@ from gpucnn.ops.cpu.memory import FloatArray
 
 _PART = 1 << 15  # numbers in one of the partial sums: ELEMENTS in source/elementwise.h
 
-_sums_of_squares = function("sums_of_squares", "ipp")
-_channel_sums = function("channel_sums", "iiipp")
-_column_sums = function("column_sums", "iipp")
+_sums_of_squares = function("sums_of_squares", "ipo")
+_channel_sums = function("channel_sums", "iiipo")
+_column_sums = function("column_sums", "iipo")
 
 
 def partial_sums(count: int, loop: Callable[[NDArray[numpy.float64]], None]) -> float:

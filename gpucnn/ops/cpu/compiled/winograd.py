@@ -34,8 +34,8 @@ from numpy.typing import NDArray
 from gpucnn.ops.cpu.compiled.library import function
 from gpucnn_kernels.problem import Conv2dProblem
 
-_forward = function("winograd_forward", "iiiiiiiiiiipppp")
-_backward_filter = function("winograd_backward_filter", "iiiiiiiiiippp")
+_forward = function("winograd_forward", "iiiiiiiiiiipppo")
+_backward_filter = function("winograd_backward_filter", "iiiiiiiiiippo")
 
 
 def _sizes(problem: Conv2dProblem) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ namespace {
 constexpr int MAXIMUM_HELPERS = 255;
 constexpr int64_t SPIN_NANOSECONDS = 30000;
 constexpr size_t HUGE_PAGE = 2 << 20;
+constexpr int64_t KEPT_SCRATCH = 64 << 20;  // bytes: a larger buffer is given back when the call is done
 
 void relax() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -32,6 +33,30 @@ int64_t now() {
     clock_gettime(CLOCK_MONOTONIC, &time);
     return time.tv_sec * 1000000000LL + time.tv_nsec;
 }
+
+// How many buffers there are beyond KEPT_SCRATCH, of all threads: mostly none, and then nobody looks for them.
+std::atomic<int> large_buffers{0};
+
+struct Scratch {
+    float *memory[SCRATCH_SLOTS] = {};
+    int64_t size[SCRATCH_SLOTS] = {};
+
+    bool large(int slot) const { return size[slot] * static_cast<int64_t>(sizeof(float)) > KEPT_SCRATCH; }
+    void release(int slot) {
+        if (large(slot)) large_buffers.fetch_sub(1);
+        free(memory[slot]);
+        memory[slot] = nullptr;
+        size[slot] = 0;
+    }
+    void release_large() {
+        for (int slot = 0; slot < SCRATCH_SLOTS; ++slot)
+            if (large(slot)) release(slot);
+    }
+    ~Scratch() {
+        for (int slot = 0; slot < SCRATCH_SLOTS; ++slot) release(slot);
+    }
+};
+thread_local Scratch kept;
 
 struct Pool {
     pthread_mutex_t owner = PTHREAD_MUTEX_INITIALIZER;  // of the job, while there is one
@@ -95,6 +120,7 @@ void *help(void *argument) {
         // Entering before looking whether the job is open: run_tasks closes it before it waits for those inside.
         pool.inside.fetch_add(1);
         if (pool.open.load() && start.index < pool.wanted) pool.work();
+        if (large_buffers.load()) kept.release_large();
         pool.inside.fetch_sub(1);
     }
     return nullptr;
@@ -121,7 +147,10 @@ int start_helpers(Pool &pool, int wanted) {
 }
 
 // Threads do not survive a fork, and a lock may have been held by one of them: the child starts anew.
-void after_fork() { pool = new Pool; }
+void after_fork() {
+    pool = new Pool;
+    large_buffers.store(0);
+}
 const int registered = pthread_atfork(nullptr, nullptr, after_fork);
 
 }  // namespace
@@ -158,22 +187,10 @@ void run_tasks(int threads, int64_t count, void (*task)(void *, int64_t), void *
     pthread_mutex_unlock(&pool.owner);
 }
 
-namespace {
-
-struct Scratch {
-    float *memory[SCRATCH_SLOTS] = {};
-    int64_t size[SCRATCH_SLOTS] = {};
-    ~Scratch() {
-        for (float *each : memory) free(each);
-    }
-};
-thread_local Scratch kept;
-
-}  // namespace
-
 float *scratch(int slot, int64_t count) {
-    if (kept.size[slot] < count) {
-        free(kept.memory[slot]);
+    if (!kept.memory[slot] || kept.size[slot] < count) {
+        kept.release(slot);
+        if (count < 1) count = 1;
         void *memory = nullptr;
         // From half a huge page on, whole ones: work that goes through many places at once is bound by how many
         // pages the processor remembers (measured: a product of blocks of 36 places, 6 to 8 percent).
@@ -186,8 +203,14 @@ float *scratch(int slot, int64_t count) {
 #endif
         kept.memory[slot] = static_cast<float *>(memory);
         kept.size[slot] = memory ? count : 0;
+        if (kept.large(slot)) large_buffers.fetch_add(1);
     }
     return kept.memory[slot];
 }
+
+// What Python asks for after a call: whether there are large buffers, this thread's then given back.
+GPUCNN_EXPORT const void *gpucnn_large_scratch() { return &large_buffers; }
+
+GPUCNN_EXPORT void gpucnn_release_large_scratch() { kept.release_large(); }
 
 }  // namespace gpucnn

@@ -20,7 +20,8 @@ inline void parallel_for(int threads, int64_t count, Task &&task) {
 
 // Memory of the calling thread, aligned to 64 bytes, uninitialized, good until the thread asks for the same `slot`
 // again: memory fresh from the system costs a page fault every 4 KiB, more than most work on it. Null where there
-// is none left. Slots are small numbers that the caller of one operation keeps apart.
+// is none left. Slots are small numbers that the caller of one operation keeps apart. A buffer beyond 64 MiB goes back
+// to the system when the call is done, so that one large problem does not cost its memory for ever.
 float *scratch(int slot, int64_t count);
 constexpr int SCRATCH_SLOTS = 8;
 
