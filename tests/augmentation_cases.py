@@ -65,8 +65,11 @@ def cases(draw, most_channels=9):
     height, width = draw(st.integers(1, 7)), draw(st.integers(1, 7))
     names = draw(st.sets(st.sampled_from(NAMES)))
     seed = draw(st.integers(0, 2**32 - 1))
-    images = pictures((count, height, width, channels), seed)
+    stored = draw(st.integers(1, 5)) if draw(st.booleans()) else None
+    images = pictures((stored or count, height, width, channels), seed)
     options = {"mean": MEAN[:channels], "std": STD[:channels]}
+    if stored:
+        options["index"] = numpy.random.default_rng(seed).integers(0, stored, count)
     return images, options | changes_of(numpy.random.default_rng(seed), names, count, height, width)
 
 

@@ -556,6 +556,7 @@ class Operations(Protocol):
         *,
         mean: Sequence[float],
         std: Sequence[float],
+        index: Array | None = None,
         flip: Array | None = None,
         rows: tuple[Any, Any] | None = None,
         columns: tuple[Any, Any] | None = None,
@@ -583,6 +584,9 @@ class Operations(Protocol):
         6. Normalization: (v / 255 - mean[c]) / std[c].
         7. ``cutout`` (N, 2) integers, row and column of the upper left corner of a square of ``cutout_size``
            pixels, which may reach outside: there the result is 0, the mean colour.
+
+        With ``index`` (N,) integers the images are (M, H, W, C), and each is made of the one of that number,
+        0 .. M - 1; on a GPU a number out of range is not noticed.
 
         Worked out in float32, every product and sum rounded by itself, whatever the ``dtype``: so all backends
         give the same bits, but for m, a sum of doubles in any order, which is exact where pixels are neither

@@ -26,6 +26,7 @@ def check_augmentation(
     *,
     mean: Sequence[float],
     std: Sequence[float],
+    index: Any,
     flip: Any,
     rows: Tables | None,
     columns: Tables | None,
@@ -38,6 +39,11 @@ def check_augmentation(
     """Raise unless the arguments of ``augment_images`` fit each other."""
     check_images(images, mean, std, None, None)
     n = images.shape[0]
+    if index is not None:
+        require_array(index, "index")
+        require_dimensions(index, 1, "(N,)", "index")
+        n = index.shape[0]
+        _check_rows(index, "index", (n,), "i")
     for name, tables in (("rows", rows), ("columns", columns)):
         _check_tables(tables, name, n)
     _check_rows(flip, "flip", (n,), "b")

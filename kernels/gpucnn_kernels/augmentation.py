@@ -27,6 +27,7 @@ def augment_images(
     *,
     mean: Sequence[float],
     std: Sequence[float],
+    index: Any = None,
     flip: Any = None,
     rows: tuple[Any, Any] | None = None,
     columns: tuple[Any, Any] | None = None,
@@ -57,6 +58,9 @@ def augment_images(
     7. ``cutout`` (N, 2) int32, row and column of the upper left corner of a square of ``cutout_size`` pixels,
        which may reach outside: there the result is 0, the mean colour.
 
+    With ``index`` (N,) int64 the images are (M, H, W, C), and each is made of the one of that number, 0 .. M - 1,
+    so that a data set in memory need not be cut into batches first. Numbers out of range are not noticed.
+
     The images' memory may run N, H, W, C or N, C, H, W. ``dtype`` (float32, float16, bfloat16 or float64) is the
     result's, worked out in float32 and rounded once; it is contiguous, or with ``channels_last`` channels-last.
     One launch for every four channels, and one more for ``colour``.
@@ -67,6 +71,7 @@ def augment_images(
     with Call(
         stream,
         images=images,
+        index=index,
         flip=flip,
         row_first=row_first,
         row_weights=row_weights,
@@ -83,9 +88,14 @@ def augment_images(
         if len(picture.shape) != 4:
             raise ArgumentError(f"images must have 4 dimensions (N, H, W, C), got shape {picture.shape}")
         n, height, width, channels = picture.shape
+        if (chosen := call.get("index")) is not None:
+            if len(chosen.shape) != 1:
+                raise ArgumentError(f"index must have 1 dimension (N,), got shape {chosen.shape}")
+            call.require("index", "int64")
+            n = chosen.shape[0]
         factors, shifts = normalization_factors(mean, std, channels)
         _require_dense_images(picture)
-        call.contiguous("flip", "row_first", "row_weights", "column_first", "column_weights")
+        call.contiguous("index", "flip", "row_first", "row_weights", "column_first", "column_weights")
         call.contiguous("rotation", "shift", "colour", "cutout")
         h, row_taps, row_tables = _tables(call, "row", n, height)
         w, column_taps, column_tables = _tables(call, "column", n, width)
@@ -102,7 +112,16 @@ def augment_images(
         y = image_output(
             call, picture, (n, channels, h, w), name, "channels_last" if channels_last else "contiguous"
         )
-        inputs = ("flip", "row_first", "row_weights", "column_first", "column_weights", "rotation", "shift")
+        inputs = (
+            "index",
+            "flip",
+            "row_first",
+            "row_weights",
+            "column_first",
+            "column_weights",
+            "rotation",
+            "shift",
+        )
         require_apart(y, picture, *(call.get(each) for each in (*inputs, "colour", "cutout")))
         interpolated = any(tables is not None for tables in (rows, columns, rotation))
         given: dict[str, Any] = {each: call.get(each) for each in inputs}

@@ -63,11 +63,13 @@ def recoloured(image, brightness, contrast, saturation):
 
 
 def augment_images(
-    images, mean, std, flip=None, rows=None, columns=None, rotation=None, shift=None, colour=None, cutout=None,
-    cutout_size=0,
+    images, mean, std, index=None, flip=None, rows=None, columns=None, rotation=None, shift=None, colour=None,
+    cutout=None, cutout_size=0,
 ):  # fmt: skip
     """(N, C, h, w); every argument but the first three may be None."""
     results = []
+    if index is not None:
+        images = numpy.array([images[number] for number in index.tolist()]).reshape(-1, *images.shape[1:])
     for n, image in enumerate(numpy.asarray(images, float)):
         for axis, tables in ((1, columns), (0, rows)):
             if tables is not None:

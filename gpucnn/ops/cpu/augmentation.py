@@ -27,6 +27,7 @@ def augment_images(
     *,
     mean: Sequence[float],
     std: Sequence[float],
+    index: NDArray[Any] | None = None,
     flip: NDArray[Any] | None = None,
     rows: Tables | None = None,
     columns: Tables | None = None,
@@ -47,6 +48,7 @@ def augment_images(
         images,
         mean=mean,
         std=std,
+        index=index,
         flip=flip,
         rows=rows,
         columns=columns,
@@ -57,17 +59,19 @@ def augment_images(
         cutout_size=cutout_size,
     )
     h, w = augmented_size(images, rows, columns)
-    result = result_array(out, (len(images), images.shape[3], h, w), dtype)
+    count = len(images if index is None else index)
+    result = result_array(out, (count, images.shape[3], h, w), dtype)
     factor, offset = _factor_and_offset(tuple(mean), tuple(std))
     if not result.size:
         return result
     step = max(1, _VALUES_AT_A_TIME // result[0].size)
-    for start in range(0, len(images), step):
+    for start in range(0, count, step):
         part = slice(start, start + step)
+        pixels = images[part] if index is None else images[index[part]]
         target = result[part]
         # Whatever the dtype, the numbers are those of float32.
         values = target if result.dtype == numpy.float32 else scratch("augment", target.shape, numpy.float32)
-        planar, flipped = _resampled(images[part], _of(rows, part), _of(columns, part), flip, part, (h, w))
+        planar, flipped = _resampled(pixels, _of(rows, part), _of(columns, part), flip, part, (h, w))
         if flip is not None and not flipped and flip[part].any():
             planar = _mirrored(planar, flip[part])
         if rotation is not None:

@@ -18,6 +18,7 @@ def augment_images(
     *,
     mean: Sequence[float],
     std: Sequence[float],
+    index: Array | None = None,
     flip: Array | None = None,
     rows: Tables | None = None,
     columns: Tables | None = None,
@@ -30,11 +31,21 @@ def augment_images(
     out: Array | None = None,
 ) -> Array:
     """uint8 images (N, H, W, C) resampled, mirrored, turned, moved, recoloured, normalized, cut out."""
-    check_devices(images=images, flip=flip, rotation=rotation, shift=shift, colour=colour, cutout=cutout, out=out)
+    check_devices(
+        images=images,
+        index=index,
+        flip=flip,
+        rotation=rotation,
+        shift=shift,
+        colour=colour,
+        cutout=cutout,
+        out=out,
+    )
     check_augmentation(
         images,
         mean=mean,
         std=std,
+        index=index,
         flip=flip,
         rows=rows,
         columns=columns,
@@ -46,10 +57,10 @@ def augment_images(
     )
     tables = [array for pair in (rows, columns) if pair is not None for array in pair]
     check_devices(images=images, **{f"table_{number}": array for number, array in enumerate(tables)})
-    n, _, _, channels = images.shape
+    n, channels = len(images if index is None else index), images.shape[3]
     wanted = numpy.dtype(dtype)
     pixels = images if images.transpose(0, 3, 1, 2).flags.c_contiguous else contiguous(images)
-    reads = (pixels, flip, rotation, shift, colour, cutout, *tables)
+    reads = (pixels, index, flip, rotation, shift, colour, cutout, *tables)
     shape = (n, channels, *augmented_size(images, rows, columns))
     target = usable(out, shape, wanted, wanted, *reads, layout=is_image)
     result = call(
@@ -57,6 +68,7 @@ def augment_images(
         pixels,
         mean=mean,
         std=std,
+        index=_as(index, "int64"),
         flip=_as(flip, "bool"),
         rows=None if rows is None else (_as(rows[0], "int32"), _as(rows[1], "float32")),
         columns=None if columns is None else (_as(columns[0], "int32"), _as(columns[1], "float32")),

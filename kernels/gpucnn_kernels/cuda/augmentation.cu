@@ -55,11 +55,12 @@ struct Picture {
 
 __device__ __forceinline__ Picture picture_at(
     long long n, const Pictures &pictures, const Taps &taps, const Result &result, const unsigned char *images,
-    const bool *flip, const int *row_first, const float *row_weights, const int *column_first,
+    const long long *index, const bool *flip, const int *row_first, const float *row_weights, const int *column_first,
     const float *column_weights, const float *rotation, const int *shift
 ) {
     Picture picture;
-    picture.bytes = images + n * pictures.stride_n + pictures.first_channel * pictures.stride_c;
+    picture.bytes =
+        images + (index ? index[n] : n) * pictures.stride_n + pictures.first_channel * pictures.stride_c;
     const long long row_table = taps.row_tables == 1 ? 0 : n, column_table = taps.column_tables == 1 ? 0 : n;
     picture.row_first = row_first ? row_first + row_table * result.h : nullptr;
     picture.row_weights = row_first ? row_weights + row_table * taps.rows * result.h : nullptr;
@@ -187,16 +188,16 @@ __device__ __forceinline__ float grey_of(const Pictures &pictures, const float (
 // where m is its mean grey. A block a picture, which adds in a fixed order. The launch has all channels of three,
 // or the first of others.
 extern "C" __global__ void __launch_bounds__(512, 1) colour_coefficients(
-    const unsigned char *__restrict__ images, const bool *__restrict__ flip, const int *__restrict__ row_first,
-    const float *__restrict__ row_weights, const int *__restrict__ column_first,
+    const unsigned char *__restrict__ images, const long long *__restrict__ index, const bool *__restrict__ flip,
+    const int *__restrict__ row_first, const float *__restrict__ row_weights, const int *__restrict__ column_first,
     const float *__restrict__ column_weights, const float *__restrict__ rotation, const int *__restrict__ shift,
     const double *__restrict__ colour, float *__restrict__ coefficients, Pictures pictures, Taps taps, Result result
 ) {
     __shared__ double shared[32];
     for (long long n = blockIdx.x; n < pictures.count; n += gridDim.x) {
         const Picture picture = picture_at(
-            n, pictures, taps, result, images, flip, row_first, row_weights, column_first, column_weights, rotation,
-            shift
+            n, pictures, taps, result, images, index, flip, row_first, row_weights, column_first, column_weights,
+            rotation, shift
         );
         double total = 0;
         for (int row = threadIdx.y; row < result.h; row += blockDim.y) {
@@ -220,8 +221,8 @@ extern "C" __global__ void __launch_bounds__(512, 1) colour_coefficients(
 
 // A thread for a pixel of the result and all channels of the launch.
 extern "C" __global__ void __launch_bounds__(256, 1) augment_images(
-    const unsigned char *__restrict__ images, const bool *__restrict__ flip, const int *__restrict__ row_first,
-    const float *__restrict__ row_weights, const int *__restrict__ column_first,
+    const unsigned char *__restrict__ images, const long long *__restrict__ index, const bool *__restrict__ flip,
+    const int *__restrict__ row_first, const float *__restrict__ row_weights, const int *__restrict__ column_first,
     const float *__restrict__ column_weights, const float *__restrict__ rotation, const int *__restrict__ shift,
     const float *__restrict__ coefficients, const int *__restrict__ cutout, scalar_t *__restrict__ y,
     Pictures pictures, Taps taps, Result result, Normalization normalization
@@ -236,8 +237,8 @@ extern "C" __global__ void __launch_bounds__(256, 1) augment_images(
     };
     for (long long n = blockIdx.z; n < pictures.count; n += gridDim.z) {
         const Picture picture = picture_at(
-            n, pictures, taps, result, images, flip, row_first, row_weights, column_first, column_weights, rotation,
-            shift
+            n, pictures, taps, result, images, index, flip, row_first, row_weights, column_first, column_weights,
+            rotation, shift
         );
         const float own = coefficients ? coefficients[3 * n] : 1.0f;
         const float added = coefficients ? coefficients[3 * n + 1] : 0.0f;
