@@ -20,6 +20,8 @@ constexpr int64_t FILTER_BLOCK = 128;  // filters a task
 constexpr int64_t POSITION_BLOCK = 640;  // and channels times kernel positions, about
 constexpr int64_t TASKS = 8;           // from so many blocks of weights on, the images are not cut as well
 
+constexpr int64_t FEW = 4;               // fewer tasks leave threads without work
+constexpr int64_t WORTH = 4 << 20;       // products from which on another thread is of use
 constexpr int64_t TOGETHER = 400;       // pixels of an image at most for which images are put together
 
 enum Slot { PARTIAL, TABLE, PIXELS, GRADIENTS, SUMS, LINE, TILES };
@@ -128,8 +130,10 @@ GPUCNN_EXPORT int gpucnn_direct_backward_filter(
     filter_block = ceiling(ceiling(filters, filter_blocks), FILTERS) * FILTERS;
     filter_blocks = ceiling(filters, filter_block);
     int64_t channel_block = smaller(channels, larger(1, POSITION_BLOCK / kernel));
-    int64_t channel_blocks = ceiling(channels, channel_block);
-    channel_block = ceiling(channels, channel_blocks);
+    int64_t channel_blocks = ceiling(channels, channel_block), cuts = p.groups * filter_blocks * channel_blocks * chunks;
+    // A few small images are one chunk: the channels are cut, then, for which each task stages the same dy again.
+    if (cuts < FEW && p.k * channels * kernel * p.n * p.p * p.q > WORTH) channel_blocks *= ceiling(FEW, cuts);
+    channel_block = ceiling(channels, smaller(channels, channel_blocks));
     channel_blocks = ceiling(channels, channel_block);
     // Small images are put together without what is computed in vain between rows and at their ends, where that costs
     // more than another copy of x: about 6 cycles a vector of which filters / 2 cycles of products are made.
