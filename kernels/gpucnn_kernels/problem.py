@@ -7,8 +7,10 @@ code that holds one needs no further shape checks.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 IntOrPair = int | Sequence[int]
 Padding = int | Sequence[int] | str
@@ -165,24 +167,11 @@ class Conv2dProblem:
 
         Raises ProblemError, in words, where the shapes and parameters do not fit together.
         """
-        n, c, h, w = _check_image(input_shape, "the input of a 2d convolution")
-        if len(weight_shape) != 4:
-            raise ProblemError(
-                "the weight of a 2d convolution must have 4 dimensions (out channels, in channels / groups, "
-                f"kernel height, kernel width), got shape {tuple(weight_shape)}"
-            )
-        k, c_per_group, r, s = (int(size) for size in weight_shape)
-        if groups < 1:
-            raise ProblemError(f"groups must be at least 1, got {groups}")
-        if c != c_per_group * groups:
-            raise ProblemError(
-                f"the input has {c} channels (shape {tuple(input_shape)}) but the weight of shape "
-                f"{tuple(weight_shape)} with groups={groups} expects {c_per_group * groups}"
-            )
-        stride_pair = pair(stride, "stride")
-        dilation_pair = pair(dilation, "dilation")
-        pads = resolve_padding(padding, (r, s), stride_pair, dilation_pair)
-        return cls(n, c, h, w, k, r, s, stride_pair, pads, dilation_pair, groups)
+        parts = input_shape, weight_shape, stride, padding, dilation, groups
+        # A network asks for the same few problems at every step. A tuple with a True in it equals one with a 1.
+        if all(map(_is_plain, parts)):
+            return _conv2d_problem(*parts)
+        return _conv2d_problem.__wrapped__(*parts)
 
     @classmethod
     def from_output(
@@ -236,6 +225,39 @@ class Conv2dProblem:
     def flops(self) -> int:
         """Floating-point operations of the forward pass, a multiply-add counted as two."""
         return 2 * self.N * self.K * self.P * self.Q * (self.C // self.groups) * self.R * self.S
+
+
+def _is_plain(value: Any) -> bool:
+    return type(value) in (int, str) or (type(value) is tuple and set(map(type, value)) == _INTEGERS)
+
+
+@functools.lru_cache(maxsize=1024)
+def _conv2d_problem(
+    input_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    stride: IntOrPair,
+    padding: Padding,
+    dilation: IntOrPair,
+    groups: int,
+) -> Conv2dProblem:
+    n, c, h, w = _check_image(input_shape, "the input of a 2d convolution")
+    if len(weight_shape) != 4:
+        raise ProblemError(
+            "the weight of a 2d convolution must have 4 dimensions (out channels, in channels / groups, "
+            f"kernel height, kernel width), got shape {tuple(weight_shape)}"
+        )
+    k, c_per_group, r, s = (int(size) for size in weight_shape)
+    if groups < 1:
+        raise ProblemError(f"groups must be at least 1, got {groups}")
+    if c != c_per_group * groups:
+        raise ProblemError(
+            f"the input has {c} channels (shape {tuple(input_shape)}) but the weight of shape "
+            f"{tuple(weight_shape)} with groups={groups} expects {c_per_group * groups}"
+        )
+    stride_pair = pair(stride, "stride")
+    dilation_pair = pair(dilation, "dilation")
+    pads = resolve_padding(padding, (r, s), stride_pair, dilation_pair)
+    return Conv2dProblem(n, c, h, w, k, r, s, stride_pair, pads, dilation_pair, groups)
 
 
 def conv_transpose2d_problem(
