@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from gpucnn.errors import ArgumentError
+from gpucnn.ops import cpu
 from gpucnn.ops.cpu import compiled
 from gpucnn.ops.cpu.compiled import direct
 from gpucnn.ops.cpu.conv2d import conv2d_backward_filter, conv2d_forward
@@ -195,3 +197,57 @@ def test_infinities_stay_where_they_belong(name: str, value: float) -> None:
     if numpy.isinf(value):
         assert numpy.isinf(y[met_y]).all()
         assert numpy.isinf(dw[met_dw]).all()
+
+
+@pytest.mark.parametrize("groups", [1, 3], ids=["dense", "depthwise"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_padding_by_thousands_takes_little_memory(direction: str, groups: int) -> None:
+    """A kernel that reaches as far as it is padded: laid out with its zeros, 5 x 4 pixels would be gigabytes.
+
+    Only the middle of the kernel meets the image, so this is a 1 x 1 convolution.
+    """
+    far, channels = 3000, 3 // groups
+    random = numpy.random.default_rng(5)
+    x, dy = (random.integers(-4, 5, (2, 3, 5, 4)).astype("f4") for _ in range(2))
+    weight = random.integers(-4, 5, (3, channels, 3, 3)).astype("f4")
+    problem = Conv2dProblem.from_shapes(x.shape, weight.shape, padding=far, dilation=far, groups=groups)
+    assert cpu.conv2d_choose(direction, problem, "float32") not in ("direct", "depthwise")
+    arrays, size = {
+        "forward": ((x, weight), {}),
+        "backward_data": ((dy, weight), {"input_size": (5, 4)}),
+        "backward_filter": ((dy, x), {"kernel_size": 3}),
+    }[direction]
+    convolve = getattr(cpu, f"conv2d_{direction}")
+    found = convolve(*arrays, **size, padding=far, dilation=far, groups=groups)
+    middle = weight[:, :, 1, 1]
+    if groups == 1:
+        expected = {
+            "forward": numpy.einsum("kc,nchw->nkhw", middle, x),
+            "backward_data": numpy.einsum("kc,nkhw->nchw", middle, dy),
+            "backward_filter": numpy.einsum("nkhw,nchw->kc", dy, x),
+        }[direction]
+    else:
+        expected = {
+            "forward": middle[:, :, None] * x,
+            "backward_data": middle[:, :, None] * dy,
+            "backward_filter": (dy * x).sum((0, 2, 3))[:, None],
+        }[direction]
+    if direction == "backward_filter":
+        numpy.testing.assert_array_equal(found[:, :, 1, 1], expected)
+        found[:, :, 1, 1] = 0
+        assert not found.any()
+    else:
+        numpy.testing.assert_array_equal(found, expected)
+    with pytest.raises(ArgumentError, match=r"too much memory for .*; choose auto or one of"):
+        convolve(*arrays, **size, padding=far, dilation=far, groups=groups, algorithm="direct")
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_usual_problems_fit(direction: str) -> None:
+    usual = [
+        Conv2dProblem.from_shapes((64, 64, 1024, 1024), (64, 64, 3, 3), padding=1),
+        Conv2dProblem.from_shapes((1, 2048, 14, 14), (2048, 2048, 3, 3), padding=1),
+        Conv2dProblem.from_shapes((1, 512, 1, 16_000), (512, 512, 1, 9), padding=(0, 4)),
+        Conv2dProblem.from_shapes((8, 3, 1000, 1000), (96, 3, 11, 11), stride=4),
+    ]
+    assert all(direct.fits(direction, problem) for problem in usual)

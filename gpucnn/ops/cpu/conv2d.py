@@ -98,14 +98,15 @@ def conv2d_choose(direction: str, problem: Conv2dProblem, dtype: DTypeLike) -> s
 
     The first line that fits, where depth is input channels a group times kernel columns, "winograd pays" is
     conv2d_winograd.pays (3x3 or 5x5 of stride 1, wide enough, and no float64; without compiled loops, 5x5 forward
-    only), and "compiled" says that there are compiled loops and the computation is in float32:
+    only), "compiled" says that there are compiled loops and the computation is in float32, and "direct fits" is
+    compiled.direct.fits, "small pads" conv2d_depthwise.fits (all but kernels dilated and padded by thousands):
 
     =================  ===========================================  ==========
     direction          problem                                      algorithm
     =================  ===========================================  ==========
-    any                one channel a group, more than one group     depthwise
+    any                one channel a group, > 1 group, small pads   depthwise
     any                compiled, winograd pays, >= 16 channels      winograd
-    any                compiled                                     direct
+    any                compiled, direct fits                        direct
     backward_data      winograd pays, >= 16 channels a group        winograd
     backward_data      1x1, or few outputs and large weights        col2im
     backward_data      1 group: stride > 1, or < 16 channels        col2im
@@ -118,7 +119,7 @@ def conv2d_choose(direction: str, problem: Conv2dProblem, dtype: DTypeLike) -> s
     =================  ===========================================  ==========
     """
     conv2d_algorithms(direction)
-    if conv2d_depthwise.is_depthwise(problem) and problem.groups > 1:
+    if conv2d_depthwise.is_depthwise(problem) and problem.groups > 1 and conv2d_depthwise.fits(problem):
         return "depthwise"
     pointwise = problem.R == problem.S == 1
     strided = problem.stride != (1, 1)
@@ -126,7 +127,10 @@ def conv2d_choose(direction: str, problem: Conv2dProblem, dtype: DTypeLike) -> s
     wide = conv2d_wide.fits(problem)
     winograd = conv2d_winograd.pays(direction, problem, dtype)
     if calculation_dtype(dtype) == numpy.float32 and compiled.available():
-        return "winograd" if winograd and channels >= 16 else "direct"
+        if winograd and channels >= 16:
+            return "winograd"
+        if direct.fits(direction, problem):
+            return "direct"
     if direction == "backward_data":
         if winograd and channels >= 16:
             return "winograd"
@@ -154,6 +158,11 @@ def _resolve(direction: str, algorithm: str, problem: Conv2dProblem, dtype: DTyp
         if not compiled.available():
             raise ArgumentError(
                 f"algorithm 'direct' is not there: {compiled.why_not()}; choose auto or one of {others}"
+            )
+        if not direct.fits(direction, problem):
+            raise ArgumentError(
+                f"algorithm 'direct' lays rows out with their padding, which is too much memory for {problem}; "
+                f"choose auto or one of {others}"
             )
     if algorithm == "winograd" and not conv2d_winograd.is_possible(direction, problem):
         others = ", ".join(name for name in names if name not in ("depthwise", "winograd"))

@@ -66,7 +66,7 @@ def phases(problem: Conv2dProblem, dy: NDArray[Any], weight: NDArray[Any], out: 
     whose h + top leaves the same remainder share the kernel rows whose r * dilation leaves that remainder, and
     step through dy one row at a time.
     """
-    depthwise = problem.groups == problem.C == problem.K
+    depthwise = problem.groups == problem.C == problem.K and conv2d_depthwise.fits(problem)
     convolve = conv2d_depthwise.forward if depthwise else conv2d_rows.forward
     turned = rotated(weight, problem.groups)
     vertical = [_Phase(problem, 0, remainder) for remainder in range(problem.stride[0])]

@@ -39,12 +39,20 @@ from gpucnn.ops.cpu.im2col import inside
 from gpucnn.ops.cpu.threads import parallel_for, scratch
 from gpucnn_kernels.problem import Conv2dProblem
 
+_LAID_OUT = 1 << 25  # numbers of one channel, at most
 _NUMBERS = 5 << 16  # in a task's moved lines and products: they fit the second-level cache
 
 
 def is_depthwise(problem: Conv2dProblem) -> bool:
     """Whether each input channel is a group of its own; it may have several output channels."""
     return problem.groups == problem.C
+
+
+def fits(problem: Conv2dProblem) -> bool:
+    """Whether memory to work in is bounded: padding is laid out as zeros, so no thousands of pixels."""
+    top, bottom, left, right = problem.padding
+    rows = min(problem.H + top + bottom, 16 * problem.stride[0]) + problem.extent[0]
+    return rows * (problem.W + left + right + 2 * problem.extent[1]) <= _LAID_OUT
 
 
 class _Taps(NamedTuple):

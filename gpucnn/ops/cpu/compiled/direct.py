@@ -23,6 +23,7 @@ layer                                   forward      input        filter
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy
@@ -32,9 +33,36 @@ from gpucnn.ops.cpu import conv2d_im2col
 from gpucnn.ops.cpu.compiled.library import function
 from gpucnn_kernels.problem import Conv2dProblem
 
+_NUMBERS = 1 << 25
+"""Numbers that a task may lay out at most, 128 MiB: a row of outputs at least, and all that it meets."""
+
 _forward = function("direct_forward", "ppppo")
 _backward_data = function("direct_backward_data", "pppo")
 _backward_filter = function("direct_backward_filter", "pppoo")
+
+
+def fits(direction: str, problem: Conv2dProblem) -> bool:
+    """Whether a task's memory is bounded: rows are not too long, nor is what padding adds to a small image.
+
+    Padding is laid out as zeros, so a kernel that is dilated by thousands, and padded by as much, would need
+    gigabytes for an image of a few pixels.
+    """
+    p = problem
+    down, right = (p.extent[0] - 1) // p.stride[0], (p.extent[1] - 1) // p.stride[1]
+    inputs, outputs = p.C // p.groups, p.K // p.groups
+    if direction == "backward_data":
+        row = p.W // p.stride[1] + 2 + right
+        work = outputs * (1 + down) * row + min(inputs, 512) * p.stride[1] * row + 64 * p.stride[0] * p.stride[1]
+    else:
+        row = p.Q + right
+        kernel, strides = (p.R, p.S), p.stride
+        planes = math.prod(
+            1 + max(i * p.dilation[axis] % strides[axis] for i in range(min(kernel[axis], strides[axis])))
+            for axis in range(2)
+        )
+        channels = inputs if direction == "forward" else 1
+        work = channels * planes * (1 + down) * row + min(outputs, 512) * row
+    return work <= _NUMBERS
 
 
 def forward(

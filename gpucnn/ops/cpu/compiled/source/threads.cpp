@@ -161,7 +161,10 @@ void run_tasks(int threads, int64_t count, void (*task)(void *, int64_t), void *
     if (wanted > MAXIMUM_HELPERS) wanted = MAXIMUM_HELPERS;
     Pool &pool = *gpucnn::pool;
     if (wanted <= 0 || working || pthread_mutex_trylock(&pool.owner) != 0) {
+        bool outside = !working;
+        working = true;  // or a task's own tasks would find the pool free
         for (int64_t number = 0; number < count; ++number) task(context, number);
+        if (outside) working = false;
         return;
     }
     working = true;
