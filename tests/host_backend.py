@@ -27,6 +27,8 @@ NAME = "gpucnn.ops.cuda"
 def _into(value: Any, name: str) -> Any:
     if isinstance(value, HostArray):
         return value.view(numpy.ndarray)
+    if isinstance(value, tuple):
+        return tuple(_into(part, name) for part in value)
     if isinstance(value, numpy.ndarray):
         raise TypeError(f"{name} is a numpy.ndarray, and the operation was called for device arrays")
     return value

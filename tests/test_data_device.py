@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import signal
+import sys
+import types
 
 import numpy
 import pytest
 
 import gpucnn
-from gpucnn.data import ArrayDataset, Augmentation, Batch, Dataset, Loader, Preprocessing, TensorDataset
+from gpucnn.data import ArrayDataset, Augmentation, Batch, Dataset, Loader, Preprocessing, Subset, TensorDataset
 from gpucnn.data import device_preprocessing as device_module
+from gpucnn.data import resident as resident_module
 from gpucnn.device import is_device_array, to_cpu
-from gpucnn.errors import ArgumentError, DtypeError
+from gpucnn.errors import ArgumentError, DtypeError, ShapeError
 from gpucnn.layers import Conv2d, Flatten, Linear, ReLU
 from gpucnn.training import Callback, TrainingInterrupted
 from gpucnn_kernels import runtime
@@ -73,8 +78,9 @@ def loaders(name: str, prepared: str = "float32", **options):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_are_those_of_the_cpu_bit_for_bit(name, workers):
-    ours, theirs = loaders(name, workers=workers)
+@pytest.mark.parametrize("keep", [False, True], ids=["sent", "kept"])
+def test_batches_are_those_of_the_cpu_bit_for_bit(name, workers, keep):
+    ours, theirs = loaders(name, workers=workers, keep_on_device=keep)
     for epoch, start in ((0, 0), (3, 2)):  # the second as in a run that is resumed
         pairs = list(zip(ours.epoch(epoch, start), theirs.epoch(epoch, start), strict=True))
         assert len(pairs) == 5 - start
@@ -120,13 +126,76 @@ def test_nothing_is_computed_of_pixels_on_the_cpu(monkeypatch):
 
     monkeypatch.setattr("gpucnn.data.loader.to_send", watched)
     for name in ("flip and shift", "planes"):
-        _, loader = loaders(name, workers=0)
+        _, loader = loaders(name, workers=0, keep_on_device=False)
         assert len(list(loader)) == 5
         pixels = sent[0][0]
         assert pixels.dtype == numpy.uint8
         assert pixels.size == 5 * IMAGES[0].size
         assert pixels.flags.c_contiguous, "a copy that goes through memory in order"
         sent.clear()
+
+
+def test_a_data_set_in_memory_goes_to_the_device_once(monkeypatch):
+    copied = []
+    plain = resident_module.to_device
+    monkeypatch.setattr(
+        resident_module, "to_device", lambda array, device: copied.append(array.shape) or plain(array, device)
+    )
+    images = pictures(40, 6, 7, seed=3)
+    data = ArrayDataset(images, numpy.arange(40) % 4)
+    parts = [data, Subset(data, [7, 3, 30, 31, 2]), Subset(Subset(data, numpy.arange(39, 4, -1)), [0, 9, 20])]
+    preprocessing = Preprocessing((6, 7), (0.5,), (0.25,))
+    for part in parts:
+        ours, theirs = (
+            Loader(part, 2, preprocessing=preprocessing, shuffle=True, device=device) for device in ("cpu", "cuda")
+        )
+        for mine, other in zip(ours, theirs, strict=True):
+            numpy.testing.assert_array_equal(to_cpu(other.images), mine.images)
+            numpy.testing.assert_array_equal(to_cpu(other.labels), mine.labels)
+    assert copied == [(40, 6, 7, 1)]
+    kept = len(resident_module._kept)
+    del data, parts, part, ours, theirs, mine, other
+    gc.collect()
+    assert len(resident_module._kept) == kept - 1, "it goes with the data set"
+
+
+def test_what_is_larger_than_an_eighth_of_the_free_memory_is_sent(monkeypatch):
+    monkeypatch.setattr(resident_module, "_fits", lambda images, device: False)
+    data = ArrayDataset(IMAGES.copy(), LABELS)
+    assert resident_module.resident(data, "cuda") is None
+    preprocessing = Preprocessing((20, 26), (0.5,) * 3, (0.25,) * 3)
+    ours, theirs = (Loader(data, 5, preprocessing=preprocessing, device=device) for device in ("cpu", "cuda"))
+    for mine, other in zip(ours, theirs, strict=True):
+        numpy.testing.assert_array_equal(to_cpu(other.images), mine.images)
+
+
+@pytest.mark.parametrize(("free", "idle", "fits"), [(8000, 0, True), (7999, 0, False), (7000, 1000, True)])
+def test_the_share_of_the_free_memory(free, idle, fits, monkeypatch):
+    pool = types.SimpleNamespace(free_bytes=lambda: idle)
+    device = types.SimpleNamespace(mem_info=(free, 1 << 40))
+    cuda = types.SimpleNamespace(Device=lambda index: device)
+    stand_in = types.SimpleNamespace(cuda=cuda, get_default_memory_pool=lambda: pool)
+    monkeypatch.setitem(sys.modules, "cupy", stand_in)
+    monkeypatch.setattr(resident_module, "is_host_runtime", lambda: False)
+    monkeypatch.setattr(resident_module, "on_device", lambda device: contextlib.nullcontext())
+    assert resident_module._fits(numpy.zeros((10, 10, 10, 1), numpy.uint8), "cuda:1") is fits
+
+
+def test_data_sets_that_make_their_images_are_asked_for_them():
+    class Inverted(ArrayDataset):
+        def images(self, indices):
+            return 255 - super().images(indices)
+
+    class Rotated(Subset):
+        def images(self, indices):
+            return super().images(indices)[:, ::-1]
+
+    preprocessing = Preprocessing((20, 26), (0.5,) * 3, (0.25,) * 3)
+    for data in (Inverted(IMAGES, LABELS), Rotated(COLOUR, [1, 2]), Subset(Inverted(IMAGES, LABELS), [4])):
+        assert data.in_memory() is None
+        ours, theirs = (Loader(data, 5, preprocessing=preprocessing, device=device) for device in ("cpu", "cuda"))
+        for mine, other in zip(ours, theirs, strict=True):
+            numpy.testing.assert_array_equal(to_cpu(other.images), mine.images)
 
 
 def test_a_batch_stays_what_it_is_while_others_come():
@@ -154,6 +223,8 @@ def test_what_does_not_fit_is_said_as_on_the_cpu():
     preprocessing = Preprocessing((20, 26), (0.5,) * 3, (0.25,) * 3)
     with pytest.raises(DtypeError, match="images to preprocess must be a uint8 array, got float64"):
         list(Loader(Floats(IMAGES, LABELS), 5, preprocessing=preprocessing, device="cuda"))
+    with pytest.raises(ShapeError, match=r"\(count, height, width, 1\), one channel for each mean"):
+        list(Loader(COLOUR, 5, preprocessing=Preprocessing((20, 26), (0.5,), (0.25,)), device="cuda"))
     with pytest.raises(ArgumentError, match="shift=20 leaves nothing"):
         list(
             Loader(
@@ -182,7 +253,7 @@ def trained(augmentation, **options):
 def test_training_ends_with_the_weights_that_preprocessing_on_the_cpu_gives(augmentation, monkeypatch):
     on_device = trained(augmentation)
 
-    def sent(self, transfer, epoch, indices):
+    def sent(self, transfer, there, epoch, indices):
         images, labels, _ = self._prepared(epoch, indices)
         return Batch(transfer.start([images, labels]), None, indices)
 

@@ -212,7 +212,15 @@ def loader_to(gpu: Gpu, monkeypatch, data=DATA, **options) -> Loader:
         loader_module, "make_transfer", lambda device, buffers: Transfer(CudaMemory(gpu, 0), buffers)
     )
     monkeypatch.setattr(device_module, "backend_of", lambda array: Operations(gpu))
-    return Loader(data, 5, preprocessing=PREPROCESSING, augmentation=AUGMENTATION, device="cuda", **options)
+    return Loader(
+        data,
+        5,
+        preprocessing=PREPROCESSING,
+        augmentation=AUGMENTATION,
+        device="cuda",
+        keep_on_device=False,
+        **options,
+    )
 
 
 def train_on(gpu: Gpu, monkeypatch, workers: int) -> bool:

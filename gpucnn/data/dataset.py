@@ -38,6 +38,13 @@ class Dataset(ABC):
     def images(self, indices: ArrayLike) -> NDArray[Any]:
         """The images with these numbers, (len(indices), height, width, channels) uint8. Threads may call it."""
 
+    def in_memory(self) -> tuple[NDArray[numpy.uint8], NDArray[numpy.int64]] | None:
+        """The one array in memory, uint8 (M, H, W, C), that has the images as they are, and their numbers in it.
+
+        None where there is no such array, as in a data set that makes its images or reads them from files.
+        """
+        return None
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -76,6 +83,12 @@ class ArrayDataset(Dataset):
     def images(self, indices: ArrayLike) -> NDArray[numpy.uint8]:
         """The images with these numbers, (len(indices), height, width, channels) uint8."""
         return self._images[numpy.asarray(indices, numpy.int64)]
+
+    def in_memory(self) -> tuple[NDArray[numpy.uint8], NDArray[numpy.int64]] | None:
+        """All images, and their numbers; None where a derived class gives other ones."""
+        if type(self).images is not ArrayDataset.images:
+            return None
+        return self._images, numpy.arange(len(self._images))
 
 
 class TensorDataset(Dataset):
@@ -154,6 +167,11 @@ class Subset(Dataset):
     def images(self, indices: ArrayLike) -> NDArray[Any]:
         """The images with these numbers within the subset, as ``dataset.images`` gives them."""
         return self.dataset.images(self.indices[numpy.asarray(indices, numpy.int64)])
+
+    def in_memory(self) -> tuple[NDArray[numpy.uint8], NDArray[numpy.int64]] | None:
+        """The array of the whole data set, and the numbers of these images in it."""
+        found = None if type(self).images is not Subset.images else self.dataset.in_memory()
+        return None if found is None else (found[0], found[1][self.indices])
 
 
 @dataclass(frozen=True)

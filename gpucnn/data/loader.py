@@ -13,8 +13,9 @@ import numpy
 from numpy.typing import NDArray
 
 from gpucnn.data.dataset import Dataset
-from gpucnn.data.device_preprocessing import to_send
+from gpucnn.data.device_preprocessing import to_pick, to_send
 from gpucnn.data.recycling import Recycler
+from gpucnn.data.resident import Resident, resident
 from gpucnn.data.transfer import Transfer, make_transfer
 from gpucnn.data.transforms import Augmentation, Preprocessing
 from gpucnn.device import Device
@@ -54,6 +55,8 @@ class Loader:
         dtype: "float32" or "float64": what to convert inputs to; None leaves them as they come.
         device: where batches go: "cpu", "cuda" or "cuda:1". To a GPU images travel as bytes, with what is drawn
             for each, and are augmented and normalized there; with workers while it computes on the ones before.
+        keep_on_device: whether a data set in memory is copied to the GPU once, where it takes no more than an
+            eighth of the free memory; then only the images' numbers travel. Its array must not change meanwhile.
 
     The order and every value depend on ``seed``, the epoch and the image's number alone, not on ``workers``,
     ``prefetch`` or where the epoch was started. Raises ArgumentError for sizes out of range.
@@ -73,6 +76,7 @@ class Loader:
         prefetch: int = 4,
         dtype: str | None = None,
         device: str | Device = "cpu",
+        keep_on_device: bool = True,
     ) -> None:
         batch_size = _count("batch_size", batch_size, 1)
         workers, prefetch = _count("workers", workers, 0), _count("prefetch", prefetch, 1)
@@ -94,6 +98,7 @@ class Loader:
         self.preprocessing, self.augmentation = preprocessing, augmentation
         self.shuffle, self.seed, self.drop_last = shuffle, seed, drop_last
         self.workers, self.prefetch, self.dtype, self.device = workers, prefetch, dtype, device
+        self.keep_on_device = keep_on_device
         self._recycler = Recycler(_IDLE_BATCHES)
 
     def __len__(self) -> int:
@@ -124,12 +129,15 @@ class Loader:
             )
         order = self.order(number)
         transfer = make_transfer(self.device, max(self.workers, 1))
+        there = None
+        if transfer is not None and self.preprocessing is not None and self.keep_on_device:
+            there = resident(self.dataset, self.device)
 
         def prepare(batch: int) -> Batch:
             indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
             if transfer is None:
                 return self._prepared(number, indices)
-            return self._sent(transfer, number, indices)
+            return self._sent(transfer, there, number, indices)
 
         return EpochIterator(prepare, start_batch, len(self), self.workers, self.prefetch, transfer)
 
@@ -144,16 +152,22 @@ class Loader:
             images = images.astype(self.dtype, copy=False)
         return Batch(images, self.dataset.labels[indices], indices)
 
-    def _sent(self, transfer: Transfer, epoch: int, indices: NDArray[numpy.int64]) -> Batch:
+    def _sent(
+        self, transfer: Transfer, there: Resident | None, epoch: int, indices: NDArray[numpy.int64]
+    ) -> Batch:
         """The batch on its way to the device; until it arrives, what the transfer gave stands for the images."""
         if self.preprocessing is None:
             images, labels, _ = self._prepared(epoch, indices)
             return Batch(transfer.start([images, labels]), None, indices)
-        images = self.dataset.images(indices)
+        images = self.dataset.images(indices) if there is None else there.form_of(len(indices))
         changes = self.preprocessing.changes(
             images, self.augmentation, seed=self.seed, epoch=epoch, indices=indices
         )
-        arrays, work = to_send(images, self.preprocessing, changes, self.dtype or self.preprocessing.dtype)
+        dtype = self.dtype or self.preprocessing.dtype
+        if there is None:
+            arrays, work = to_send(images, self.preprocessing, changes, dtype)
+        else:
+            arrays, work = to_pick(there, indices, self.preprocessing, changes, dtype)
         return Batch(transfer.start([*arrays, self.dataset.labels[indices]], work), None, indices)
 
 

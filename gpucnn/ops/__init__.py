@@ -7,8 +7,8 @@ operations through it, so the array's type chooses the backend.
 
 from __future__ import annotations
 
-import functools
 import importlib
+import sys
 from typing import Any
 
 import numpy
@@ -20,6 +20,7 @@ from gpucnn.ops.contract import Array, Operations
 __all__ = ["Array", "Operations", "array_module", "backend_of"]
 
 _CUDA = "gpucnn.ops.cuda"
+_whole: Any = None  # that module, once it is all there
 
 
 def backend_of(array: Any) -> Operations:
@@ -29,14 +30,12 @@ def backend_of(array: Any) -> Operations:
     """
     if type(array) is numpy.ndarray or module_of(array) is numpy:
         return cpu
-    return _cuda()
-
-
-@functools.cache
-def _cuda() -> Operations:
-    """The CUDA backend, whole: where another thread is importing it, this one waits."""
-    backend: Operations = importlib.import_module(_CUDA)
-    return backend
+    global _whole
+    backend: Any = sys.modules.get(_CUDA)
+    if backend is None or backend is not _whole:
+        backend = _whole = importlib.import_module(_CUDA)  # waits where another thread is importing it
+    whole: Operations = backend
+    return whole
 
 
 def array_module(array: Any) -> Any:

@@ -116,14 +116,18 @@ def check_loader(bench: Bench) -> None:
     augmentations = {
         "no changes": None,
         "moved": Augmentation(horizontal_flip=True, shift=4, cutout=8),
+        "moved, kept on the GPU": Augmentation(horizontal_flip=True, shift=4, cutout=8),
         "cropped and turned": Augmentation(horizontal_flip=True, resized_crop=0.3, rotation=20.0, shift=2),
     }
     for title, augmentation in augmentations.items():
 
-        def batches(device: str, augmentation: Augmentation | None = augmentation) -> list[Any]:
+        def batches(
+            device: str, augmentation: Augmentation | None = augmentation, keep: bool = "kept" in title
+        ) -> list[Any]:
             loader = Loader(
-                data, 8, preprocessing=preprocessing, augmentation=augmentation, shuffle=True, device=device
-            )
+                data, 8, preprocessing=preprocessing, augmentation=augmentation, shuffle=True, device=device,
+                keep_on_device=keep,
+            )  # fmt: skip
             kept = []
             with loader.epoch(1) as prepared:
                 for batch in prepared:
