@@ -183,11 +183,14 @@ void put_together(
     fill_zeros(line, (vectors + step) * LANES);  // what lies there by chance may be subnormal, 100 times as slow
     for (int64_t k = 0; k < depth; ++k) {
         float *at = line;
-        for (int64_t i = 0; i < images; ++i)
-            for (int64_t y = 0; y < c.rows; ++y, at += c.columns) {
-                const float *row = staged + i * image + offset[k] + y * c.staging.pitch;
-                for (int64_t x = 0; x < c.columns; x += LANES) store(at + x, load(row + x));
-            }
+        for (int64_t i = 0; i < images; ++i) {
+            const float *row = staged + i * image + offset[k];
+            if (c.columns <= LANES)
+                for (int64_t y = 0; y < c.rows; ++y, at += c.columns, row += c.staging.pitch) store(at, load(row));
+            else
+                for (int64_t y = 0; y < c.rows; ++y, at += c.columns, row += c.staging.pitch)
+                    for (int64_t x = 0; x < c.columns; x += LANES) store(at + x, load(row + x));
+        }
         for (int64_t v = 0; v < vectors; v += step)
             for (int i = 0; i < step; ++i)
                 store(to + (v / step * DEPTH + k) * step * LANES + i * LANES, load(line + (v + i) * LANES));
@@ -290,6 +293,8 @@ int correlate(
                     }
             }
         };
+        // Results lie as the output does, row behind row.
+        bool whole = c.spread_h * c.spread_w == 1 && cut.pitch == c.width && c.row == 0 && c.column == 0;
         for (int64_t a = 0; a < c.spread_h; ++a) {
             for (int64_t b = 0; b < c.spread_w; ++b) multiply(a * c.spread_w + b, b);
             for (int64_t n = 0; n < images; ++n)
@@ -297,6 +302,10 @@ int correlate(
                     float *plane =
                         out + (((first + n) * c.groups + group) * c.outputs + output + i) * c.height * c.width;
                     const float *from = results + i * pitch + n * cut.image;
+                    if (whole) {
+                        copy(plane + y * c.width, from, smaller(rows, c.height - y) * c.width);
+                        continue;
+                    }
                     for (int64_t j = 0; j < rows; ++j, from += cut.pitch) {
                         int64_t h = (y + j) * c.spread_h + a + c.row;
                         if (h >= 0 && h < c.height) write_row(c, from, apart, line, plane + h * c.width);
