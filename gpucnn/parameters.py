@@ -2,6 +2,10 @@
 
 A network that computes in 16 bits keeps its parameters in float32, and beside each a copy in 16 bits, which its
 convolutions and linear layers read; :func:`refresh_narrow_copies` brings the copies up to date.
+
+On a GPU the weights of convolutions may lie channels-last, (K, C, R, S) with memory that runs K, R, S, C, as the
+kernels for tensor cores read them: gradients, copies and an optimizer's statistics then lie so, too. What is saved
+never does.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import numpy
 from gpucnn.device import copy_into, device_of, is_device_array, on_device, to_device
 from gpucnn.errors import DeviceError, DtypeError, ShapeError
 from gpucnn.ops import Array, array_module
+from gpucnn.ops.memory_format import is_channels_last
 
 _buffer_numbers = itertools.count(1)
 
@@ -98,12 +103,25 @@ class Parameter:
         Where they are there already nothing happens. Raises DeviceError where the device cannot be used.
         """
         data, gradient = self.data, self.gradient
+        channels_last = is_channels_last(data)
         if dtype is not None and data.dtype != dtype:
             data, gradient = data.astype(dtype), gradient.astype(dtype)
         if device is not None:
             data, gradient = to_device(data, device), to_device(gradient, device)
         if data is not self.data:
             self.data, self.gradient = data, gradient
+            self.buffer = self.narrow_copy = None
+            self.lay(channels_last and is_device_array(data))  # between devices CuPy copies to C order
+
+    def lay(self, channels_last: bool) -> None:
+        """Have values (K, C, R, S) and gradient lie channels-last, or contiguous: in arrays of their own.
+
+        Where they do so already nothing happens.
+        """
+        last = channels_last and is_device_array(self.data)
+        arrays = _lying(self.data, last), _lying(self.gradient, last)
+        if arrays[0] is not self.data:
+            self.data, self.gradient = arrays
             self.buffer = self.narrow_copy = None
 
     def add_gradient(self, gradient: Array) -> None:
@@ -159,7 +177,7 @@ class Parameter:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Parameter:
         """A parameter of its own: values and gradient copied, in no flat buffer."""
-        twin = Parameter(self.data.copy(), self.requires_grad)
+        twin = Parameter(self.data.copy("K"), self.requires_grad)
         twin.gradient[...] = self.gradient
         twin.path = self.path
         memo[id(self)] = twin
@@ -175,6 +193,9 @@ class FlatBuffer:
     An optimizer step, a clearing or a reduction is then one operation on one array, and so is the conversion to
     16 bits: ``narrow``, where a model computes in them, has the same layout. Each parameter begins at a multiple
     of PITCH elements, in ``offsets``; between them lie zeros, in values and gradients, which steps leave zero.
+
+    A parameter that lies channels-last does so here, too. What leaves the program is brought to the order that
+    does not know of it, by :meth:`in_c_order`, and what comes from outside by :meth:`in_own_order`.
     """
 
     def __init__(self, parameters: Iterable[Parameter]) -> None:
@@ -190,14 +211,14 @@ class FlatBuffer:
 
     def _lay(self) -> None:
         self.offsets: list[int] = []
+        self._channels_last = [is_channels_last(parameter.data) for parameter in self.parameters]
         start = 0
-        for parameter in self.parameters:
+        for parameter, last in zip(self.parameters, self._channels_last, strict=True):
             stop = start + parameter.size
-            view, gradient = self.data[start:stop], self._gradient[start:stop]
-            view[...] = parameter.data.reshape(-1)
-            gradient[...] = parameter.gradient.reshape(-1)
-            parameter.data = view.reshape(parameter.shape)
-            parameter.gradient = gradient.reshape(parameter.shape)
+            view = _shaped(self.data[start:stop], parameter.shape, last)
+            gradient = _shaped(self._gradient[start:stop], parameter.shape, last)
+            view[...], gradient[...] = parameter.data, parameter.gradient
+            parameter.data, parameter.gradient = view, gradient
             parameter.buffer, parameter.narrow_copy = self, None
             self.offsets.append(start)
             start += _padded(parameter.size)
@@ -229,8 +250,56 @@ class FlatBuffer:
             for parameter, start in zip(self.parameters, self.offsets, strict=True):
                 if parameter.buffer is self:
                     view = self.narrow[start : start + parameter.size]
-                    parameter.narrow_copy = view.reshape(parameter.shape)
+                    parameter.narrow_copy = shaped_like(parameter.data, view)
         self.narrow[...] = self.data
+
+    def in_c_order(self, array: Array) -> Array:
+        """A copy of ``array``, laid out as this buffer, with every parameter's elements in C order.
+
+        ``array`` itself where they are so already.
+        """
+        return self._ordered(array, from_c_order=False)
+
+    def in_own_order(self, array: Array) -> Array:
+        """A copy of ``array``, with every parameter's elements in C order, laid out as this buffer.
+
+        ``array`` itself where it is so already.
+        """
+        return self._ordered(array, from_c_order=True)
+
+    def _ordered(self, array: Array, *, from_c_order: bool) -> Array:
+        if not any(self._channels_last):
+            return array
+        ordered = array.copy()
+        for parameter, start, last in zip(self.parameters, self.offsets, self._channels_last, strict=True):
+            if last:
+                place = slice(start, start + parameter.size)
+                target = _shaped(ordered[place], parameter.shape, from_c_order)
+                target[...] = _shaped(array[place], parameter.shape, not from_c_order)
+        return ordered
+
+
+def shaped_like(model: Array, elements: Array) -> Array:
+    """A view of a 1-d array with the shape of ``model``, in the order in which that lies."""
+    return _shaped(elements, tuple(model.shape), is_channels_last(model))
+
+
+def _shaped(elements: Array, shape: tuple[int, ...], channels_last: bool) -> Array:
+    """A view of a 1-d array as one of ``shape``, in C order or (K, C, R, S) channels-last."""
+    if not channels_last:
+        return elements.reshape(shape)
+    k, c, r, s = shape
+    return elements.reshape(k, r, s, c).transpose(0, 3, 1, 2)
+
+
+def _lying(array: Array, channels_last: bool) -> Array:
+    """``array`` in C order or channels-last: itself where it lies so, otherwise a copy."""
+    if is_channels_last(array) == channels_last and (channels_last or array.flags.c_contiguous):
+        return array
+    elements = array_module(array).empty(array.size, array.dtype)
+    copy = _shaped(elements, tuple(array.shape), channels_last)
+    copy[...] = array
+    return copy
 
 
 def _padded(size: int) -> int:

@@ -187,6 +187,20 @@ def test_views_know_their_owner():
         assert owner[0:10].base is owner
 
 
+def test_new_results_of_arithmetic_are_contiguous_as_cupys_are(host):
+    """Whatever the order of the operands: CuPy gives the results of ufuncs in C order, NumPy in theirs."""
+    turned = host.T
+    for made in (turned + turned, -turned, turned > 1, host_arrays.multiply(turned, 2), *numpy.modf(turned)):
+        assert made.flags.c_contiguous
+        assert type(made) is HostArray
+    assert (turned + turned).get().tolist() == [[0, 6], [2, 8], [4, 10]]
+    kept = host_arrays.add(turned, turned, out=host_arrays.empty_like(turned))
+    assert kept.flags.f_contiguous
+    turned += 1
+    assert turned.flags.f_contiguous
+    assert float((host[0, 0] + 1) * 2) == 4
+
+
 def test_importing_it_loads_no_compiler_and_no_gpucnn():
     code = (
         "import sys, gpucnn_kernels.runtime.host_array; "

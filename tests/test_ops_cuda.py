@@ -213,7 +213,8 @@ def test_results_follow_the_layout_of_the_input():
         CUDA.avg_pool2d_forward(x, kernel_size=2),
         CUDA.relu_forward(x),
         CUDA.batch_norm_forward(x)[0],
-        CUDA.relu_backward(x, numpy.ascontiguousarray(x)),
+        CUDA.relu_backward(numpy.ascontiguousarray(x), x),  # of the forward's image: a gradient's is its own
+        CUDA.batch_norm_backward(numpy.ascontiguousarray(x), x, None, *numbers(2, 3))[0],
     ):
         assert y.transpose(0, 2, 3, 1).flags.c_contiguous
 

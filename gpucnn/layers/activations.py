@@ -48,7 +48,9 @@ class ReLU6(Layer):
         (y,) = self._take_saved()
         check_gradient(dy, y.shape, y)
         # A choice, not a product with 0 and 1: an infinity in dy must vanish where y was clipped.
-        return backend_of(dy).relu_backward(dy, y * (y < 6))
+        module = array_module(y)
+        inside = module.multiply(y, y < 6, out=module.empty_like(y))  # into it, for CuPy would make it contiguous
+        return backend_of(dy).relu_backward(dy, inside)
 
     def extra_repr(self) -> str:
         """Whether in place."""

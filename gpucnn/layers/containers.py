@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from gpucnn.errors import ArgumentError, DtypeError, ShapeError
 from gpucnn.layers.layer import Layer, ShortcutSum, check_gradient
 from gpucnn.ops import Array, array_module
+from gpucnn.ops.memory_format import add, empty_image, is_channels_last
 
 
 class Identity(Layer):
@@ -117,7 +118,7 @@ class Residual(Layer):
                 f"the body gives shape {tuple(y.shape)}, the shortcut {tuple(other.shape)}; give a shortcut that "
                 "makes them equal"
             )
-        y = y + other
+        y = add(y, other)
         return y if self.activation is None else self.activation(y)
 
     def backward(self, dy: Array) -> Array:
@@ -125,7 +126,7 @@ class Residual(Layer):
         if self.activation is not None:
             dy = self.activation.backward(dy)
         dx = self.body.backward(dy)
-        return dx + (dy if self.shortcut is None else self.shortcut.backward(dy))
+        return add(dx, dy if self.shortcut is None else self.shortcut.backward(dy))
 
     def shortcut_sum(self) -> ShortcutSum:
         """All of it."""
@@ -157,7 +158,7 @@ class Concatenate(Layer):
         shapes = [tuple(output.shape) for output in outputs]
         if len({shape[:1] + shape[2:] for shape in shapes}) != 1:
             raise ShapeError(f"the branches' outputs must agree in all but the channels, got shapes {shapes}")
-        y = array_module(x).concatenate(outputs, axis=1)
+        y = _joined(outputs)
         self._save(y.shape, [shape[1] for shape in shapes])
         return y
 
@@ -167,13 +168,35 @@ class Concatenate(Layer):
         check_gradient(dy, output_shape)
         dx, start = None, 0
         for (_, branch), width in zip(self.children(), widths, strict=True):
-            part = branch.backward(dy[:, start : start + width])
-            dx = part if dx is None else dx + part
+            part = branch.backward(_channels_of(dy, start, start + width))
+            dx = part if dx is None else add(dx, part)
             start += width
         return dx
 
     def __repr__(self) -> str:
         return f"Concatenate({_indented(self)})"
+
+
+def _joined(images: list[Array]) -> Array:
+    """The images side by side along the channels; on a GPU channels-last where any of them is."""
+    first, channels = images[0], sum(image.shape[1] for image in images)
+    if not any(map(is_channels_last, images)):
+        return array_module(first).concatenate(images, axis=1)
+    joined, start = empty_image((first.shape[0], channels, *first.shape[2:]), first, True), 0
+    for image in images:
+        joined[:, start : start + image.shape[1]] = image
+        start += image.shape[1]
+    return joined
+
+
+def _channels_of(images: Array, start: int, stop: int) -> Array:
+    """Some channels: a view, or of channels-last images, which kernels would take a contiguous copy of, a copy."""
+    part = images[:, start:stop]
+    if not is_channels_last(images):
+        return part
+    copy = empty_image(part.shape, images, True)
+    copy[...] = part
+    return copy
 
 
 def _check_reads_only(*branches: Layer | None) -> None:

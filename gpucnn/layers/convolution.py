@@ -8,8 +8,16 @@ from gpucnn import initializers
 from gpucnn.errors import ArgumentError, ShapeError
 from gpucnn.layers.layer import Layer, check_gradient, check_input
 from gpucnn.ops import Array, backend_of
+from gpucnn.ops.memory_format import is_channels_last, result_for
 from gpucnn.parameters import Parameter
-from gpucnn_kernels.problem import IntOrPair, Padding, pair, resolve_padding
+from gpucnn_kernels.problem import (
+    Conv2dProblem,
+    IntOrPair,
+    Padding,
+    conv_transpose2d_problem,
+    pair,
+    resolve_padding,
+)
 
 
 def check_positive(**values: int) -> None:
@@ -46,6 +54,10 @@ class Conv2d(Layer):
         algorithm: how to compute: "auto", or a dict of names by direction, such as
             {"backward_data": "dilated"}; ``gpucnn.ops.cpu.conv2d_algorithms(direction)`` lists the names.
 
+    Attributes:
+        channels_last: whether the output lies in a GPU's memory channels-last, and not as the input does;
+            :func:`gpucnn.layers.precision.set_precision` sets it.
+
     Parameters: ``weight`` (out_channels, in_channels / groups, kH, kW), ``bias`` (out_channels,); both start
     uniform in +-1 / sqrt(fan_in).
 
@@ -54,6 +66,8 @@ class Conv2d(Layer):
         >>> layer(numpy.zeros((4, 3, 224, 224), numpy.float32)).shape
         (4, 16, 111, 111)
     """
+
+    channels_last: bool = False
 
     def __init__(
         self,
@@ -107,9 +121,26 @@ class Conv2d(Layer):
             dilation=self.dilation,
             groups=self.groups,
             algorithm=self.algorithm["forward"],
+            out=self._result_for(x),
         )
         self._save(x, y.shape)
         return y
+
+    def _problem(self, x: Array) -> Conv2dProblem:
+        return Conv2dProblem.from_shapes(
+            x.shape,
+            self.weight.shape,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+        )
+
+    def _result_for(self, x: Array) -> Array | None:
+        """Where the output goes, if it is to lie otherwise than x."""
+        if not self.channels_last or is_channels_last(x):
+            return None
+        return result_for(self._problem(x).output_shape, x, channels_last=True)
 
     def backward(self, dy: Array) -> Array:
         """The gradient for x; adds to ``weight.gradient`` and ``bias.gradient``."""
@@ -140,6 +171,7 @@ class Conv2d(Layer):
             dilation=self.dilation,
             groups=self.groups,
             algorithm=self.algorithm["backward_data"],
+            out=result_for(x.shape, dy, is_channels_last(x)),
         )
 
     def skip_input_gradient(self, skip: bool = True) -> None:
@@ -165,7 +197,11 @@ class ConvTranspose2d(Layer):
     H' = (H - 1) * stride - 2 * padding + dilation * (kernel - 1) + output_padding + 1.
 
     Parameters: ``weight`` (in_channels, out_channels / groups, kH, kW), ``bias`` (out_channels,).
+
+    ``channels_last`` is :class:`Conv2d`'s.
     """
+
+    channels_last: bool = False
 
     def __init__(
         self,
@@ -205,9 +241,25 @@ class ConvTranspose2d(Layer):
             output_padding=self.output_padding,
             dilation=self.dilation,
             groups=self.groups,
+            out=self._result_for(x),
         )
         self._save(x, y.shape)
         return y
+
+    def _result_for(self, x: Array) -> Array | None:
+        """Where the output goes, if it is to lie otherwise than x."""
+        if not self.channels_last or is_channels_last(x):
+            return None
+        problem = conv_transpose2d_problem(
+            x.shape,
+            self.weight.shape,
+            stride=self.stride,
+            padding=self.padding,
+            output_padding=self.output_padding,
+            dilation=self.dilation,
+            groups=self.groups,
+        )
+        return result_for(problem.input_shape, x, channels_last=True)
 
     def backward(self, dy: Array) -> Array:
         """The gradient for x; adds to ``weight.gradient`` and ``bias.gradient``."""
@@ -235,6 +287,7 @@ class ConvTranspose2d(Layer):
             padding=self.padding,
             dilation=self.dilation,
             groups=self.groups,
+            out=result_for(x.shape, dy, is_channels_last(x)),
         )
 
     def skip_input_gradient(self, skip: bool = True) -> None:

@@ -282,7 +282,7 @@ class Layer:
 
         They are NumPy arrays wherever the layer is, so that what one device saved loads on any other.
         """
-        return {key: numpy.array(to_cpu(array)) for key, array in self._state().items()}
+        return {key: numpy.array(to_cpu(array), order="C") for key, array in self._state().items()}
 
     def _state(self) -> dict[str, Array]:
         """The arrays themselves of all parameters and buffers, by path."""

@@ -11,6 +11,7 @@ from gpucnn.errors import ArgumentError, DtypeError, ShapeError
 from gpucnn.layers.convolution import check_positive
 from gpucnn.layers.layer import Layer, check_gradient, check_input
 from gpucnn.ops import Array, backend_of
+from gpucnn.ops.memory_format import is_channels_last, to_channels_last, to_contiguous
 from gpucnn.parameters import Parameter
 
 
@@ -63,7 +64,10 @@ class Linear(Layer):
 
 
 class Flatten(Layer):
-    """Joins all dimensions from ``start_dim`` on, as ``torch.nn.Flatten``: (N, C, H, W) -> (N, C * H * W)."""
+    """Joins all dimensions from ``start_dim`` on, as ``torch.nn.Flatten``: (N, C, H, W) -> (N, C * H * W).
+
+    The features' order is that of the dimensions, however x lies in memory: channels-last images are transposed.
+    """
 
     def __init__(self, start_dim: int = 1) -> None:
         if start_dim < 1:
@@ -74,13 +78,17 @@ class Flatten(Layer):
         """Reshape x."""
         if not hasattr(x, "reshape"):
             raise DtypeError(f"expected an array, got {type(x).__name__}")
-        self._save(x.shape)
+        channels_last = is_channels_last(x)
+        self._save(x.shape, channels_last)
+        if channels_last:
+            x = to_contiguous(x)
         return x.reshape(*x.shape[: self.start_dim], math.prod(x.shape[self.start_dim :]))
 
     def backward(self, dy: Array) -> Array:
-        """Reshape dy back."""
-        (shape,) = self._take_saved()
-        return dy.reshape(shape)
+        """Reshape dy back, to images that lie in memory as x did."""
+        shape, channels_last = self._take_saved()
+        dx = dy.reshape(shape)
+        return to_channels_last(dx) if channels_last else dx
 
     def extra_repr(self) -> str:
         """The argument, where it is not the default."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gpucnn.layers.layer import Layer, check_gradient, check_input
 from gpucnn.ops import Array, backend_of
+from gpucnn.ops.memory_format import is_channels_last, result_for
 from gpucnn_kernels.problem import IntOrPair, pair
 
 
@@ -42,22 +43,23 @@ class MaxPool2d(Layer):
             dilation=self.dilation,
             ceil_mode=self.ceil_mode,
         )
-        self._save(argmax, x.shape[2:])
+        self._save(argmax, x.shape, is_channels_last(x))
         return y
 
     def backward(self, dy: Array) -> Array:
         """The gradient for x: each dy goes to its window's winner."""
-        argmax, input_size = self._take_saved()
+        argmax, input_shape, channels_last = self._take_saved()
         check_gradient(dy, argmax.shape, argmax)
         return backend_of(dy).max_pool2d_backward(
             dy,
             argmax,
-            input_size=input_size,
+            input_size=input_shape[2:],
             kernel_size=self.kernel_size,
             stride=self.stride,
             padding=self.padding,
             dilation=self.dilation,
             ceil_mode=self.ceil_mode,
+            out=result_for(input_shape, dy, channels_last),
         )
 
     def extra_repr(self) -> str:
@@ -104,21 +106,22 @@ class AvgPool2d(Layer):
             ceil_mode=self.ceil_mode,
             count_include_pad=self.count_include_pad,
         )
-        self._save(y.shape, x.shape[2:])
+        self._save(y.shape, x.shape, is_channels_last(x))
         return y
 
     def backward(self, dy: Array) -> Array:
         """The gradient for x: each dy spread evenly over its window."""
-        output_shape, input_size = self._take_saved()
+        output_shape, input_shape, channels_last = self._take_saved()
         check_gradient(dy, output_shape)
         return backend_of(dy).avg_pool2d_backward(
             dy,
-            input_size=input_size,
+            input_size=input_shape[2:],
             kernel_size=self.kernel_size,
             stride=self.stride,
             padding=self.padding,
             ceil_mode=self.ceil_mode,
             count_include_pad=self.count_include_pad,
+            out=result_for(input_shape, dy, channels_last),
         )
 
     def extra_repr(self) -> str:
@@ -140,14 +143,15 @@ class AdaptiveAvgPool2d(Layer):
         """Pool x (N, C, H, W) to (N, C, *output_size)."""
         check_input(x, 4, "(N, C, H, W)")
         y = backend_of(x).adaptive_avg_pool2d_forward(x, output_size=self.output_size)
-        self._save(y.shape, x.shape[2:])
+        self._save(y.shape, x.shape, is_channels_last(x))
         return y
 
     def backward(self, dy: Array) -> Array:
         """The gradient for x: each dy spread evenly over its window."""
-        output_shape, input_size = self._take_saved()
+        output_shape, input_shape, channels_last = self._take_saved()
         check_gradient(dy, output_shape)
-        return backend_of(dy).adaptive_avg_pool2d_backward(dy, input_size=input_size)
+        out = result_for(input_shape, dy, channels_last)
+        return backend_of(dy).adaptive_avg_pool2d_backward(dy, input_size=input_shape[2:], out=out)
 
     def extra_repr(self) -> str:
         """The output size."""

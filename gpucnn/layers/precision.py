@@ -11,6 +11,11 @@ norm's parameters and statistics, and the loss. Inside an operation sums run in 
 There are two borders, and both are in this file: :func:`forward_pass` brings the copies up to date, converts the
 images and gives float32 logits; :func:`backward_pass` converts the gradient for the logits. Between them an array
 is what the layer before made it, and ``parameter.add_gradient`` adds what comes in 16 bits to a float32 array.
+
+Tensor cores read channels-last arrays where they lie, and a copy of others. So in tf32 and 16 bits convolutions
+write their outputs channels-last, whatever their inputs are, and what follows keeps that to the layer that
+flattens images to vectors, whose features are in the same order as ever: see :mod:`gpucnn.ops.memory_format`.
+Their weights lie so, too, and with them gradients, copies in 16 bits and an optimizer's statistics.
 """
 
 from __future__ import annotations
@@ -21,11 +26,12 @@ import numpy
 
 from gpucnn.device import is_device_array, on_device, split_name
 from gpucnn.errors import ArgumentError
-from gpucnn.layers.convolution import Conv2d
+from gpucnn.layers.convolution import Conv2d, ConvTranspose2d
 from gpucnn.layers.layer import Layer
 from gpucnn.names import look_up
 from gpucnn.ops import Array
 from gpucnn.parameters import drop_narrow_copies, refresh_narrow_copies
+from gpucnn_kernels.runtime import ITEM_SIZES
 
 WIDE = ("float32", "float64")
 NARROW = ("bfloat16", "float16")
@@ -50,11 +56,15 @@ def check_precision(name: str, device: str, reason: str = "") -> None:
         )
 
 
-def set_precision(model: Layer, name: str) -> None:
+def set_precision(model: Layer, name: str, *, channels_last: bool | None = None) -> None:
     """Let ``model`` compute in the precision ``name`` from now on, in training and in evaluation.
 
     Its parameters become float32 (float64 for "float64"); what is saved of it are these. Make its optimizer
     afterwards, and move it to its device before.
+
+    ``channels_last`` says whether images between its layers, and weights of convolutions, lie so in a GPU's
+    memory; by default they do in the precisions of tensor cores. Results differ by rounding alone, and what is
+    saved is the same.
 
     Raises ArgumentError for an unknown precision, or one that the model's device does not compute in.
     """
@@ -65,6 +75,7 @@ def set_precision(model: Layer, name: str) -> None:
         model.to(dtype="float64" if name == "float64" else "float32")
         model.narrow_dtype = name if name in NARROW else None
         _multiply_in_tf32(model, name == "tf32")
+        _lay_channels_last(model, name, name not in WIDE if channels_last is None else channels_last)
         if model.narrow_dtype is not None:
             _require_dtype(name)
             refresh_narrow_copies(parameters, name)  # so that a layer called by itself knows its dtype, too
@@ -88,6 +99,19 @@ def _multiply_in_tf32(model: Layer, wanted: bool) -> None:
                 direction: after if algorithm == before else algorithm
                 for direction, algorithm in layer.algorithm.items()
             }
+
+
+def _lay_channels_last(model: Layer, name: str, wanted: bool) -> None:
+    """Have convolutions lay out what they make channels-last, or as their inputs lie, and lay their weights so.
+
+    Weights whose channels do not fill pieces of 16 bytes stay contiguous: kernels fill them up in a copy anyway.
+    """
+    channels = 16 // ITEM_SIZES[name if name in NARROW else "float32"]
+    for _, layer in model.named_layers():
+        if isinstance(layer, (Conv2d, ConvTranspose2d)):
+            layer.channels_last = wanted
+        if isinstance(layer, Conv2d):
+            layer.weight.lay(wanted and layer.weight.shape[1] % channels == 0)
 
 
 def forward_pass(model: Layer, images: Array) -> Array:

@@ -28,7 +28,9 @@ from gpucnn.layers import (
 )
 from gpucnn.layers.layer import check_input
 from gpucnn.ops import Array, backend_of
+from gpucnn.ops.memory_format import is_channels_last, result_for
 from gpucnn.parameters import Parameter
+from gpucnn_kernels.problem import Pool2dProblem
 
 ACTIVATIONS: dict[type[Layer], str] = {
     ReLU: "relu",
@@ -60,7 +62,7 @@ class FoldedConv2d(Conv2d):
                 convolution.groups,
                 algorithm=convolution.algorithm,
             )
-        self.activation = activation
+        self.activation, self.channels_last = activation, convolution.channels_last
         fold(convolution, norm, self)
 
     def forward(self, x: Array) -> Array:
@@ -77,6 +79,7 @@ class FoldedConv2d(Conv2d):
             self.bias.working,
             shortcut,
             algorithm=self.algorithm["forward"],
+            out=self._result_for(x),
             **self._options(),
         )
 
@@ -130,8 +133,23 @@ class FoldedMaxPool2d(FoldedConv2d):
             pool_padding=self.pool.padding,
             pool_dilation=self.pool.dilation,
             ceil_mode=self.pool.ceil_mode,
+            out=self._pooled_for(x),
             **self._options(),
         )
+
+    def _pooled_for(self, x: Array) -> Array | None:
+        """Where the output goes, if it is to lie otherwise than x."""
+        if not self.channels_last or is_channels_last(x):
+            return None
+        pool = Pool2dProblem.from_shapes(
+            self._problem(x).output_shape,
+            self.pool.kernel_size,
+            stride=self.pool.stride,
+            padding=self.pool.padding,
+            dilation=self.pool.dilation,
+            ceil_mode=self.pool.ceil_mode,
+        )
+        return result_for(pool.output_shape, x, channels_last=True)
 
     def extra_repr(self) -> str:
         """The convolution's arguments, the activation and the pooling."""
@@ -179,6 +197,7 @@ def fold(layer: Conv2d | Linear, norm: BatchNorm2d | BatchNorm1d | None, into: C
         bias = (bias - mean) * share + beta
     dtype, device = layer.weight.dtype, layer.weight.device
     into.weight = Parameter(to_device(weight.astype(dtype), device))
+    into.weight.lay(is_channels_last(layer.weight.data))
     into.bias = Parameter(to_device(bias.astype(dtype), device))
 
 

@@ -87,15 +87,15 @@ class Model(Layer):
         """The names of the classes; numbers where there are no names yet, so that a class may have no image."""
         return self.classes or [str(number) for number in range(self.num_classes or 0)]
 
-    def compute_in(self, precision: str) -> Self:
+    def compute_in(self, precision: str, *, channels_last: bool | None = None) -> Self:
         """Train, evaluate and predict in ``precision`` from now on; returns itself.
 
         "float32" and "float64" are on every device. On a GPU, "tf32" multiplies with fewer digits in
         convolutions, "bfloat16" and "float16" store activations and compute in 16 bits beside float32 weights,
-        see :mod:`gpucnn.layers.precision`. Move the model to its device
-        first. Raises ArgumentError where the device does not compute in it.
+        see :mod:`gpucnn.layers.precision`. These three run channels-last; ``channels_last`` decides otherwise.
+        Move the model to its device first. Raises ArgumentError where the device does not compute in it.
         """
-        set_precision(self, precision)
+        set_precision(self, precision, channels_last=channels_last)
         return self
 
     # ------------------------------------------------------------ training

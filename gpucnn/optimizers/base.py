@@ -198,8 +198,11 @@ class Optimizer(ABC):
                     "or another optimizer took them); make the optimizer after that"
                 )
         for slab in strays:
-            slab.buffer = FlatBuffer(slab.buffer.parameters)
-            slab.state = {name: to_device(array, slab.buffer.device) for name, array in slab.state.items()}
+            before = slab.buffer
+            slab.buffer = FlatBuffer(before.parameters)
+            for name, array in slab.state.items():
+                moved = to_device(before.in_c_order(array), slab.buffer.device)
+                slab.state[name] = slab.buffer.in_own_order(moved)
 
     # ------------------------------------------------------------ state
 
@@ -209,9 +212,10 @@ class Optimizer(ABC):
         "lr" is the learning rate (0-d); "step.i" the steps taken by each parameter of buffer i; the rest, such
         as "momentum.i", the optimizer's own arrays. Buffers are numbered over groups, then dtypes.
         """
-        return {"lr": numpy.array(self._lr)} | {
-            key: numpy.array(to_cpu(array)) for key, array in self._arrays().items()
-        }
+        state = {"lr": numpy.array(self._lr)}
+        for key, array, buffer in self._arrays():
+            state[key] = numpy.array(to_cpu(array if buffer is None else buffer.in_c_order(array)))
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a :meth:`state_dict` of an optimizer of the same class over the same model.
@@ -221,7 +225,7 @@ class Optimizer(ABC):
         Raises CheckpointError that lists the keys missing, left over or of another shape; nothing is then changed.
         """
         self.follow()
-        own = {"lr": ()} | {key: tuple(array.shape) for key, array in self._arrays().items()}
+        own = {"lr": ()} | {key: tuple(array.shape) for key, array, _ in self._arrays()}
         problems = []
         if missing := [key for key in own if key not in state]:
             problems.append("missing: " + ", ".join(missing))
@@ -238,16 +242,17 @@ class Optimizer(ABC):
                 "optimizer, options and model as when it was saved"
             )
         self.lr = float(state["lr"])
-        for key, array in self._arrays().items():
+        for key, array, buffer in self._arrays():
             copy_into(array, state[key])
+            if buffer is not None and (ordered := buffer.in_own_order(array)) is not array:
+                array[...] = ordered
 
-    def _arrays(self) -> dict[str, Array]:
-        """The arrays themselves that the state holds, in its order."""
-        arrays: dict[str, Array] = {}
+    def _arrays(self) -> Iterator[tuple[str, Array, FlatBuffer | None]]:
+        """(key, the array itself, the buffer that it is laid out as) of all that the state holds, in its order."""
         for number, slab in enumerate(self.slabs):
-            arrays[f"step.{number}"] = slab.steps
-            arrays |= {f"{name}.{number}": array for name, array in slab.state.items()}
-        return arrays
+            yield f"step.{number}", slab.steps, None
+            for name, array in slab.state.items():
+                yield f"{name}.{number}", array, slab.buffer
 
     def __repr__(self) -> str:
         count = sum(parameter.size for group in self.groups for parameter in group.parameters)

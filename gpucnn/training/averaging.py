@@ -11,6 +11,7 @@ from gpucnn.device import copy_into, is_device_array
 from gpucnn.errors import DeviceError
 from gpucnn.layers import Layer
 from gpucnn.ops import Array
+from gpucnn.parameters import shaped_like
 from gpucnn.training.buffers import BufferCopy
 
 
@@ -37,11 +38,12 @@ class WeightAverage:
         names = {id(array): name for name, array in live.items()}
         self._pairs: list[tuple[Array, Array]] = []
         for whole, parts in (*_parameter_arrays(model), *_buffer_arrays(model, buffers)):
-            average = whole.copy()
+            average = whole.copy("K")
             self._pairs.append((whole, average))
             for start, part in parts:
-                view = average.reshape(-1)[start : start + part.size]
-                self.average[names[id(part)]] = view.reshape(part.shape)
+                alone = part is whole
+                view = average if alone else shaped_like(part, average[start : start + part.size])
+                self.average[names[id(part)]] = view
 
     def share(self, step: int) -> float:
         """How much of the way to the weights the average moves after ``step``, which counts from 1."""

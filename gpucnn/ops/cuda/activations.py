@@ -37,8 +37,8 @@ def _backward(
 
 def _gradient(function: Callable[..., Any], dy: Array, saved: Array, out: Array | None, **options: Any) -> Array:
     dtype = common_dtype(dy, saved)
-    gradient = dense(dy, dtype)
-    kept = laid_out_as(gradient, saved, dtype)
+    kept = dense(saved, dtype)
+    gradient = laid_out_as(kept, dy, dtype)  # so that the network's memory format, and no copy, is handed on
     dx = call(function, gradient, kept, **options, out=usable_in_place(out, gradient, dy.dtype, kept))
     return finish(dx, out, dy.dtype)
 

@@ -143,7 +143,7 @@ def conv2d_backward_filter(
     way = algorithm_options("backward_filter", algorithm, problem, dtype)
     gradient, given = image(dy, dtype), image(x, dtype)
     options |= {"kernel_size": kernel_size, "groups": groups, **way}
-    target = usable(out, problem.weight_shape, x.dtype, dtype, gradient, given)
+    target = usable(out, problem.weight_shape, x.dtype, dtype, gradient, given, layout=is_image)
     return finish(call(kernels.conv2d_backward_filter, gradient, given, **options, out=target), out, x.dtype)
 
 

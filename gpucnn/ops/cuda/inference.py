@@ -13,6 +13,7 @@ from gpucnn.ops.contract import Array
 from gpucnn.ops.cuda.arrays import call, check_devices, common_dtype, contiguous, finish, image, is_image, usable
 from gpucnn.ops.cuda.convolution import algorithm_options
 from gpucnn.ops.cuda.pooling import max_pool2d_forward
+from gpucnn.ops.memory_format import is_channels_last, result_for
 from gpucnn_kernels.activations import FUNCTIONS
 from gpucnn_kernels.problem import IntOrPair, Padding, Pool2dProblem
 
@@ -89,7 +90,8 @@ def conv2d_max_pool2d_inference(
     pool = Pool2dProblem.from_shapes(problem.output_shape, pool_size, **pooling)
     epilogue: dict[str, Any] = {"activation": activation, "negative_slope": negative_slope}
     if not call(kernels.conv2d_max_pool2d_pays, problem, pool):
-        y = conv2d_inference(x, weight, bias, **options, **epilogue)
+        between = None if out is None else result_for(problem.output_shape, x, is_channels_last(out))
+        y = conv2d_inference(x, weight, bias, **options, **epilogue, out=between)
         return max_pool2d_forward(y, kernel_size=pool_size, **pooling, out=out)[0]
     dtype = common_dtype(x, weight)
     given, filters = image(x, dtype), image(weight, dtype)

@@ -84,8 +84,8 @@ def batch_norm_backward(
     require_floating(dy, "the output gradient")
     require_shape(dy, x.shape, "the output gradient")
     dtype = common_dtype(dy, x)
-    gradient = _values(dy, dtype)
-    values = laid_out_as(gradient, x, dtype)
+    values = _values(x, dtype)
+    gradient = laid_out_as(values, dy, dtype)  # so that the network's memory format, and no copy, is handed on
     dx, dweight, dbias = call(
         kernels.batch_norm_backward,
         gradient,

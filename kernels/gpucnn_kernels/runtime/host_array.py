@@ -59,7 +59,10 @@ class HostArray(PlainArray):
                 raise TypeError(f"{ufunc.__name__} takes device arrays and numbers, got {type(value).__name__}")
         out = options.get("out")
         given, named = list(map(_plain, inputs)), {name: _plain(value) for name, value in options.items()}
-        result = _perform(lambda: getattr(ufunc, method)(*given, **named), (given, named), out or method == "at")
+        operation = getattr(ufunc, method)
+        if out is None and method != "at":
+            operation = _in_c_order(operation)
+        result = _perform(lambda: operation(*given, **named), (given, named), out or method == "at")
         if out is None:
             return _host(result)
         return out[0] if isinstance(out, tuple) and len(out) == 1 else out
@@ -96,6 +99,21 @@ class HostArray(PlainArray):
         """Set every element to a number."""
         target, number = self.view(numpy.ndarray), _plain(value)
         _perform(lambda: target.fill(number), (target, number), True)
+
+
+def _in_c_order(operation: Callable[..., Any]) -> Callable[..., Any]:
+    """``operation``, its new arrays contiguous whatever the order of its inputs in memory: so CuPy makes them."""
+
+    def in_c_order(*arguments: Any, **options: Any) -> Any:
+        return _contiguous(operation(*arguments, **options))
+
+    return in_c_order
+
+
+def _contiguous(result: Any) -> Any:
+    if isinstance(result, tuple):
+        return tuple(map(_contiguous, result))
+    return numpy.ascontiguousarray(result) if isinstance(result, numpy.ndarray) and result.ndim else result
 
 
 def _perform(function: Callable[[], Any], arguments: Any, in_place: Any = None) -> Any:
@@ -264,11 +282,14 @@ class HostArrays:
         return values.get() if isinstance(values, HostArray) else numpy.asarray(values)
 
 
-def _function(function: Callable[..., Any]) -> Callable[..., Any]:
+def _function(function: Callable[..., Any], new: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """``function`` over HostArrays; where it is not given ``out``, ``new`` stands for it."""
+
     def on_host_arrays(*arguments: Any, **options: Any) -> Any:
         out = options.get("out")
         given, named = _plain(arguments), _plain(options)
-        result = _perform(lambda: function(*given, **named), (given, named), out)
+        called = function if out is not None or new is None else new
+        result = _perform(lambda: called(*given, **named), (given, named), out)
         return out if isinstance(out, HostArray) else _host(result)
 
     on_host_arrays.__name__ = getattr(function, "__name__", "function")
@@ -280,7 +301,7 @@ class _Ufunc:
     """A ufunc over HostArrays; its methods (``reduce``, ``at``, ...) as attributes."""
 
     def __init__(self, ufunc: numpy.ufunc) -> None:
-        self._call = _function(ufunc)
+        self._call = _function(ufunc, new=_in_c_order(ufunc))
         self._ufunc = ufunc
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
