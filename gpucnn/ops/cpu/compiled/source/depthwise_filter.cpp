@@ -40,7 +40,7 @@ GPUCNN_INLINE void add_rows(
         Vector slope[T];
 #pragma GCC unroll 8
         for (int t = 0; t < T; ++t) slope[t] = load_first(dy + t * width + q, width - q);
-        products(q, slope, counting() < static_cast<int32_t>(width - q));
+        products(q, slope, lane_numbers() < static_cast<int32_t>(width - q));
     }
 }
 
@@ -81,7 +81,7 @@ void add_places(
             Vector slope = load_first(dy + q, count);
 #pragma GCC unroll 8
             for (int v = 0; v < V; ++v)
-                sum[v] += slope * (Vector)((IntVector)load(row + place[v] + q) & (counting() < count));
+                sum[v] += slope * (Vector)((IntVector)load(row + place[v] + q) & (lane_numbers() < count));
         }
     }
     for (int v = 0; v < V; ++v) sums[r * w.columns + s + v] += sum_of(sum[v]);

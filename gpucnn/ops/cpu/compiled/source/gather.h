@@ -64,13 +64,14 @@ struct Gather {
 
     // Takes memory from `slot`, which stays with the calling thread; false where there is none.
     bool prepare(int slot) {
-        int64_t phases = w.stride_h * w.stride_w;
+        // Strides of hundreds have as many places of each; nothing is gained there by finding them beforehand.
+        int64_t phases = w.stride_h * w.stride_w <= KNOWN ? w.stride_h * w.stride_w : 0;
         void *memory = scratch(
             slot, ((w.stride_w + w.stride_h) * sizeof(Met) + phases * sizeof(Spots)) / sizeof(float));
         if (!memory) return false;
         across = static_cast<Met *>(memory);
         down = across + w.stride_w;
-        whole = reinterpret_cast<Spots *>(down + w.stride_h);
+        whole = phases ? reinterpret_cast<Spots *>(down + w.stride_h) : nullptr;
         for (int64_t i = 0; i < w.stride_w; ++i)
             across[i] = meeting(i, w.left, w.columns, w.stride_w, w.dilation_w);
         for (int64_t i = 0; i < w.stride_h; ++i) down[i] = meeting(i, w.top, w.rows, w.stride_h, w.dilation_h);
@@ -105,7 +106,7 @@ struct Gather {
             int64_t window = r.window + i, beyond = window - (w.out_height - 1);
             int64_t first = beyond > 0 ? ceil_divide(beyond, r.back) : 0, end = r.count;
             if (window - (end - 1) * r.back < 0) end = floor_divide(window, r.back) + 1;
-            const Spots *spots = first == 0 && end == r.count ? whole + phase * w.stride_w : nullptr;
+            const Spots *spots = whole && first == 0 && end == r.count ? whole + phase * w.stride_w : nullptr;
             int64_t shift = (i - band.first) * lines.pitch;
             if (w.stride_w == 1) {
                 line(r, first, end, across[0], spots, shift, add, w.width, out, term);
@@ -121,8 +122,9 @@ struct Gather {
     }
 
  private:
+    static constexpr int64_t KNOWN = 1024;
     Met *across, *down;  // for each phase of the columns, of the rows
-    Spots *whole;        // for each of both, away from the edges
+    Spots *whole;        // for each of both, away from the edges; null where they are more than KNOWN
 
     template <class Body>
     GPUCNN_INLINE void each_spot(
@@ -221,7 +223,7 @@ struct Gather {
         }
         for (int64_t rest = w.width; rest > 0; rest -= 2 * LANES, out += 2 * LANES) {
             Vector evens = terms(a, a_place, Vector{}, term), odds = terms(b, b_place, Vector{}, term);
-            Vector low = in_turns_low(evens, odds), high = in_turns_high(evens, odds);
+            Vector low = zip_first(evens, odds), high = zip_second(evens, odds);
             if (rest >= 2 * LANES) {
                 store(out, low);
                 store(out + LANES, high);

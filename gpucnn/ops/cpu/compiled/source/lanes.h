@@ -5,28 +5,40 @@
 
 #include "vector.h"
 
+// Numbers of a and b, laid end to end, at the given places; GCC has Clang's function from version 12 on only.
+#if defined(__clang__)
+#define GPUCNN_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define GPUCNN_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, IntVector{__VA_ARGS__})
+#endif
+
 namespace gpucnn {
 namespace lanes {
 
 // Of 2 * LANES numbers in groups of `width`: the place of the i-th in the groups' lower halves.
 constexpr int lower_half(int i, int width) { return i / (width / 2) * width + i % (width / 2); }
 
-template <int width, size_t... I>
-GPUCNN_INLINE Vector lower(Vector a, Vector b, std::index_sequence<I...>) {
-    return __builtin_shufflevector(a, b, lower_half(I, width)...);
+template <int width, int... I>
+GPUCNN_INLINE Vector lower(Vector a, Vector b, std::integer_sequence<int, I...>) {
+    return GPUCNN_SHUFFLE(a, b, lower_half(I, width)...);
 }
 
-template <int width, size_t... I>
-GPUCNN_INLINE Vector upper(Vector a, Vector b, std::index_sequence<I...>) {
-    return __builtin_shufflevector(a, b, (lower_half(I, width) + width / 2)...);
+template <int width, int... I>
+GPUCNN_INLINE Vector upper(Vector a, Vector b, std::integer_sequence<int, I...>) {
+    return GPUCNN_SHUFFLE(a, b, (lower_half(I, width) + width / 2)...);
 }
 
-template <int first, size_t... I>
-GPUCNN_INLINE Vector zip(Vector a, Vector b, std::index_sequence<I...>) {
-    return __builtin_shufflevector(a, b, (first + int(I) / 2 + int(I) % 2 * LANES)...);
+template <int first, int... I>
+GPUCNN_INLINE Vector zip(Vector a, Vector b, std::integer_sequence<int, I...>) {
+    return GPUCNN_SHUFFLE(a, b, (first + I / 2 + I % 2 * LANES)...);
 }
 
-using All = std::make_index_sequence<LANES>;
+template <int... I>
+GPUCNN_INLINE IntVector numbers(std::integer_sequence<int, I...>) {
+    return IntVector{I...};
+}
+
+using All = std::make_integer_sequence<int, LANES>;
 
 // Vectors of partial sums in groups of `width`, two and two added up until one vector has a sum a lane.
 template <int width, int count>
@@ -46,6 +58,9 @@ GPUCNN_INLINE Vector sums(const Vector *part) {
 }
 
 }  // namespace lanes
+
+// The lanes' numbers 0, 1, 2, ...
+GPUCNN_INLINE IntVector lane_numbers() { return lanes::numbers(lanes::All{}); }
 
 // Every second number of the 2 * LANES numbers of a and b, from the first or the second one on.
 GPUCNN_INLINE Vector evens(Vector a, Vector b) { return lanes::lower<2>(a, b, lanes::All{}); }

@@ -1,16 +1,10 @@
 // A row of numbers walked a vector at a time, its last vector used in part: the body is written once for both.
 #pragma once
 
+#include "lanes.h"
 #include "vector.h"
 
 namespace gpucnn {
-
-// The lanes' numbers 0, 1, 2, ...
-GPUCNN_INLINE IntVector lane_numbers() {
-    IntVector lanes;
-    for (int lane = 0; lane < LANES; ++lane) lanes[lane] = lane;
-    return lanes;
-}
 
 // How a vector's place in memory is read and written: all of it, or its first `count` numbers.
 struct Whole {

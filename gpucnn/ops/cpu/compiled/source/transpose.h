@@ -1,7 +1,7 @@
 // Planes to places and back: a row of numbers from each of LANES channels becomes vectors over the channels.
 #pragma once
 
-#include "shuffle.h"
+#include "lanes.h"
 #include "vector.h"
 
 namespace gpucnn {
@@ -15,8 +15,8 @@ GPUCNN_INLINE void transpose(Vector (&row)[LANES]) {
         Vector dealt[LANES];
 #pragma GCC unroll 16
         for (int i = 0; i < LANES / 2; ++i) {
-            dealt[2 * i] = in_turns_low(row[i], row[i + LANES / 2]);
-            dealt[2 * i + 1] = in_turns_high(row[i], row[i + LANES / 2]);
+            dealt[2 * i] = zip_first(row[i], row[i + LANES / 2]);
+            dealt[2 * i + 1] = zip_second(row[i], row[i + LANES / 2]);
         }
 #pragma GCC unroll 16
         for (int i = 0; i < LANES; ++i) row[i] = dealt[i];

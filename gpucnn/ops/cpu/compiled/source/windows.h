@@ -8,7 +8,7 @@
 // store a vector; it is made while the plane comes from memory.
 #pragma once
 
-#include "shuffle.h"
+#include "lanes.h"
 #include "threads.h"
 #include "vector.h"
 
@@ -45,23 +45,23 @@ inline void copy(const float *from, int64_t count, float *to) {
     store(to + count - LANES, load(from + count - LANES));
 }
 
-// Numbers 0, 2, ... of `from` to `evens`, 1, 3, ... to `odds`.
-inline void deal_out(const float *from, int64_t count, float *evens, float *odds) {
+// Numbers 0, 2, ... of `from` to `even`, 1, 3, ... to `odd`.
+inline void deal_out(const float *from, int64_t count, float *even, float *odd) {
     int64_t i = 0;
     auto deal = [&](int64_t at) {
         Vector a = load(from + at), b = load(from + at + LANES);
-        store(evens + at / 2, even(a, b));
-        store(odds + at / 2, odd(a, b));
+        store(even + at / 2, evens(a, b));
+        store(odd + at / 2, odds(a, b));
     };
     for (; i + 2 * LANES <= count; i += 2 * LANES) deal(i);
     if (i < count && count >= 2 * LANES) {
         deal((count - 2 * LANES) & ~int64_t{1});  // again what is done already, up to the last pair
-        if (count % 2) evens[count / 2] = from[count - 1];
+        if (count % 2) even[count / 2] = from[count - 1];
     } else if (i < count) {
         int first = count < LANES ? count : LANES;
         Vector a = load_first(from, first), b = load_first(from + first, count - first);
-        store_first(evens, even(a, b), (count + 1) / 2);
-        store_first(odds, odd(a, b), count / 2);
+        store_first(even, evens(a, b), (count + 1) / 2);
+        store_first(odd, odds(a, b), count / 2);
     }
 }
 
