@@ -1,4 +1,4 @@
-// The pool of threads: they spin for some microseconds after a job, since the next operation of a network follows
+// The pool of threads: they stay awake for a millisecond after a job, since the next operation of a network follows
 // at once, and sleep then.
 #include "threads.h"
 
@@ -17,6 +17,7 @@ namespace {
 
 constexpr int MAXIMUM_HELPERS = 255;
 constexpr int64_t SPIN_NANOSECONDS = 30000;
+constexpr int64_t YIELD_NANOSECONDS = 1000000;
 constexpr size_t HUGE_PAGE = 2 << 20;
 constexpr int64_t KEPT_SCRATCH = 64 << 20;  // bytes: a larger buffer is given back when the call is done
 
@@ -89,12 +90,13 @@ thread_local bool working = false;
 
 // Waits for a job after generation `seen` and returns its generation.
 uint64_t await(Pool &pool, uint64_t seen) {
-    int64_t until = now() + SPIN_NANOSECONDS;
-    while (now() < until) {
+    int64_t began = now();
+    for (int64_t passed = 0; passed < YIELD_NANOSECONDS; passed = now() - began) {
         for (int i = 0; i < 16; ++i) {
             if (pool.generation.load() != seen) return pool.generation.load();
             relax();
         }
+        if (passed > SPIN_NANOSECONDS) sched_yield();  // whoever else wants the core gets it
     }
     pthread_mutex_lock(&pool.mutex);
     pool.sleeping.fetch_add(1);
