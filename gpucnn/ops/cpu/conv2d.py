@@ -6,6 +6,7 @@ result up to rounding. ``algorithm="auto"`` is :func:`conv2d_choose`. float16 ar
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -119,14 +120,19 @@ def conv2d_choose(direction: str, problem: Conv2dProblem, dtype: DTypeLike) -> s
     =================  ===========================================  ==========
     """
     conv2d_algorithms(direction)
+    return _choice(direction, problem, numpy.dtype(dtype), compiled.available(), conv2d_winograd.is_wanted())
+
+
+@functools.lru_cache(maxsize=1024)
+def _choice(direction: str, problem: Conv2dProblem, dtype: numpy.dtype[Any], loops: bool, wanted: bool) -> str:
     if conv2d_depthwise.is_depthwise(problem) and problem.groups > 1 and conv2d_depthwise.fits(problem):
         return "depthwise"
     pointwise = problem.R == problem.S == 1
     strided = problem.stride != (1, 1)
     channels = problem.C // problem.groups
     wide = conv2d_wide.fits(problem)
-    winograd = conv2d_winograd.pays(direction, problem, dtype)
-    if calculation_dtype(dtype) == numpy.float32 and compiled.available():
+    winograd = wanted and conv2d_winograd.pays(direction, problem, dtype)
+    if calculation_dtype(dtype) == numpy.float32 and loops:
         if winograd and channels >= 16:
             return "winograd"
         if direct.fits(direction, problem):

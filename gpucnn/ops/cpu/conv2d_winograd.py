@@ -59,6 +59,11 @@ def is_possible(direction: str, problem: Conv2dProblem) -> bool:
     )
 
 
+def is_wanted() -> bool:
+    """Whether ``GPUCNN_WINOGRAD`` leaves it on."""
+    return os.environ.get("GPUCNN_WINOGRAD") != "0"
+
+
 def pays(direction: str, problem: Conv2dProblem, dtype: DTypeLike) -> bool:
     """Whether "auto" takes it: where it is possible, faster, and its rounding is welcome.
 
@@ -67,7 +72,7 @@ def pays(direction: str, problem: Conv2dProblem, dtype: DTypeLike) -> bool:
     """
     if not is_possible(direction, problem) or numpy.dtype(dtype).itemsize > 4:
         return False
-    if os.environ.get("GPUCNN_WINOGRAD") == "0":
+    if not is_wanted():
         return False
     return (_pays_compiled if compiled.available() else _pays_on_numpy)(direction, problem)
 
