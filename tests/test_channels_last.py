@@ -14,12 +14,14 @@ import pytest
 
 import gpucnn
 from gpucnn import layers, models
-from gpucnn.device import to_device
+from gpucnn.data.dataset import Subset
+from gpucnn.device import to_cpu, to_device
 from gpucnn.layers.precision import backward_pass, forward_pass
 from gpucnn.losses import CrossEntropyLoss
 from gpucnn.models.model import Sequential
 from gpucnn.ops.memory_format import is_channels_last
 from gpucnn.optimizers import SGD
+from gpucnn.training import Callback, RunFolder, Trainer, TrainingOptions
 from gpucnn.training.averaging import WeightAverage
 from gpucnn_kernels import conv2d_choice, conv2d_tensor
 from gpucnn_kernels.launch import Call
@@ -334,7 +336,7 @@ def steps_by_hand(channels_last, steps=2, load=None):
 def everything(model, optimizer, average):
     state = {f"model.{key}": value for key, value in model.state_dict().items()}
     state |= {f"optimizer.{key}": value for key, value in optimizer.state_dict().items()}
-    return state | {f"average.{key}": value.get() for key, value in average.average.items()}
+    return state | {f"average.{key}": to_cpu(value) for key, value in average.average.items()}
 
 
 def assert_equal(ours, theirs):
@@ -378,6 +380,77 @@ def test_copies_and_moves_of_weights():
     twin.load_state_dict(back)
     assert is_channels_last(twin[0].weight.data)
     assert_equal(twin.state_dict(), back)
+
+
+# ---------------------------------------------------------------- runs
+
+
+class Crash(Callback):
+    """The end of a run, after its sixth step."""
+
+    def __init__(self):
+        self.steps = 0
+
+    def on_step_end(self, trainer, loss):
+        self.steps += 1
+        if self.steps == 6:
+            raise MemoryError
+
+
+def run_of(precision, folder=None, callbacks=(), resume=False, **options):
+    """A trainer, at the end of its run."""
+    gpucnn.manual_seed(0)
+    made = Trainer(
+        small_network(),
+        Subset(gpucnn.data.load("digits").train, range(72)),
+        options=TrainingOptions(epochs=2, batch_size=16, workers=0, optimizer="adam", ema_decay=0.9, **options),
+        device="cuda",
+        precision=precision,
+        run=None if folder is None else RunFolder(folder),
+        callbacks=callbacks,
+    )
+    made.fit(resume=resume)
+    return made
+
+
+def small_network():
+    """Convolutions of 8 channels and more behind the first, for digits."""
+    return Sequential(
+        layers.Conv2d(1, 8, 3, padding=1),
+        layers.BatchNorm2d(8),
+        layers.ReLU(),
+        layers.ConvTranspose2d(8, 16, 2, stride=2),
+        layers.MaxPool2d(2),
+        layers.Conv2d(16, 8, 3),
+        layers.ReLU(),
+        layers.Dropout(0.2),
+        layers.Flatten(),
+        layers.Linear(8 * 36, 10),
+    )
+
+
+def left_behind(made):
+    state = everything(made.model, made.optimizer, made._average)
+    return state | {"losses": numpy.array([record.train_loss for record in made.history])}
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "tf32"])
+def test_captured_steps_have_the_bits_of_plain_ones(precision, counts):
+    plain = run_of(precision, capture="off")
+    packed = set(counts.images)
+    captured = run_of(precision, capture="on")
+    assert_equal(left_behind(captured), left_behind(plain))
+    assert is_channels_last(plain.model[5].weight.data)
+    assert is_channels_last(plain.model[3].weight.data)
+    assert packed == {1}, "an image in pieces was packed"
+
+
+def test_a_run_goes_on_from_its_checkpoint_with_the_same_bits(tmp_path):
+    whole = run_of("bfloat16", tmp_path / "whole", checkpoint_steps=4)
+    with pytest.raises(MemoryError):
+        run_of("bfloat16", tmp_path / "run", [Crash()], checkpoint_steps=4)
+    resumed = run_of("bfloat16", tmp_path / "run", resume=True, checkpoint_steps=4)
+    assert_equal(left_behind(resumed), left_behind(whole))
 
 
 # ---------------------------------------------------------------- compiled models

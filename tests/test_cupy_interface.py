@@ -138,6 +138,19 @@ def test_every_new_array_lies_where_an_arena_says_and_its_views_hold_its_place()
     assert tokens[-1]() is not None
 
 
+def test_a_new_array_like_another_lies_as_it_does_and_views_know_their_owner() -> None:
+    """What keeps networks channels-last and their weights in flat buffers."""
+    memory = cupy.cuda.MemoryPointer(cupy.cuda.UnownedMemory(1 << 20, 1 << 16, None, 0), 0)
+    with cupy.cuda.using_allocator(lambda size: memory):
+        flat = cupy.empty(300, "float32")
+        image = flat[8:264].reshape(2, 4, 4, 8).transpose(0, 3, 1, 2)
+        narrow = cupy.empty_like(image, dtype="float16")
+        assert cupy.empty_like(image).strides == image.strides == (512, 4, 128, 32)
+    assert narrow.strides == (256, 2, 64, 16)
+    assert image.base is flat
+    assert (image.flags.c_contiguous, image.transpose(0, 2, 3, 1).flags.c_contiguous) == (False, True)
+
+
 def test_what_tells_of_free_memory_is_there() -> None:
     assert cupy.cuda.Device.mem_info is not None
     assert callable(cupy.get_default_memory_pool().free_bytes)

@@ -110,7 +110,6 @@ def _lay_channels_last(model: Layer, name: str, wanted: bool) -> None:
     for _, layer in model.named_layers():
         if isinstance(layer, (Conv2d, ConvTranspose2d)):
             layer.channels_last = wanted
-        if isinstance(layer, Conv2d):
             layer.weight.lay(wanted and layer.weight.shape[1] % channels == 0)
 
 
