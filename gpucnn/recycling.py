@@ -158,5 +158,5 @@ def _loan_of(size: int) -> Any:
     return type("_LoanOf", (_Loan, ctypes.c_uint8 * size), {})
 
 
-results = Recycler(kept_bytes=1 << 30)
-"""Where the operations on a CPU get the memory of their results."""
+memory = Recycler(kept_bytes=1 << 30)
+"""Where the operations on a CPU get the memory of their results, and the loader that of its batches."""

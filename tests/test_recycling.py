@@ -11,8 +11,9 @@ from typing import Any
 import numpy
 import pytest
 
+from gpucnn.data import ArrayDataset, Augmentation, Loader, Preprocessing
 from gpucnn.ops import cpu
-from gpucnn.recycling import ALIGNMENT, SMALL, Recycler, results
+from gpucnn.recycling import ALIGNMENT, SMALL, Recycler, memory
 
 LARGE = (SMALL // 4 + 3,)
 """The shape of an array of float32 that is recycled."""
@@ -190,7 +191,7 @@ def test_a_forked_child_does_not_wait_for_the_parents_lock() -> None:
     taken, let_go = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with results._lock:
+        with memory._lock:
             taken.set()
             let_go.wait(60)
 
@@ -216,3 +217,21 @@ def test_operations_take_it_and_results_stay_what_they_are() -> None:
     numpy.testing.assert_array_equal(first, kept)
     del first
     assert address(cpu.sigmoid_forward(x)) == place
+
+
+def test_batches_that_are_held_keep_their_values() -> None:
+    images = numpy.random.default_rng(0).integers(0, 256, (24, 120, 100, 3), dtype=numpy.uint8)
+    dataset = ArrayDataset(images, [0] * 24)
+    preprocessing = Preprocessing((120, 100), (0.5,) * 3, (0.25,) * 3)
+    loader = Loader(
+        dataset, 4, preprocessing=preprocessing, augmentation=Augmentation(horizontal_flip=True), workers=2
+    )
+    held = list(loader.epoch(0))
+    dropped = [address(batch.images) for _ in range(3) for batch in loader.epoch(0)]
+    assert len(set(dropped)) < len(dropped)
+    assert not set(dropped) & {address(batch.images) for batch in held}
+    for batch in held:
+        expected = preprocessing.apply(
+            images[batch.indices], Augmentation(horizontal_flip=True), indices=batch.indices
+        )
+        assert (batch.images == expected).all()

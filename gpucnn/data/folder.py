@@ -13,11 +13,10 @@ from numpy.typing import ArrayLike, NDArray
 from gpucnn.data.dataset import Dataset
 from gpucnn.data.image_files import SUFFIXES, read_header, read_planes
 from gpucnn.data.parallel import in_parallel
-from gpucnn.data.recycling import Recycler
 from gpucnn.errors import ArgumentError, DataError, GpucnnError
 from gpucnn.ops.cpu.threads import scratch
+from gpucnn.recycling import memory
 
-_IDLE_BATCHES = 2
 _NOT_KEPT, _BEING_KEPT = -1, -2  # in the place of an image's slot in the cache
 
 
@@ -75,7 +74,6 @@ class ImageFolder(Dataset):
         self._cache = numpy.empty((room, *self._plane_shape), numpy.uint8)
         self._slots = numpy.full(len(self.files), _NOT_KEPT, numpy.int64)
         self._used = 0
-        self._recycler = Recycler(_IDLE_BATCHES)
         self._lock = threading.Lock()
 
     def _checked_channels(self, channels: int | None, convert_grey: bool) -> int:
@@ -101,7 +99,7 @@ class ImageFolder(Dataset):
         Raises DataError naming the file where one is damaged.
         """
         numbers = numpy.asarray(indices, numpy.int64)
-        images = self._recycler.empty((len(numbers), *self._plane_shape), numpy.uint8)
+        images = memory.empty((len(numbers), *self._plane_shape), numpy.uint8)
         with self._lock:
             slots = self._slots[numbers]
         if (slots >= 0).all():

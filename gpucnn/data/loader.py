@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from gpucnn.data.dataset import Dataset
 from gpucnn.data.device_preprocessing import to_pick, to_send
-from gpucnn.data.recycling import Recycler
 from gpucnn.data.resident import Resident, resident
 from gpucnn.data.transfer import Transfer, make_transfer
 from gpucnn.data.transforms import Augmentation, Preprocessing
@@ -23,7 +22,6 @@ from gpucnn.errors import ArgumentError
 from gpucnn.random import permutation
 
 _SHUFFLE_STREAM = 1 << 32  # the epoch is added; augmentation owns 2 << 32 and splitting 3 << 32
-_IDLE_BATCHES = 2  # kept to be filled again: the next one's memory, and what was dropped meanwhile
 _WAKE_SECONDS = 0.5  # how long a wait lasts before it looks around: Windows delivers Ctrl-C only between waits
 
 
@@ -99,7 +97,6 @@ class Loader:
         self.shuffle, self.seed, self.drop_last = shuffle, seed, drop_last
         self.workers, self.prefetch, self.dtype, self.device = workers, prefetch, dtype, device
         self.keep_on_device = keep_on_device
-        self._recycler = Recycler(_IDLE_BATCHES)
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self.dataset), self.batch_size)
@@ -146,7 +143,7 @@ class Loader:
         images = self.dataset.images(indices)
         if self.preprocessing is not None:
             images = self.preprocessing.apply(
-                images, self.augmentation, seed=self.seed, epoch=epoch, indices=indices, recycler=self._recycler
+                images, self.augmentation, seed=self.seed, epoch=epoch, indices=indices
             )
         if self.dtype is not None:
             images = images.astype(self.dtype, copy=False)

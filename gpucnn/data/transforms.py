@@ -12,7 +12,6 @@ from numpy.typing import ArrayLike, NDArray
 from gpucnn.data.augmentation import PRESETS, Augmentation, check_fits, parse_augmentation, preset
 from gpucnn.data.dataset import Dataset
 from gpucnn.data.parallel import in_parallel
-from gpucnn.data.recycling import Recycler
 from gpucnn.data.resampling import centre_box, tables
 from gpucnn.errors import ArgumentError, DtypeError, ShapeError
 from gpucnn.ops import backend_of
@@ -73,7 +72,6 @@ class Preprocessing:
         seed: int = 0,
         epoch: int = 0,
         indices: ArrayLike | None = None,
-        recycler: Recycler | None = None,
     ) -> NDArray[Any]:
         """The model's input for ``images``.
 
@@ -83,7 +81,6 @@ class Preprocessing:
             seed: with ``epoch`` and an image's number in ``indices`` decides all that is random about it.
             epoch: see ``seed``.
             indices: the images' numbers in their data set; 0, 1, ... without it.
-            recycler: where the memory of the result comes from; fresh without it.
 
         Returns:
             (count, channels, *image_size) of ``dtype``, contiguous.
@@ -92,10 +89,8 @@ class Preprocessing:
         is used. Raises DtypeError or ShapeError for other arrays, ArgumentError where augmentation does not fit.
         """
         changes = self.changes(images, augmentation, seed=seed, epoch=epoch, indices=indices)
-        shape = (len(images), len(self.mean), *self.image_size)
-        out = None if recycler is None else recycler.empty(shape, self.dtype)
         inputs: NDArray[Any] = backend_of(images).augment_images(
-            images, mean=self.mean, std=self.std, dtype=self.dtype, out=out, **changes
+            images, mean=self.mean, std=self.std, dtype=self.dtype, **changes
         )
         return inputs
 

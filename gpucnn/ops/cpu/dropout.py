@@ -12,7 +12,7 @@ from gpucnn.ops.cpu import compiled
 from gpucnn.ops.cpu.blocks import contiguously
 from gpucnn.ops.cpu.compiled import dropout as loops
 from gpucnn.ops.cpu.memory import FloatArray, result_like
-from gpucnn.recycling import results
+from gpucnn.recycling import memory
 
 
 def _scale(probability: float) -> float:
@@ -63,7 +63,7 @@ def dropout_forward(
     if threshold > 0xFFFFFFFF:
         mask = numpy.zeros(shape, numpy.bool_)
     elif compiled.available():
-        mask = results.empty(shape, numpy.bool_)
+        mask = memory.empty(shape, numpy.bool_)
         result = result_like(out, x)
         if not per_channel and compiled.usable(x, result):
             loops.dropout_forward(count, seed, offset, threshold, scale, x, mask, result)

@@ -25,7 +25,7 @@ from gpucnn.ops.cpu.blocks import ELEMENTS, SMALL, contiguously, ranges
 from gpucnn.ops.cpu.compiled import losses as loops
 from gpucnn.ops.cpu.memory import FloatArray, calculation_dtype, result_array
 from gpucnn.ops.cpu.threads import parallel_for
-from gpucnn.recycling import results
+from gpucnn.recycling import memory
 
 
 def _takes_loops(*arrays: FloatArray) -> bool:
@@ -86,7 +86,7 @@ def _label_divisor(targets: NDArray[Any], weight: FloatArray | None) -> float:
 def _of_labels(logits: FloatArray, labels: NDArray[Any], dtype: numpy.dtype[Any]) -> tuple[FloatArray, FloatArray]:
     """(losses (N,) in ``dtype``, probabilities) of class numbers without smoothing, a block of rows at a time."""
     n, classes = logits.shape
-    losses, probabilities = numpy.empty(n, dtype), results.empty(logits.shape, logits.dtype)
+    losses, probabilities = numpy.empty(n, dtype), memory.empty(logits.shape, logits.dtype)
     if _takes_loops(logits):
 
         def classify(rows: FloatArray, result: FloatArray) -> None:

@@ -9,7 +9,7 @@ import numpy
 from numpy.typing import DTypeLike, NDArray
 
 from gpucnn.ops.checks import check_out
-from gpucnn.recycling import results
+from gpucnn.recycling import memory
 
 FloatArray = NDArray[Any]
 
@@ -31,8 +31,8 @@ def result_array(
     if out is None:
         if like is not None and len(size) == 4 and is_channels_last(like):
             n, c, h, w = size
-            return results.empty((n, h, w, c), dtype).transpose(0, 3, 1, 2)
-        return results.empty(size, dtype)
+            return memory.empty((n, h, w, c), dtype).transpose(0, 3, 1, 2)
+        return memory.empty(size, dtype)
     check_out(out, size, dtype)
     result: NDArray[Any] = out
     return result
@@ -42,7 +42,7 @@ def result_like(out: Any, x: NDArray[Any]) -> NDArray[Any]:
     """``out`` after a check against the shape and dtype of x, or a new array, laid out as x, where it is None."""
     if out is not None:
         return result_array(out, x.shape, x.dtype)
-    return results.empty(x.shape, x.dtype) if x.flags.c_contiguous else numpy.empty_like(x, subok=False)
+    return memory.empty(x.shape, x.dtype) if x.flags.c_contiguous else numpy.empty_like(x, subok=False)
 
 
 def is_channels_last(array: NDArray[Any]) -> bool:

@@ -77,7 +77,7 @@ def rotate(planar: NDArray[Any], turns: NDArray[numpy.float32]) -> NDArray[numpy
     """Images (count, channels, height, width), each turned counter-clockwise about its centre by its own angle.
 
     ``turns`` (count, 2) are cosines and sines. Bilinear; pixels that come from outside repeat the nearest one of
-    the edge. The result is this thread's working memory, good until the next call. Height and width are at least 2.
+    the edge. The result is this thread's working memory, good until the next call. No side is below 2.
     """
     count, channels, height, width = planar.shape
     source = scratch("rotate source", planar.shape, numpy.float32)
