@@ -194,6 +194,7 @@ def test_new_results_of_arithmetic_are_contiguous_as_cupys_are(host):
         assert made.flags.c_contiguous
         assert type(made) is HostArray
     assert (turned + turned).get().tolist() == [[0, 6], [2, 8], [4, 10]]
+    assert turned.get().flags.c_contiguous
     kept = host_arrays.add(turned, turned, out=host_arrays.empty_like(turned))
     assert kept.flags.f_contiguous
     turned += 1

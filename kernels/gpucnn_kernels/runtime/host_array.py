@@ -34,9 +34,9 @@ class HostArray(PlainArray):
     """An array in what stands for device memory. Made by :data:`host_arrays`, never by hand."""
 
     def get(self) -> PlainArray:
-        """A copy as a plain numpy.ndarray."""
+        """A copy as a plain numpy.ndarray, in C order."""
         refuse("copy an array to the host")
-        return numpy.array(self.view(numpy.ndarray))
+        return numpy.array(self.view(numpy.ndarray), order="C")
 
     def set(self, values: PlainArray) -> None:
         """Copy a plain numpy.ndarray of the same shape and dtype into this array.
