@@ -163,7 +163,7 @@ def test_columns_up_to_an_unreadable_page() -> None:
 @given(
     size=st.integers(1, 300),
     seed=st.integers(0, 2**64 - 1),
-    offset=st.one_of(st.integers(0, 1000), st.integers(2**33, 2**62)),
+    offset=st.one_of(st.integers(0, 1000), st.integers(2**33, 2**62), st.integers(2**64 - 300, 2**65)),
     probability=st.floats(0, 1),
 )
 def test_masks_are_the_generators(size: int, seed: int, offset: int, probability: float) -> None:

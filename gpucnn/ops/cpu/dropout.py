@@ -62,7 +62,7 @@ def dropout_forward(
     count = math.prod(shape)
     if threshold > 0xFFFFFFFF:
         mask = numpy.zeros(shape, numpy.bool_)
-    elif compiled.available():
+    elif compiled.available() and offset + count <= 1 << 64:  # the loops count words in 64 bits
         mask = memory.empty(shape, numpy.bool_)
         result = result_like(out, x)
         if not per_channel and compiled.usable(x, result):
