@@ -79,12 +79,15 @@ def families() -> dict[str, Any]:
         convolution,
         convolution_ends,
         layers,
+        memory_format,
         planned,
         steps,
         surroundings,
     )
 
-    checks = (layers, steps, augmentation, captured, convolution, convolution_ends, planned, surroundings)
+    checks = (
+        layers, steps, augmentation, captured, convolution, convolution_ends, memory_format, planned, surroundings
+    )  # fmt: skip
     return {name: check for module in checks for name, check in module.CHECKS.items()}
 
 

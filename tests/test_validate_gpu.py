@@ -24,6 +24,7 @@ from scripts.gpu_validation import (
     convolution_ends,
     layers,
     machine,
+    memory_format,
     planned,
     report,
     steps,
@@ -90,7 +91,7 @@ def test_every_function_of_the_package_is_checked_in_every_dtype(rehearsal: tupl
     functions = {name for name in gpucnn_kernels.__all__ if name.islower() and name not in WITHOUT_ARRAYS}
     checked: dict[str, set[str]] = {}
     for row in rehearsal[1]["operations"]:
-        if row["family"] not in planned.CHECKS:  # which are of gpucnn's models
+        if row["family"] not in {**planned.CHECKS, **memory_format.CHECKS}:  # which are of gpucnn's models
             checked.setdefault(row["operation"].partition(",")[0], set()).add(row["dtype"])
     assert set(checked) == functions
     assert all(dtypes == set(benches.DTYPES) for dtypes in checked.values())
@@ -349,7 +350,9 @@ def test_families_and_dtypes_that_there_are_not() -> None:
         assert answer.returncode == 1
         assert words in answer.stderr
     listed = start("--runtime", "host", "--families", "?").stdout.split("\n")
-    checks = (layers, steps, augmentation, captured, convolution, convolution_ends, planned, surroundings)
+    checks = (
+        layers, steps, augmentation, captured, convolution, convolution_ends, memory_format, planned, surroundings
+    )  # fmt: skip
     known = {name: check for module in checks for name, check in module.CHECKS.items()}
     assert listed[:-1] == list(known)
 
