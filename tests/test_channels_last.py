@@ -25,9 +25,10 @@ from gpucnn.training import Callback, RunFolder, Trainer, TrainingOptions
 from gpucnn.training.averaging import WeightAverage
 from gpucnn_kernels import conv2d_choice, conv2d_tensor
 from gpucnn_kernels.launch import Call
+from gpucnn_kernels.runtime import ITEM_SIZES
 from gpucnn_kernels.runtime.host_array import HostArrays, host_arrays
 
-EPSILON = {"tf32": 2.0**-11, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+EPSILON = {"float32": 2.0**-20, "tf32": 2.0**-11, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +44,7 @@ class Counts:
     images: list = dataclasses.field(default_factory=list)  # channels of those packed for tensor cores
     filters: list = dataclasses.field(default_factory=list)  # (channels, for the gradient of the input)
     copies: list = dataclasses.field(default_factory=list)  # shapes of images that an operation copied
+    bytes: int = 0  # read and written to pack
 
 
 @pytest.fixture
@@ -61,12 +63,14 @@ def counts(monkeypatch):
         packed = image(call, given, groups)
         if packed is not given:
             found.images.append(given.shape[1])
+            found.bytes += (given.size + packed.size) * ITEM_SIZES[given.dtype]
         return packed
 
     def packed_filter(call, problem, given, transposed):
         packed = weight(call, problem, given, transposed)
         if packed[0] is not given:
             found.filters.append((given.shape[1], transposed))
+            found.bytes += (given.size + packed[0].size) * ITEM_SIZES[given.dtype]
         return packed
 
     def contiguous(self, values, dtype=None):
@@ -182,11 +186,22 @@ def test_a_training_step_moves_no_more_than_it_must(name, precision, counts, mon
 def test_contiguous_networks_pay_for_every_convolution(counts):
     """That the counts count: without the layout each convolution packs what it reads."""
     step(make("vgg-small", "bfloat16", channels_last=False), "vgg-small")
-    assert len(counts.images) >= 15
+    # Five convolutions on tensor cores read x and dy twice each, the first one both once, for its filter.
+    assert len(counts.images) == 5 * 4 + 2
     assert len([1 for _, transposed in counts.filters if not transposed]) == 5
+    weights = sum(o * i * 9 for o, i in ((32, 32), (64, 32), (64, 64), (128, 64), (128, 128)))
+    inputs = 32 * 28**2 + (32 + 64) * 14**2 + (64 + 128) * 7**2
+    outputs = 32 * 28**2 + (64 + 64) * 14**2 + (128 + 128) * 7**2
+    # All is read and written: 2 bytes a number, 2 images; weights forward and backward.
+    images = 2 * 2 * (inputs + outputs) + 2 * 32 * 28**2 + (3 + 8) * 28**2
+    assert counts.bytes == 2 * (2 * images + 2 * 2 * weights)
+    counts.bytes = 0
     counts.images.clear()
+    counts.filters.clear()
     step(make("vgg-small", "bfloat16"), "vgg-small")
     assert counts.images == [3]
+    # The batch of 3 channels, filled up to 8, and the weights for the inputs' gradients.
+    assert counts.bytes == 2 * (2 * (3 + 8) * 28**2 + 2 * weights)
 
 
 def smooth_model(precision, channels_last):
@@ -206,7 +221,7 @@ def smooth_model(precision, channels_last):
     return model.to("cuda").compute_in(precision, channels_last=channels_last)
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float16", "tf32"])
+@pytest.mark.parametrize("precision", ["bfloat16", "float16", "tf32", "float32"])
 def test_results_do_not_show_the_layout(precision, monkeypatch):
     monkeypatch.setitem(MODELS, "smooth", ((3, 8), {}))
     plain, last = smooth_model(precision, False), smooth_model(precision, True)
