@@ -109,7 +109,7 @@ class OursOnGpu(Ours):
         if variant == "channels-last" and (row["kind"] == "cross_entropy" or "count" in row["sizes"]):
             return None  # no images
         if variant == "channels-last" and row["kind"] == "step":
-            return None  # a model's images are contiguous
+            return None  # a model chooses for its images by itself
         self._precision, self._variant, self._way_taken = precision, variant, None
         return self.prepare(row)
 
