@@ -471,17 +471,19 @@ def test_a_run_goes_on_from_its_checkpoint_with_the_same_bits(tmp_path):
 # ---------------------------------------------------------------- compiled models
 
 
-@pytest.mark.parametrize("name", ["vgg-small", "resnet18", "mobilenet_v2"])
+@pytest.mark.parametrize("name", MODELS)
 def test_compiled_models_and_plans(name, counts):
     model = make(name, "bfloat16").eval()
     x, _ = batch_for(name)
     compiled = model.compile_for_inference()
     expected = forward_pass(model, x).get()
-    counts.images.clear(), counts.filters.clear()
+    counts.images.clear()
+    counts.filters.clear()
+    counts.transposes = 0
     found = forward_pass(compiled, x).get()
     assert counts.images == counts.copies == []
     assert all(channels % 8 for channels, _ in counts.filters)
-    assert counts.transposes == 0
+    assert counts.transposes == (1 if name == "lenet5" else 0)
     assert numpy.linalg.norm(found - expected) <= 32 * EPSILON["bfloat16"] * numpy.linalg.norm(expected)
     plan = compiled.plan(x.shape)
     assert numpy.array_equal(plan(x.astype("bfloat16")).get(), found)
