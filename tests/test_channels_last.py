@@ -294,3 +294,15 @@ def test_compiled_models_and_plans(name, counts):
     assert numpy.linalg.norm(found - expected) <= 32 * EPSILON["bfloat16"] * numpy.linalg.norm(expected)
     plan = compiled.plan(x.shape)
     assert numpy.array_equal(plan(x.astype("bfloat16")).get(), found)
+
+
+def test_a_compiled_model_changes_its_precision_and_keeps_one_buffer():
+    model = make("vgg-small", "float32").eval()
+    x, _ = batch_for("vgg-small")
+    compiled = model.compile_for_inference().compute_in("bfloat16")
+    weights = [layer.weight for _, layer in compiled.named_layers() if isinstance(layer, layers.Conv2d)]
+    assert [is_channels_last(weight.data) for weight in weights] == [False] + [True] * 5
+    assert len({id(parameter.working.base) for parameter in compiled.parameters()}) == 1
+    expected = forward_pass(model.compute_in("bfloat16").compile_for_inference(), x).get()
+    assert numpy.array_equal(forward_pass(compiled, x).get(), expected)
+    assert len({id(parameter.working.base) for parameter in compiled.parameters()}) == 1

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from gpucnn import initializers
 from gpucnn.device import on_device
@@ -35,7 +35,7 @@ from gpucnn.layers import (
 from gpucnn.models.folded import ACTIVATIONS, NO_TRAINING, FoldedConv2d, FoldedMaxPool2d, FoldedResidual, fold
 from gpucnn.models.model import Model
 from gpucnn.ops import Array
-from gpucnn.parameters import flatten
+from gpucnn.parameters import flatten, refresh_narrow_copies
 
 if TYPE_CHECKING:
     from gpucnn.models.inference_plan import InferencePlan
@@ -66,6 +66,13 @@ class InferenceModel(Model):
     def backward(self, dy: Array) -> Array:
         """There is none: raises StateError."""
         raise StateError(NO_TRAINING)
+
+    def compute_in(self, precision: str, *, channels_last: bool | None = None) -> Self:
+        """As :meth:`Model.compute_in`."""
+        super().compute_in(precision, channels_last=channels_last)
+        with on_device(self.device):
+            _gather(self)  # weights that are laid out otherwise have left their buffers
+        return self
 
     def fit(self, *data: Any, **options: Any) -> NoReturn:
         """Raise StateError."""
@@ -111,9 +118,16 @@ def compile_for_inference(model: Model) -> InferenceModel:
                 elif (folded := _folded_sum(layer)) is not None:
                     setattr(container, name, folded)
         network.requires_grad_(False)
-        if network.parameters():
-            flatten(network.parameters())  # a conversion to 16 bits is then one operation
+        _gather(network)
     return InferenceModel(network).eval()
+
+
+def _gather(network: Layer) -> None:
+    """Lay the parameters into flat buffers: a conversion to 16 bits is then one operation."""
+    if network.parameters():
+        flatten(network.parameters())
+        if network.narrow_dtype is not None:
+            refresh_narrow_copies(network.parameters(), network.narrow_dtype)
 
 
 def _fold_chain(container: Layer, names: tuple[str, ...]) -> None:
