@@ -587,6 +587,10 @@ def aligned_floats(size):
     return room[place : place + size]
 
 
+@pytest.mark.skipif(
+    "clang" in os.environ.get("CXX", ""),
+    reason="clang watches the alignment of a vector's parts, not of the vector",
+)
 def test_misaligned_vectors():
     x, y = aligned_floats(16), aligned_floats(4)
     x[:] = numpy.arange(16)

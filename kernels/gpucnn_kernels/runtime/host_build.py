@@ -260,7 +260,7 @@ def _runtime_object(compiler: str) -> Path:
     return path
 
 
-_PTX_SIGNS = ("no such instruction", "impossible constraint", "Assembler")
+_PTX_SIGNS = ("no such instruction", "impossible constraint", "Assembler", "<inline asm>")
 
 
 def _compile(compiler: str, arguments: Sequence[str], title: str) -> None:

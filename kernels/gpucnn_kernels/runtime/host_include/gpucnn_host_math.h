@@ -16,11 +16,18 @@
     inline double NAME(double x, int y) { return __builtin_##NAME(x, double(y)); } \
     inline float NAME(float x, int y) { return __builtin_##NAME##f(x, float(y)); }
 
+#if defined(__clang__)  // which has no __builtin_exp10; the C library has the function, by other names for us
+double gpucnn_host_exp10(double) __asm__("exp10");
+float gpucnn_host_exp10f(float) __asm__("exp10f");
+#define __builtin_exp10 gpucnn_host_exp10
+#define __builtin_exp10f gpucnn_host_exp10f
+#endif
+
 namespace {
 
+GPUCNN_HOST_MATH1(exp10)
 GPUCNN_HOST_MATH1(exp)
 GPUCNN_HOST_MATH1(exp2)
-GPUCNN_HOST_MATH1(exp10)
 GPUCNN_HOST_MATH1(expm1)
 GPUCNN_HOST_MATH1(log)
 GPUCNN_HOST_MATH1(log2)
