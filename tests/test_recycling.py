@@ -74,6 +74,7 @@ def test_a_view_keeps_the_memory(view: Any) -> None:
 def test_copies_have_memory_of_their_own() -> None:
     recycler = Recycler(1 << 24)
     array = recycler.empty(LARGE, numpy.float32)
+    array.fill(3)
     copies = [array.copy(), numpy.array(array), array + 1]
     del array
     idle = recycler.idle_bytes
