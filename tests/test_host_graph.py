@@ -137,7 +137,9 @@ def test_memory_that_nothing_keeps(work: Any) -> None:
 
 def test_a_view_that_is_kept_keeps_the_whole() -> None:
     whole = device(1, 2, 3)
-    host_graph.capture(lambda: whole.fill(0), [whole[1:2]])
+    graph = host_graph.capture(lambda: whole.fill(0), [whole[1:2]])
+    graph.launch()
+    assert whole.get().tolist() == [0, 0, 0]
 
 
 def test_other_threads_are_not_captured() -> None:
