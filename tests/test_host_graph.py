@@ -137,7 +137,7 @@ def test_memory_that_nothing_keeps(work: Any) -> None:
 
 def test_a_view_that_is_kept_keeps_the_whole() -> None:
     whole = device(1, 2, 3)
-    graph = host_graph.capture(lambda: whole.fill(0), [whole[1:2]])
+    graph, _ = host_graph.capture(lambda: whole.fill(0), [whole[1:2]])
     graph.launch()
     assert whole.get().tolist() == [0, 0, 0]
 
