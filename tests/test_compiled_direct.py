@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from gpucnn.errors import ArgumentError
 from gpucnn.ops import cpu
-from gpucnn.ops.cpu import compiled
 from gpucnn.ops.cpu.compiled import direct
 from gpucnn.ops.cpu.conv2d import conv2d_backward_filter, conv2d_forward
 from gpucnn_kernels.problem import Conv2dProblem
@@ -21,7 +20,7 @@ from tests.guarded import guarded, guarded_empty
 from tests.oracles import convolution as oracle
 from tests.problems import ALL, arrays, geometry, options, parameters
 
-pytestmark = pytest.mark.skipif(not compiled.available(), reason="there are no compiled loops")
+pytestmark = pytest.mark.compiler
 
 DIRECTIONS = ("forward", "backward_data", "backward_filter")
 # What no number of the result is, to see what was left out.

@@ -11,10 +11,9 @@ import pytest
 from numpy.typing import NDArray
 
 from gpucnn.ops import cpu
-from gpucnn.ops.cpu import compiled
 from gpucnn.recycling import memory
 
-pytestmark = pytest.mark.skipif(not compiled.available(), reason="there are no compiled loops")
+pytestmark = pytest.mark.compiler
 
 Make = Callable[..., NDArray[Any]]
 """From a shape, an array of float32."""
