@@ -238,7 +238,12 @@ def count_instructions(table: Table) -> Table:
             kernels = instructions.count(cubin, tool)
             counted[made.title] = {
                 "fingerprint": made.fingerprint,
-                "kernels": {name: kernels[name] for name in made.kernels},
+                "kernels": {
+                    name: kernels[name]
+                    for kernel in made.kernels
+                    for name in (kernel, f"{kernel} {instructions.MAIN_LOOP}")
+                    if name in kernels
+                },
             }
     if tool is None and len(counted) < len(table["sources"]):
         print("document_kernels.py: nvdisasm is not there: changed sources are without counts of instructions")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from kernel_documents.instructions import CLASSES
+from kernel_documents.instructions import CLASSES, MAIN_LOOP
 
 Table = dict[str, Any]
 Limits = dict[str, tuple[int, int, int, int]]
@@ -29,7 +29,12 @@ or, at 100 %, nothing but its warps.
 
 Instructions are those of the code for sm_90 as it is written, not as often as they run, padding left out: all, and
 of these multiply-adds (FFMA, DFMA, HFMA2), instructions of the tensor cores, those that read or write shared
-memory and memory, and barriers.
+memory and memory, and barriers. The main loop is the one with the largest share of products: of how many
+instructions, how many are products (multiply-adds or those of tensor cores). Each of a multiprocessor's four
+schedulers issues one instruction a clock and can begin a multiply-add in every one of them, so a kernel reaches no
+larger share of that rate than its main loop has of them. A product of tensor cores (m16n8k16 in 16 bits, m16n8k8
+in tf32) takes them four clocks at the datasheet's rate: what a loop has of other instructions beyond three for
+each of those is time that they wait. Kernels without such a loop have "–".
 
 Written by `scripts/document_kernels.py`; a test holds this page to the table of registers and to CUDA's limits.
 """
@@ -59,6 +64,14 @@ def held_by(
     return min(blocks, key=lambda name: blocks[name])
 
 
+def main_loop(found: list[int] | None) -> str:
+    """Its products among its instructions."""
+    if found is None:
+        return "–"
+    products = found[CLASSES.index("tensor core")] or found[CLASSES.index("multiply-add")]
+    return f"{products} of {found[0]}, {products / found[0]:.0%}"
+
+
 def render(
     table: Table,
     counted: Table,
@@ -74,7 +87,7 @@ def render(
         )
     ]
     heads = [name.removeprefix("sm_") for name in architectures]
-    header = ["kernel", "form", "threads", *heads, "held by", *CLASSES]
+    header = ["kernel", "form", "threads", *heads, "held by", *CLASSES, MAIN_LOOP]
     section = ""
     for title, source in table["sources"].items():
         name, _, form = title.partition(" ")
@@ -107,5 +120,6 @@ def render(
             found = numbers_of.get(kernel)
             cells = [f"`{kernel}`", form, str(numbers["threads"]), *shares, holder]
             cells += [str(number) for number in found] if found else ["–"] * len(CLASSES)
+            cells.append(main_loop(numbers_of.get(f"{kernel} {MAIN_LOOP}")))
             parts.append(f"| {' | '.join(cells)} |\n")
     return "".join(parts)
