@@ -44,6 +44,17 @@ def poisoned(shape, dtype, layout="contiguous"):
     return LAYOUTS[layout](numpy.full(shape, 54321, dtype)) if len(shape) == 4 else numpy.full(shape, 54321, dtype)
 
 
+def placed(array, elements=0):
+    """The same numbers, axes in the same order, in memory ``elements`` behind a multiple of 16 bytes."""
+    order = sorted(range(array.ndim), key=lambda axis: (-array.strides[axis], -array.shape[axis]))
+    memory = numpy.empty(array.nbytes + 16 + elements * array.itemsize, numpy.uint8)
+    start = -memory.ctypes.data % 16 + elements * array.itemsize
+    flat = memory[start : start + array.nbytes].view(array.dtype)
+    view = flat.reshape([array.shape[axis] for axis in order]).transpose(numpy.argsort(order))
+    view[...] = array
+    return view
+
+
 def follows(result, model):
     """Whether a result is contiguous where ``model`` is, and otherwise channels-last."""
     return (

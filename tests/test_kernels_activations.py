@@ -9,7 +9,7 @@ import gpucnn_kernels as kernels
 from gpucnn_kernels import ArgumentError, DtypeError, LayoutError, launch
 from gpucnn_kernels.runtime.host import order_independent
 from tests.accuracy import awkward, channels_last
-from tests.kernel_accuracy import DTYPES, EVERY_DTYPE, epsilon, normal, on_the_host, wide
+from tests.kernel_accuracy import DTYPES, EVERY_DTYPE, epsilon, normal, on_the_host, placed, wide
 from tests.oracles import activations as oracle
 
 __all__ = ["on_the_host"]
@@ -169,6 +169,28 @@ def test_shapes_and_long_arrays(dtype, monkeypatch):
         numpy.testing.assert_array_equal(y, numpy.maximum(x, 0).astype(dtype))
         dx = kernels.relu_backward(x, y)
         numpy.testing.assert_array_equal(dx.astype(float), numpy.where(x > 0, x, 0).astype(float))
+
+
+@NAMES
+@EVERY_DTYPE
+def test_packs_and_elements_give_the_same_bits(name, dtype, monkeypatch):
+    # Some tiles of two packs a thread and a part of one; where an array begins off a multiple of 16 bytes, or the
+    # tile is not whole, elements are moved one by one, as they all are of the short arrays of the tests above.
+    count = 5 * (256 * 2 * 16 // dtype.itemsize) // 2 + 3
+    x, dy = inputs(dtype, seed=5)
+    forward, backward = operations(name)
+    saved = forward(x) if FUNCTIONS[name][2] else x
+    y, dx = forward(x), backward(dy, saved)
+    long = {key: numpy.resize(value, count) for key, value in {"x": x, "dy": dy, "saved": saved}.items()}
+    for blocks in (1 << 16, 2):
+        monkeypatch.setattr(launch, "_MAX_BLOCKS", blocks)
+        for places in ((0, 0, 0), (1, 0, 0), (0, 3, 0), (0, 0, 1)):
+            given = {key: placed(value, place) for (key, value), place in zip(long.items(), places, strict=True)}
+            result = placed(numpy.zeros(count, dtype), places[2])
+            forward(given["x"], out=result)
+            assert result.tobytes() == numpy.resize(y, count).tobytes()
+            backward(given["dy"], given["saved"], out=result)
+            assert result.tobytes() == numpy.resize(dx, count).tobytes()
 
 
 def test_any_dense_order_of_axes_and_no_order_of_threads():

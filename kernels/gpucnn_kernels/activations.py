@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from gpucnn_kernels.errors import ArgumentError
-from gpucnn_kernels.launch import Call, blocks_for
+from gpucnn_kernels.launch import Call, blocks_for_packs
 
 SOURCE = "activations"
 SOURCES: dict[str, tuple[dict[str, str], ...]] = {SOURCE: ({},)}
@@ -30,7 +30,7 @@ def _forward(function: str, x: Any, negative_slope: float, out: Any, stream: Any
         call.launch(
             SOURCE,
             "activation_forward",
-            blocks_for(y.size),
+            blocks_for_packs(y.size, dtype),
             scalar=dtype,
             x=call["x"],
             y=y,
@@ -51,7 +51,7 @@ def _backward(
         call.launch(
             SOURCE,
             "activation_backward",
-            blocks_for(dx.size),
+            blocks_for_packs(dx.size, dtype),
             scalar=dtype,
             dy=call["dy"],
             value=call[value_name],

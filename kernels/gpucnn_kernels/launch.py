@@ -20,7 +20,7 @@ from gpucnn_kernels import source as sources
 from gpucnn_kernels.arrays import JAX, DeviceArray, device_array, image_layout, in_kind, library_of
 from gpucnn_kernels.errors import ArgumentError, DeviceError, DtypeError, LayoutError
 from gpucnn_kernels.gpu import Gpu, gpu_of
-from gpucnn_kernels.runtime import Pointer, current
+from gpucnn_kernels.runtime import ITEM_SIZES, Pointer, current
 
 THREADS = 256
 """The block size of kernels that give each thread an element."""
@@ -34,6 +34,11 @@ _MAX_BLOCKS = 1 << 16
 def blocks_for(count: int, threads: int = THREADS, per_thread: int = 1) -> int:
     """Blocks of a grid-stride loop over ``count`` elements: one thread each, up to 65,536 blocks."""
     return min(-(-count // (threads * per_thread)), _MAX_BLOCKS)
+
+
+def blocks_for_packs(count: int, dtype: str) -> int:
+    """Blocks for ``count`` elements where a thread takes two packs of 16 bytes, as packs.cuh has them."""
+    return blocks_for(count, per_thread=2 * 16 // ITEM_SIZES[dtype])
 
 
 class Call:
