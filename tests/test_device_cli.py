@@ -21,6 +21,7 @@ from gpucnn.ops.cpu import compiled
 from gpucnn.training import RunFolder
 from gpucnn_kernels.catalog import variants
 from gpucnn_kernels.errors import CompileError
+from gpucnn_kernels.runtime import ahead
 from gpucnn_kernels.runtime.host_array import HostArray
 
 
@@ -120,20 +121,21 @@ def test_info_tells_cupy_driver_and_gpus():
 def test_warm_up_compiles_and_says_what(capsys, monkeypatch):
     asked = []
 
-    def warm_up(dtypes=("float32",), progress=None):
-        asked.append(dtypes)
+    def warm_up(dtypes, progress, processes):
+        asked.append((dtypes, processes))
         for number, name in enumerate(("relu", "conv2d"), start=1):
             progress(name, number, 2)
         return 2
 
     monkeypatch.setattr(gpucnn_kernels, "warm_up", warm_up, raising=False)
+    monkeypatch.setattr(ahead, "cores", lambda: 40)
     answer = call(capsys, "warm-up")
     assert answer.status == 0, answer.errors
     assert answer.output.startswith("2 modules compiled in ")
     assert "[1/2] relu\n[2/2] conv2d\n" in answer.errors
-    answer = call(capsys, "warm-up", "--precision", "float64", "--quiet")
+    answer = call(capsys, "warm-up", "--precision", "float64", "--processes", "3", "--quiet")
     assert answer.errors == ""
-    assert asked == [("float32",), ("float64",)]
+    assert asked == [(("float32",), 16), (("float64",), 3)]
     assert "there is no conv2d.cu" in failing_warm_up(capsys, monkeypatch)
 
 

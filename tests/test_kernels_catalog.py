@@ -12,8 +12,10 @@ import pytest
 
 import gpucnn_kernels
 from gpucnn_kernels import catalog, source
-from gpucnn_kernels.errors import ArgumentError
+from gpucnn_kernels.errors import ArgumentError, CompileError
 from gpucnn_kernels.launch import Call
+from gpucnn_kernels.runtime import ahead, using
+from gpucnn_kernels.source import Source
 from tests.kernel_stand_ins import (
     RecordedArray,
     RecordingRuntime,
@@ -104,6 +106,60 @@ def test_warming_up_on_a_gpu_leaves_nothing_to_compile(stand_in_cupy: StandInCup
     for dtype in (numpy.float32, numpy.float64):
         gpucnn_kernels.relu_forward(StandInArray(numpy.ones(3, dtype), 1))
     assert len(stand_in_cupy.compiled) == count
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Source]:
+    """Three small forms in place of all, on the host runtime, with a cache that is empty."""
+    made = [source.load(name, (("SCALAR", "float32"),)) for name in ("linear", "softmax", "activations")]
+    monkeypatch.setattr(catalog, "capabilities", lambda dtypes: dict.fromkeys(made, (0, 0)))
+    monkeypatch.setenv("GPUCNN_KERNELS_CACHE", str(tmp_path))
+    return made
+
+
+def kept(folder: Path) -> int:
+    return len(list(folder.rglob("*.so")))
+
+
+@pytest.mark.compiler
+def test_several_processes_compile_into_the_cache_of_all(
+    few: list[Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[tuple[str, int, int]] = []
+    compiled: list[str] = []
+    with using("host") as runtime:
+        monkeypatch.setattr(runtime, "module", lambda made, device: compiled.append(made.title))
+        assert gpucnn_kernels.warm_up(progress=lambda *line: said.append(line), processes=2) == 3
+    assert said == [(made.title, number, 3) for number, made in enumerate(few, 1)]
+    assert compiled == [], "nothing is left for this process"
+    assert kept(tmp_path) >= 3
+
+
+@pytest.mark.compiler
+def test_what_a_process_cannot_compile_is_told_by_this_one(few: list[Source], tmp_path: Path) -> None:
+    few[1] = Source("no_such_file", (), 'extern "C" __global__ void wrong() { this is no C++; }\n')
+    with using("host"), pytest.raises(CompileError, match=r"no_such_file: wrong\.cu does not compile"):
+        gpucnn_kernels.warm_up(processes=2)
+    assert kept(tmp_path) >= 2, "the others are compiled"
+
+
+@pytest.mark.parametrize("code", ["import sys; sys.exit(1)", "import sys; sys.stdin.readline()"])
+def test_processes_that_end_leave_their_work_to_this_one(
+    code: str, recording: RecordingRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(runtime: str, device: int) -> subprocess.Popen[str]:
+        assert (runtime, device) == ("recording", 0)
+        pipe = subprocess.PIPE
+        return subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, text=True)
+
+    monkeypatch.setattr(catalog, "current", lambda: recording)
+    monkeypatch.setattr(ahead, "_start", start)
+    said: list[int] = []
+    count = gpucnn_kernels.warm_up(progress=lambda title, number, total: said.append(number), processes=2)
+    assert sorted(recording.compiled) == sorted((made.title, 0) for made in catalog.variants(["float32"]))
+    assert said == list(range(1, count + 1))
+    with pytest.raises(ArgumentError, match="processes must be at least 1, got 0"):
+        gpucnn_kernels.warm_up(processes=0)
 
 
 def test_importing_the_catalog_loads_no_gpu() -> None:

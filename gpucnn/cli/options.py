@@ -313,6 +313,12 @@ WARM_UP_OPTIONS = (
         "NAME",
         default="float32",
     ),
+    Option(
+        "processes",
+        "processes that compile for a GPU at a time (default: one a core, 16 at most)",
+        whole_number(1),
+        "N",
+    ),
     Option("quiet", "print results and errors only", switch, default=False),
 )
 

@@ -21,6 +21,7 @@ def run(settings: Settings, arguments: dict[str, Any]) -> int:
         return _warm_up_cpu()
     precision = choose_precision(settings["precision"], device)
     from gpucnn_kernels import warm_up
+    from gpucnn_kernels.runtime import ahead
 
     quiet = settings["quiet"]
     note(f"device: {device} ({device.reason})", quiet=quiet)
@@ -33,7 +34,8 @@ def run(settings: Settings, arguments: dict[str, Any]) -> int:
         # Beside 16-bit activations the weights, the optimizer and the loss are float32.
         weights = input_dtype(precision)
         dtypes = (weights, precision) if precision in NARROW else (weights,)
-        count = warm_up(dtypes=dtypes, progress=progress)
+        processes = settings["processes"] or min(ahead.cores(), ahead.MOST_PROCESSES)
+        count = warm_up(dtypes=dtypes, progress=progress, processes=processes)
     print(f"{count} modules compiled in {time.perf_counter() - began:.1f} seconds")
     return 0
 

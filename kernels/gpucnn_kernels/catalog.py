@@ -16,7 +16,7 @@ from typing import Any
 
 import gpucnn_kernels
 from gpucnn_kernels.errors import ArgumentError
-from gpucnn_kernels.runtime import current
+from gpucnn_kernels.runtime import ahead, current
 from gpucnn_kernels.source import SCALARS, Source, variant
 
 Progress = Callable[[str, int, int], object]
@@ -70,24 +70,38 @@ def variants(dtypes: Iterable[str] = tuple(SCALARS)) -> list[Source]:
     return list(capabilities(dtypes))
 
 
-def warm_up(dtypes: Iterable[str] = ("float32",), progress: Progress | None = None) -> int:
+def warm_up(dtypes: Iterable[str] = ("float32",), progress: Progress | None = None, *, processes: int = 1) -> int:
     """Compile all kernels for these dtypes ahead of their use, for the current device; how many modules that were.
 
-    Those that need a newer GPU are left out.
+    Those that need a newer GPU are left out. Later processes find them in the disk cache. ``processes`` compile at
+    a time, up to 16; each takes a core and, on a GPU, some 0.5 GB of its memory until this is done. With 1 it is
+    this process that does it, which has all of them loaded then.
 
-    Later processes find them in the disk cache. Raises ArgumentError for an unknown dtype, DeviceError where no
-    GPU can be used and CompileError where a kernel does not compile.
+    Raises ArgumentError for an unknown dtype or no process, DeviceError where no GPU can be used and CompileError
+    where a kernel does not compile.
     """
     dtypes = [dtypes] if isinstance(dtypes, str) else list(dtypes)
     for dtype in dtypes:
         if dtype not in SCALARS:
             raise ArgumentError(f"kernels take arrays of {', '.join(SCALARS)}, got {dtype}")
+    if processes < 1:
+        raise ArgumentError(f"processes must be at least 1, got {processes}")
     runtime = current()
     device = runtime.current_device()
     has = runtime.capability(device)
     modules = [source for source, needed in capabilities(dtypes).items() if needed <= has]
-    for number, source in enumerate(modules, 1):
+    told: list[Source] = []
+
+    def begin(source: Source) -> None:
+        told.append(source)
         if progress is not None:
-            progress(source.title, number, len(modules))
+            progress(source.title, len(told), len(modules))
+
+    left = modules
+    if processes > 1:
+        left = ahead.compile_in_processes(runtime.name, device, modules, processes, begin)
+    for source in left:
+        if source not in told:
+            begin(source)
         runtime.module(source, device)
     return len(modules)
