@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -224,11 +225,24 @@ def test_float64_trains_and_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bfloat16", "float16"])
-def test_precisions_of_a_gpu_are_refused_in_words(capsys: pytest.CaptureFixture[str], precision: str) -> None:
+def test_precisions_of_a_gpu_are_rounded_to_on_the_cpu(capsys: pytest.CaptureFixture[str], precision: str) -> None:
     answer = call(capsys, "train", *SMALL, "--precision", precision)
+    assert answer.status == 0
+    words = f"precision {precision} (rounded as on a GPU; slower than float32 on the CPU)"
+    assert words in answer.errors
+    tensors = read_tensors(Path("run/best.safetensors"))[0]
+    assert {str(array.dtype) for array in tensors.values()} <= {"float32", "int64"}
+    assert call(capsys, "evaluate", "run").status == 0
+
+
+def test_a_precision_without_its_package_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    answer = call(capsys, "train", *SMALL, "--precision", "bfloat16")
     assert answer.status == 2
-    assert f"precision '{precision}' is arithmetic of a GPU's tensor cores" in answer.errors
-    assert "the device is 'cpu'" in answer.errors
+    assert "precision 'bfloat16' needs the package ml_dtypes: pip install ml_dtypes" in answer.errors
+    assert not Path("run").exists()
 
 
 def test_model_options_reach_the_model(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ from gpucnn_kernels.runtime.host_array import host_arrays
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = ["gpucnn.ops.cpu", "gpucnn.ops.cuda"]
+NARROW = "gpucnn.ops.cpu.narrow"
 NAMES = [
     name for name, value in vars(Operations).items() if inspect.isfunction(value) and not name.startswith("_")
 ]
@@ -34,7 +35,7 @@ def test_the_contract_is_read():
     assert {"conv2d_forward", "batch_norm_forward", "adam_step", "images_to_float"} <= set(NAMES)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, NARROW])
 @pytest.mark.parametrize("name", NAMES)
 def test_signature(backend, name):
     function = getattr(importlib.import_module(backend), name)

@@ -190,8 +190,8 @@ def test_tf32_rounds_the_factors_of_convolutions_of_one_group():
     x = small_batch()[0]
     assert numpy.array_equal(compiled(x).get(), forward_pass(model, x).get())
     assert precision_of(compiled) == "tf32"
-    with pytest.raises(ArgumentError, match="precision 'tf32' is arithmetic of a GPU's tensor cores"):
-        compiled.cpu().predict(x.get())
+    on_gpu = compiled.predict(x.get())
+    assert 0 < numpy.abs(compiled.cpu().predict(x.get()) - on_gpu).max() <= 1e-5, "the CPU rounds otherwise"
     model.zero_grad()
     assert precision_of(model.compute_in("float32")) == "float32"
     assert list(model[0].algorithm.values()) == ["auto", "phases", "auto"]
@@ -358,14 +358,8 @@ def test_the_command_line_trains_in_float16(capsys, tmp_path, monkeypatch):
 # ---------------------------------------------------------------- what is refused
 
 
-def test_what_the_cpu_and_this_version_do_not_compute_in():
-    model = make_model()
-    for name in ("tf32", "bfloat16", "float16"):
-        with pytest.raises(
-            ArgumentError, match=f"'{name}' is arithmetic of a GPU's tensor cores, and the device is"
-        ):
-            set_precision(model, name)
-    model.to("cuda")
+def test_what_no_device_computes_in():
+    model = make_model().to("cuda")
     with pytest.raises(ArgumentError, match="unknown precision 'bf16'; did you mean 'bfloat16'"):
         set_precision(model, "bf16")
     assert precision_of(model) == "float32"
@@ -378,11 +372,8 @@ def test_layers_take_no_other_dtype_unasked():
     x, _ = small_batch()
     with pytest.raises(DtypeError, match="the input is float32 but the parameters are bfloat16"):
         model(x)
-    model.cpu()
-    with pytest.raises(ArgumentError, match="the device is 'cpu'"):
-        model.predict(x.get())
+    assert model.cpu().predict(x.get()).dtype == numpy.float32
     assert set_precision(model, "float32") is None
     assert model.predict(x.get()).dtype == numpy.float32
-    norm = layers.BatchNorm2d(2)
-    with pytest.raises(DtypeError, match="float16"):
-        norm(x.get().astype("float16"))
+    with pytest.raises(DtypeError, match="expected floating-point numbers, got dtype int16"):
+        layers.BatchNorm2d(2)(x.get().astype("int16"))

@@ -12,7 +12,6 @@ from threadpoolctl import threadpool_info
 
 import gpucnn
 from gpucnn import models
-from gpucnn.cli.precision import precisions_of
 from gpucnn.cli.recipes import FOLDER, RECIPES
 from gpucnn.cli.report import print_json, table
 from gpucnn.cli.settings import Settings
@@ -20,6 +19,7 @@ from gpucnn.data import load
 from gpucnn.data.idx import SOURCES, find_idx_files
 from gpucnn.device import choose_device, cuda_facts
 from gpucnn.errors import DeviceError, GpucnnError
+from gpucnn.layers.precision import usable_precisions
 from gpucnn.ops.cpu import compiled
 from gpucnn.ops.cpu.threads import thread_count
 
@@ -93,7 +93,7 @@ def collect(settings: Settings) -> dict[str, Any]:
         "cpu_loops": {"compiled": compiled.available(), "reason": compiled.why_not()},
         "device": device,
         "cuda": cuda_facts(),
-        "precisions": list(precisions_of(device["name"] or "cpu")),
+        "precisions": list(usable_precisions()),
         "models": [_model(name) for name in models.available()],
         "data": {name: _data(name, settings["data-dir"]) for name in RECIPES if name != FOLDER},
     }

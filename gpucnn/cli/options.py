@@ -266,7 +266,7 @@ TRAIN_OPTIONS = (
            choice("monitor", ("accuracy", "loss")), "NAME", default="accuracy"),
     Option("seed", "decides the weights, splits, order, augmentation and dropout", whole_number(0, 2**64 - 1), "N",
            default=0),
-    Option("precision", "float32 or float64; on a GPU also tf32, bfloat16 or float16",
+    Option("precision", "float32 or float64; for GPUs tf32, bfloat16 or float16",
            choice("precision", PRECISIONS), "NAME", default="float32"),
     Option("capture", "launch steps on a GPU as one CUDA graph: auto, on (layers of your own too) or off",
            choice("capture", ("auto", "on", "off")), "NAME", default="auto"),
@@ -308,7 +308,7 @@ WARM_UP_OPTIONS = (
     Option("device", "cuda, cuda:N for one of several GPUs, or cpu", device_name, "NAME", default="cuda"),
     Option(
         "precision",
-        "float32 or float64; on a GPU also tf32, bfloat16 or float16",
+        "float32 or float64; for GPUs tf32, bfloat16 or float16",
         choice("precision", PRECISIONS),
         "NAME",
         default="float32",

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from gpucnn.device import Device
-from gpucnn.layers.precision import PRECISIONS, WIDE, check_precision
+from gpucnn.layers.precision import WIDE
 
 
-def choose_precision(precision: str, device: Device) -> str:
-    """``precision``; ArgumentError, with the reason, where the device cannot compute in it."""
-    check_precision(precision, str(device), device.reason)
-    return precision
+def described(precision: str, device: Device) -> str:
+    """``precision`` in words for a line about a run: on the CPU those of a GPU's tensor cores save nothing."""
+    if str(device) != "cpu" or precision in WIDE:
+        return precision
+    return f"{precision} (rounded as on a GPU; slower than float32 on the CPU)"
 
 
 def input_dtype(precision: str) -> str:
     """The dtype of the images that a network in ``precision`` is given: the one of its weights."""
     return "float64" if precision == "float64" else "float32"
-
-
-def precisions_of(device: str) -> tuple[str, ...]:
-    """The names that ``device`` ("cpu", "cuda:1") computes in."""
-    return WIDE if device == "cpu" else PRECISIONS

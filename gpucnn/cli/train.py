@@ -8,7 +8,7 @@ from typing import Any, TextIO, cast
 
 import gpucnn
 from gpucnn import models
-from gpucnn.cli.precision import choose_precision, input_dtype
+from gpucnn.cli.precision import described, input_dtype
 from gpucnn.cli.recipes import RECIPES, with_recipe
 from gpucnn.cli.report import describe_data, describe_model, note
 from gpucnn.cli.results import CurvesCallback, finish
@@ -25,6 +25,7 @@ from gpucnn.cli.settings import Settings
 from gpucnn.cli.streams import LastingErrors
 from gpucnn.data import DataSplits, Preprocessing, parse_augmentation
 from gpucnn.errors import ArgumentError, CheckpointError
+from gpucnn.layers.precision import check_precision
 from gpucnn.models import Model
 from gpucnn.training import (
     Callback,
@@ -70,7 +71,7 @@ def run(settings: Settings, arguments: dict[str, Any]) -> int:
     folder, settings, resumes = _place(settings)
     quiet = settings["quiet"]
     _note_without_effect(settings)
-    choose_precision(settings["precision"], device)
+    check_precision(settings["precision"])
     models.describe(settings["model"])  # an unknown name is said before any data are read
     splits = load_data(settings)
     note(f"data: {describe_data(splits)}", quiet=quiet)
@@ -78,7 +79,7 @@ def run(settings: Settings, arguments: dict[str, Any]) -> int:
     gpucnn.manual_seed(settings["seed"])
     model = _make_model(settings, splits).to(device)
     note(f"model: {describe_model(model)}", quiet=quiet)
-    note(f"device: {device} ({device.reason}), precision {settings['precision']}", quiet=quiet)
+    note(f"device: {device} ({device.reason}), precision {described(settings['precision'], device)}", quiet=quiet)
     trainer = _make_trainer(settings, splits, model, folder)
     if not resumes:
         folder.create(make_config(settings, model, device), overwrite=settings["overwrite"])

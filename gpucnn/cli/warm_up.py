@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from gpucnn.cli.precision import choose_precision, input_dtype
+from gpucnn.cli.precision import input_dtype
 from gpucnn.cli.report import note
 from gpucnn.cli.runs import requested_device
 from gpucnn.cli.settings import Settings
 from gpucnn.device import on_device
-from gpucnn.layers.precision import NARROW
+from gpucnn.layers.precision import NARROW, check_precision
 from gpucnn.ops.cpu import compiled
 
 
@@ -19,7 +19,8 @@ def run(settings: Settings, arguments: dict[str, Any]) -> int:
     device = requested_device(settings)
     if device.name != "cuda":
         return _warm_up_cpu()
-    precision = choose_precision(settings["precision"], device)
+    precision = settings["precision"]
+    check_precision(precision)
     from gpucnn_kernels import warm_up
     from gpucnn_kernels.runtime import ahead
 

@@ -369,14 +369,14 @@ def check_input(
     """Raise DtypeError or ShapeError unless x is a floating-point array of that many dimensions.
 
     With ``weight``, x must have its dtype and be on its device: DtypeError and DeviceError otherwise. With
-    ``narrow_too``, x may be a device array in 16 bits where the weight is float32.
+    ``narrow_too``, x may be in 16 bits where the weight is float32.
     """
     shape, kind = getattr(x, "shape", None), getattr(getattr(x, "dtype", None), "kind", "")
     if shape is None or not kind:
         raise DtypeError(
             f"expected an array of shape {meaning}, got {type(x).__name__}; use numpy.asarray(..., numpy.float32)"
         )
-    if kind != "f" and not (str(x.dtype) == "bfloat16" and is_device_array(x)):
+    if kind != "f" and str(x.dtype) != "bfloat16":
         raise DtypeError(
             f"expected floating-point numbers, got dtype {x.dtype}; convert with x.astype(numpy.float32)"
         )
@@ -384,7 +384,7 @@ def check_input(
         raise ShapeError(f"expected {dimensions} dimensions {meaning}, got shape {tuple(shape)}")
     if weight is None:
         return
-    narrow = narrow_too and x.dtype.itemsize == 2 and weight.dtype == numpy.float32 and is_device_array(x)
+    narrow = narrow_too and x.dtype.itemsize == 2 and weight.dtype == numpy.float32
     if x.dtype != weight.dtype and not narrow:
         raise DtypeError(
             f"the input is {x.dtype} but the parameters are {weight.dtype}; convert the input with "

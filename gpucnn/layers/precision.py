@@ -1,12 +1,15 @@
 """The precision that a model computes in: float32, float64, tf32 products, or 16 bits beside float32 weights.
 
-In "tf32" everything is stored in float32, and convolutions of one group multiply, on tensor cores, numbers rounded
-to 10 fraction bits, adding up in float32.
+In "tf32" everything is stored in float32, and convolutions of one group multiply, on a GPU's tensor cores, numbers
+rounded to 10 fraction bits, adding up in float32.
 
 In "bfloat16" and "float16" (Micikevicius et al., "Mixed precision training", 2018) images, activations and their
 gradients are stored in 16 bits, and convolutions and linear layers read copies of their weights in 16 bits. All
 that adds up over a training stays float32: the weights themselves, the gradients for them, the optimizer, batch
 norm's parameters and statistics, and the loss. Inside an operation sums run in float32.
+
+They are a GPU's, where they save time and memory. On the CPU they save nothing: the same numbers are rounded at
+the same places, so that what is trained on a GPU can be tried, tested and compared without one.
 
 There are two borders, and both are in this file: :func:`forward_pass` brings the copies up to date, converts the
 images and gives float32 logits; :func:`backward_pass` converts the gradient for the logits. Between them an array
@@ -24,7 +27,7 @@ from typing import Any
 
 import numpy
 
-from gpucnn.device import is_device_array, on_device, split_name
+from gpucnn.device import on_device
 from gpucnn.errors import ArgumentError
 from gpucnn.layers.convolution import Conv2d, ConvTranspose2d
 from gpucnn.layers.layer import Layer
@@ -39,21 +42,32 @@ PRECISIONS = (*WIDE, "tf32", *NARROW)
 """The names that :func:`set_precision` knows."""
 
 TF32 = "tensor_tf32"
-"""What the CUDA backend calls the algorithm."""
+"""What the backends call the algorithm."""
 
 
-def check_precision(name: str, device: str, reason: str = "") -> None:
-    """Raise ArgumentError, with the reason, unless a model on ``device`` ("cuda:0") computes in ``name``."""
+def check_precision(name: str) -> None:
+    """Raise ArgumentError unless ``name`` is a precision, and what it needs is installed."""
     look_up("precision", name, dict.fromkeys(PRECISIONS))
-    if name in WIDE:
-        return
-    known = " or ".join(WIDE)
-    if split_name(device)[0] != "cuda":
-        raise ArgumentError(
-            f"precision '{name}' is arithmetic of a GPU's tensor cores, and the device is '{device}'"
-            f"{f' ({reason})' if reason else ''}, which computes in {known}; choose one of these with "
-            "--precision, or precision=..."
-        )
+    if name == "bfloat16":
+        try:
+            import ml_dtypes  # noqa: F401  # it registers the name
+        except ImportError:
+            raise ArgumentError(
+                "precision 'bfloat16' needs the package ml_dtypes: pip install ml_dtypes, or choose float16"
+            ) from None
+
+
+def usable_precisions() -> tuple[str, ...]:
+    """The names of those whose dtypes are installed."""
+
+    def usable(name: str) -> bool:
+        try:
+            check_precision(name)
+        except ArgumentError:
+            return False
+        return True
+
+    return tuple(filter(usable, PRECISIONS))
 
 
 def set_precision(model: Layer, name: str, *, channels_last: bool | None = None) -> None:
@@ -66,9 +80,9 @@ def set_precision(model: Layer, name: str, *, channels_last: bool | None = None)
     memory; by default they do in the precisions of tensor cores. Results differ by rounding alone, and what is
     saved is the same.
 
-    Raises ArgumentError for an unknown precision, or one that the model's device does not compute in.
+    Raises ArgumentError for an unknown precision, or one whose dtype is not installed.
     """
-    check_precision(name, model.device)
+    check_precision(name)
     parameters = model.parameters()
     with on_device(model.device):
         drop_narrow_copies(parameters)
@@ -77,7 +91,6 @@ def set_precision(model: Layer, name: str, *, channels_last: bool | None = None)
         _multiply_in_tf32(model, name == "tf32")
         _lay_channels_last(model, name, name not in WIDE if channels_last is None else channels_last)
         if model.narrow_dtype is not None:
-            _require_dtype(name)
             refresh_narrow_copies(parameters, name)  # so that a layer called by itself knows its dtype, too
 
 
@@ -116,15 +129,7 @@ def _lay_channels_last(model: Layer, name: str, wanted: bool) -> None:
 def forward_pass(model: Layer, images: Array) -> Array:
     """The logits of ``images``, which have the dtype of the parameters, as have the logits."""
     if model.narrow_dtype is None:
-        try:
-            return model(images)
-        except ArgumentError:
-            # Convolutions in TF32 that were moved to the CPU: every step is spared the look at every layer.
-            if not is_device_array(images):
-                check_precision(precision_of(model), model.device)
-            raise
-    if not is_device_array(images):
-        check_precision(model.narrow_dtype, model.device)  # moved there, too
+        return model(images)
     refresh_narrow_copies(model.parameters(), model.narrow_dtype)
     logits: Any = model(_converted(images, model.narrow_dtype))
     return logits.astype("float32")
@@ -139,14 +144,3 @@ def _converted(array: Array, dtype: str) -> Array:
     """``array`` in 16 bits. What is too large becomes infinite, which the loss or the gradient then shows."""
     with numpy.errstate(over="ignore"):
         return array.astype(dtype)
-
-
-def _require_dtype(name: str) -> None:
-    """Raise ArgumentError unless NumPy knows the dtype: bfloat16 comes with the package ml_dtypes."""
-    if name == "bfloat16":
-        try:
-            import ml_dtypes  # noqa: F401  # it registers the name
-        except ImportError:
-            raise ArgumentError(
-                "precision 'bfloat16' needs the package ml_dtypes: pip install ml_dtypes, or choose float16"
-            ) from None

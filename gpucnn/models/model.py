@@ -90,10 +90,10 @@ class Model(Layer):
     def compute_in(self, precision: str, *, channels_last: bool | None = None) -> Self:
         """Train, evaluate and predict in ``precision`` from now on; returns itself.
 
-        "float32" and "float64" are on every device. On a GPU, "tf32" multiplies with fewer digits in
-        convolutions, "bfloat16" and "float16" store activations and compute in 16 bits beside float32 weights,
-        see :mod:`gpucnn.layers.precision`. These three run channels-last; ``channels_last`` decides otherwise.
-        Move the model to its device first. Raises ArgumentError where the device does not compute in it.
+        "tf32" multiplies with fewer digits in convolutions, "bfloat16" and "float16" store activations and
+        compute in 16 bits beside float32 weights, see :mod:`gpucnn.layers.precision`. These three are for GPUs,
+        and run channels-last there; ``channels_last`` decides otherwise. The CPU rounds as they do, and is slower
+        in them. Move the model to its device first. Raises ArgumentError for a precision that cannot be used.
         """
         set_precision(self, precision, channels_last=channels_last)
         return self

@@ -1,8 +1,9 @@
 """Operations on arrays: one contract, one backend a kind of array.
 
-``backend_of(array)`` is the module whose functions take that array: :mod:`gpucnn.ops.cpu` for NumPy,
-``gpucnn.ops.cuda`` for arrays in device memory, which is imported when the first of them comes. Layers call
-operations through it, so the array's type chooses the backend.
+``backend_of(array)`` is the module whose functions take that array: :mod:`gpucnn.ops.cpu` for NumPy, its
+:mod:`gpucnn.ops.cpu.narrow` for NumPy's arrays in 16 bits, ``gpucnn.ops.cuda`` for arrays in device memory, which
+is imported when the first of them comes. Layers call operations through it, so the array's type chooses the
+backend.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy
 from gpucnn.device import module_of
 from gpucnn.ops import cpu
 from gpucnn.ops.contract import Array, Operations
+from gpucnn.ops.cpu import narrow
 
 __all__ = ["Array", "Operations", "array_module", "backend_of"]
 
@@ -29,7 +31,7 @@ def backend_of(array: Any) -> Operations:
     Raises DtypeError for anything but an array that a backend handles.
     """
     if type(array) is numpy.ndarray or module_of(array) is numpy:
-        return cpu
+        return narrow if array.dtype.itemsize == 2 and narrow.is_narrow(array) else cpu
     global _whole
     backend: Any = sys.modules.get(_CUDA)
     if backend is None or backend is not _whole:

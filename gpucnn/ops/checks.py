@@ -29,7 +29,7 @@ def require_array(array: Any, name: str) -> None:
 
 
 def require_floating(array: Any, name: str) -> None:
-    """Raise DtypeError unless ``array`` holds floating-point numbers; in device memory bfloat16 is one, too."""
+    """Raise DtypeError unless ``array`` holds floating-point numbers; in device memory bfloat16 are such, too."""
     require_array(array, name)
     if array.dtype.kind != "f" and not (str(array.dtype) == "bfloat16" and is_device_array(array)):
         raise DtypeError(

@@ -68,8 +68,8 @@ class Trainer:
         callbacks: hooks, see :class:`~gpucnn.training.Callback`.
         progress: what to show while training; nothing unless given. See ``make_progress``.
         device: where to move the model: "auto", "cpu", "cuda" or "cuda:1"; by default it trains where it is.
-        precision: what the model computes in, from now on: "float32", "float64", or, on a GPU, "tf32",
-            "bfloat16" or "float16", see :mod:`gpucnn.layers.precision`; by default what it does.
+        precision: what the model computes in, from now on: "float32", "float64", "tf32", "bfloat16" or
+            "float16", see :mod:`gpucnn.layers.precision`; by default what it does.
 
     Attributes:
         history: the epochs so far.
@@ -84,7 +84,7 @@ class Trainer:
     in the last digits. A run may be resumed on another device.
 
     Raises DataError for labels that are no classes, ShapeError where the model's output does not fit the classes,
-    DeviceError where the device cannot be used, ArgumentError for a precision that it does not compute in, all
+    DeviceError where the device cannot be used, ArgumentError for a precision that cannot be used, all
     before the first step.
     """
 

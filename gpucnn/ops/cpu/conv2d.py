@@ -2,6 +2,7 @@
 
 The arithmetic is in the modules beside this one, an idea each; every algorithm of a direction gives the same
 result up to rounding. ``algorithm="auto"`` is :func:`conv2d_choose`. float16 arrays are computed in float32.
+"tensor_tf32" is what GPUs do in TF32: "auto" with factors that are rounded to it.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from gpucnn.ops.cpu import (
     conv2d_rows,
     conv2d_wide,
     conv2d_winograd,
+    tf32,
 )
 from gpucnn.ops.cpu.compiled import direct
 from gpucnn.ops.cpu.compiled.sums import channel_sums
@@ -206,6 +208,8 @@ def conv2d_forward(
     ArgumentError for an algorithm that is unknown or cannot do this problem.
     """
     problem = forward_problem(x, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups)
+    if algorithm == tf32.ALGORITHM:
+        x, weight, algorithm = tf32.rounded(x), tf32.rounded(weight), "auto"
     dtype = _common_dtype(x, weight)
     name = _resolve("forward", algorithm, problem, dtype)
 
@@ -236,6 +240,8 @@ def conv2d_backward_data(
     problem = backward_data_problem(
         dy, weight, input_size, stride=stride, padding=padding, dilation=dilation, groups=groups
     )
+    if algorithm == tf32.ALGORITHM:
+        dy, weight, algorithm = tf32.rounded(dy), tf32.rounded(weight), "auto"
     dtype = _common_dtype(dy, weight)
     name = _resolve("backward_data", algorithm, problem, dtype)
 
@@ -266,6 +272,8 @@ def conv2d_backward_filter(
     problem = backward_filter_problem(
         dy, x, kernel_size, groups, stride=stride, padding=padding, dilation=dilation
     )
+    if algorithm == tf32.ALGORITHM:
+        dy, x, algorithm = tf32.rounded(dy), tf32.rounded(x), "auto"
     dtype = _common_dtype(dy, x)
     name = _resolve("backward_filter", algorithm, problem, dtype)
 

@@ -1,0 +1,139 @@
+"""The NumPy backend for arrays in 16 bits, bfloat16 and float16: stored in 16 bits, computed in float32.
+
+So a network that trains in 16 bits on a GPU runs on a machine without one, and rounds where it does there: what an
+operation reads and writes has 16 bits, what it adds up inside has float32. Each operation is that of
+:mod:`gpucnn.ops.cpu` on float32 copies, so it takes its compiled loops; the copies make it slower than float32.
+bfloat16 is the dtype of the package ml_dtypes.
+
+The losses, which networks give float32 logits, and all else are that module's own.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy
+from numpy.typing import NDArray
+
+from gpucnn.ops import cpu
+from gpucnn.ops.checks import check_out
+from gpucnn.recycling import memory
+
+DTYPES = ("bfloat16", "float16")
+
+_COMPUTED_IN_FLOAT32 = (
+    "adaptive_avg_pool2d_backward",
+    "adaptive_avg_pool2d_forward",
+    "avg_pool2d_backward",
+    "avg_pool2d_forward",
+    "batch_norm_backward",
+    "batch_norm_inference",
+    "col2im",
+    "conv2d_backward_bias",
+    "conv2d_backward_data",
+    "conv2d_backward_filter",
+    "conv2d_forward",
+    "conv2d_inference",
+    "conv2d_max_pool2d_inference",
+    "conv_transpose2d_backward_data",
+    "conv_transpose2d_backward_filter",
+    "conv_transpose2d_forward",
+    "dropout_backward",
+    "dropout_forward",
+    "gelu_backward",
+    "gelu_forward",
+    "im2col",
+    "leaky_relu_backward",
+    "leaky_relu_forward",
+    "linear_backward_bias",
+    "linear_backward_data",
+    "linear_backward_weight",
+    "linear_forward",
+    "max_pool2d_backward",
+    "max_pool2d_forward",
+    "relu_backward",
+    "relu_forward",
+    "sigmoid_backward",
+    "sigmoid_forward",
+    "silu_backward",
+    "silu_forward",
+    "softmax_backward",
+    "softmax_forward",
+    "tanh_backward",
+    "tanh_forward",
+)
+
+
+def is_narrow(array: Any) -> bool:
+    """Whether it is a NumPy array in 16 bits."""
+    return isinstance(array, numpy.ndarray) and array.dtype.itemsize == 2 and str(array.dtype) in DTYPES
+
+
+def _widened(value: Any) -> Any:
+    """A copy in float32 of an array in 16 bits, whose memory lies as the array's does; all else as it is."""
+    if not is_narrow(value):
+        return value
+    dense = value.flags.c_contiguous
+    wide = memory.empty(value.shape, numpy.float32) if dense else numpy.empty_like(value, numpy.float32)
+    wide[...] = value
+    return wide
+
+
+def _rounded(wide: NDArray[Any], dtype: numpy.dtype[Any], out: NDArray[Any] | None) -> NDArray[Any]:
+    """``wide`` in 16 bits, in ``out`` where it is given. What is too large becomes infinite."""
+    if out is None:
+        out = memory.empty(wide.shape, dtype) if wide.flags.c_contiguous else numpy.empty_like(wide, dtype)
+    else:
+        check_out(out, wide.shape, dtype)
+    with numpy.errstate(over="ignore", invalid="ignore"):
+        out[...] = wide
+    return out
+
+
+def _in_16_bits(operation: Callable[..., Any]) -> Callable[..., Any]:
+    """``operation`` of cpu on a first array in 16 bits; the others may be so, too, or float32.
+
+    Of several results the first is stored as that array is. The others are places and masks, or statistics and
+    gradients of parameters, which stay float32.
+    """
+
+    @functools.wraps(operation)
+    def run(first: Any, *others: Any, out: Any = None, **options: Any) -> Any:
+        named = {name: _widened(value) for name, value in options.items()}
+        result = operation(*map(_widened, (first, *others)), **named)
+        if not isinstance(result, tuple):
+            return _rounded(result, first.dtype, out)
+        return _rounded(result[0], first.dtype, out), *result[1:]
+
+    return run
+
+
+_operations = {name: _in_16_bits(getattr(cpu, name)) for name in _COMPUTED_IN_FLOAT32}
+
+
+def batch_norm_forward(
+    x: NDArray[Any],
+    weight: NDArray[Any] | None = None,
+    bias: NDArray[Any] | None = None,
+    running_mean: NDArray[Any] | None = None,
+    running_var: NDArray[Any] | None = None,
+    *,
+    momentum: float = 0.1,
+    epsilon: float = 1e-5,
+    out: NDArray[Any] | None = None,
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """As :func:`gpucnn.ops.cpu.batch_norm_forward`, whose own it is where running statistics have 16 bits, too."""
+    options: dict[str, Any] = {"momentum": momentum, "epsilon": epsilon}
+    if is_narrow(running_mean):
+        return cpu.batch_norm_forward(x, weight, bias, running_mean, running_var, **options, out=out)
+    y, mean, inverse_std = cpu.batch_norm_forward(
+        _widened(x), _widened(weight), _widened(bias), running_mean, running_var, **options
+    )
+    return _rounded(y, x.dtype, out), mean, inverse_std
+
+
+def __getattr__(name: str) -> Any:
+    """An operation in 16 bits, or what is cpu's own."""
+    return _operations.get(name) or getattr(cpu, name)
