@@ -179,6 +179,36 @@ def test_a_residual_that_does_not_begin_at_16_bytes():
     numpy.testing.assert_array_equal(*results)
 
 
+def shifted(array):
+    """The same numbers in the same strides, one element behind a boundary of 16 bytes."""
+    order = numpy.argsort([-stride for stride in array.strides], kind="stable")
+    dense = array.transpose(order)
+    memory = numpy.empty(array.size + 32, array.dtype)
+    first = (-memory.ctypes.data % 16) // array.itemsize + 1
+    view = memory[first : first + array.size].reshape(dense.shape)
+    view[...] = dense
+    assert view.ctypes.data % 16 == array.itemsize
+    return view.transpose(numpy.argsort(order))
+
+
+@EVERY_WAY
+def test_nothing_begins_at_16_bytes(dtype, algorithm):
+    """The same bits as where all arrays do."""
+    for name in ("resnet-down", "depthwise-s2", "k1"):
+        problem = ALL[name]
+        if not runs(algorithm, problem):
+            continue
+        x, weight, terms = inputs(problem, dtype)
+        for function in FUNCTIONS:
+            for arrange in LAYOUTS.values():
+                y = run(problem, dtype, algorithm, terms, function, arrange)
+                out = shifted(numpy.full_like(y, numpy.nan))
+                more = {**terms, "residual": shifted(arrange(terms["residual"])), "out": out}
+                more.update(algorithm=algorithm, activation=function, **options(problem))
+                conv2d_forward(shifted(arrange(x)), shifted(arrange(weight)), **more)
+                numpy.testing.assert_array_equal(out, y, f"{name}, {function}")
+
+
 def test_what_does_not_fit():
     problem = ALL["k3-s2"]
     x, weight, terms = inputs(problem, "float32")

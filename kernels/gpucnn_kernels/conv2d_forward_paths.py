@@ -282,7 +282,7 @@ def finish(call: Call, y: DeviceArray, epilogue: Epilogue, wide: DeviceArray | N
     call.launch(
         "conv2d_epilogue",
         "conv2d_finish",
-        blocks_for(y.size),
+        blocks_for(y.size, per_thread=16 // itemsize(y.dtype)),
         scalar=y.dtype,
         wide=wide,
         y=y,

@@ -23,6 +23,22 @@ __device__ __forceinline__ void activate_all(
     }
 }
 
+// Whether a function is straight lines, a comparison or two a number. Of these a kernel may take all numbers of a
+// tile in registers at once; a copy of any other for each of many registers would be thousands of instructions.
+__device__ __forceinline__ bool straight(int function) { return function <= LEAKY_RELU; }
+
+// activate_all() of a straight function.
+template <int count>
+__device__ __forceinline__ void activate_straight(
+    int function, accumulate_t (&values)[count], accumulate_t negative_slope
+) {
+    switch (function) {
+        case RELU: activate_each<RELU>(values, negative_slope); break;
+        case LEAKY_RELU: activate_each<LEAKY_RELU>(values, negative_slope); break;
+        default: break;
+    }
+}
+
 // gradient *= the derivative at value. Where ReLU lets nothing through, an infinite gradient times 0 would be NaN.
 template <int function, int count>
 __device__ __forceinline__ void slope_each(

@@ -12,7 +12,8 @@
 // common, and from h to h + stride forward by 1. So the rows h = phase, phase + stride, ... are a convolution of
 // their own, with stride 1 and every (stride / common)-th row of the filter: none of the zeros that a dilated
 // gradient has between its rows is ever multiplied.
-#include "activation.cuh"
+#include "activation_packs.cuh"
+#include "packs.cuh"
 
 // Elements from one index to the next along each axis of an image.
 struct Strides { long long n, c, h, w; };
@@ -62,14 +63,32 @@ __device__ __forceinline__ Line line_of(Axis axis, int transposed, int first_out
 // A negative number of rows above the image is as far outside as a large number below it.
 __device__ __forceinline__ bool inside(int place, int length) { return (unsigned)place < (unsigned)length; }
 
-// The sum times its channel's scale, plus its bias; all in the accumulating type, like what follows.
-__device__ __forceinline__ accumulate_t scaled(accumulate_t sum, Terms terms, int channel) {
-    if (terms.scale != nullptr) sum *= load(terms.scale[channel]);
-    if (terms.bias != nullptr) sum += load(terms.bias[channel]);
-    return sum;
+// A product that is rounded by itself and not fused with the sum behind it, so that every kernel ends in the same
+// bits.
+__device__ __forceinline__ float product(float x, float y) { return __fmul_rn(x, y); }
+__device__ __forceinline__ double product(double x, double y) { return __dmul_rn(x, y); }
+
+// A channel's scale and bias, loaded once for all of its sums. Where there is none it is a number that changes
+// nothing: 1, and -0, as x + -0 is x also where x is -0.
+struct ChannelTerms { accumulate_t scale, bias; };
+
+__device__ __forceinline__ ChannelTerms terms_of(Terms terms, int channel) {
+    return {
+        terms.scale != nullptr ? load(terms.scale[channel]) : NUMBER(1),
+        terms.bias != nullptr ? load(terms.bias[channel]) : NUMBER(-0.0)
+    };
 }
 
-// What is stored for the sum of ``channel`` at element ``place`` of the output: rounded once, here.
+// The sum times its channel's scale, plus its bias; all in the accumulating type, like what follows.
+__device__ __forceinline__ accumulate_t scaled(accumulate_t sum, ChannelTerms of) {
+    return product(sum, of.scale) + of.bias;
+}
+__device__ __forceinline__ accumulate_t scaled(accumulate_t sum, Terms terms, int channel) {
+    return scaled(sum, terms_of(terms, channel));
+}
+
+// What is stored for the sum of ``channel`` at element ``place`` of the output: rounded once, here. Kernels that
+// end many sums at a time do the same with terms_of(), scaled() and activate_all().
 __device__ __forceinline__ scalar_t finished(
     accumulate_t sum, Terms terms, int channel, long long place, Epilogue epilogue
 ) {
