@@ -11,6 +11,7 @@ import gpucnn_kernels as kernels
 from gpucnn_kernels import runtime
 from gpucnn_kernels.activations import FUNCTIONS
 from gpucnn_kernels.errors import ArgumentError, DtypeError, LayoutError
+from gpucnn_kernels.launch import Call
 from gpucnn_kernels.problem import ProblemError
 from gpucnn_kernels.runtime import host
 from tests.accuracy import awkward, channels_last, max_error
@@ -29,7 +30,9 @@ SHAPES = [
     (3, 2, 16, 16),
     (17, 5, 9, 8),
     (2, 40, 3, 3),  # more channels than a tile of 32
-    (16, 2, 20, 20),  # channels together, in several parts
+    (16, 2, 20, 20),  # almost as many numbers a channel as one launch makes
+    (31, 2, 20, 20),  # channels together, in several parts
+    (150, 40, 3, 3),  # more channels than a tile of 32, channels-last in several parts
 ]
 MANY_PARTS = [(1, 1, 370, 370), (4300, 17)]  # more parts than a warp has lanes
 
@@ -296,6 +299,102 @@ def test_activations(name):
             numpy.testing.assert_array_equal(y, cast(activated(name, plain, 0.3), dtype))
 
 
+ENDING_SHAPES = [(300, 7), (9000, 3), (4, 3, 5, 7), (31, 2, 20, 20), (150, 40, 3, 3)]
+
+
+def ending_inputs(shape, layout, dtype):
+    """(x, residual, dy) in ``dtype``, (weight, bias) in what it accumulates in."""
+    x, weight, bias, dy = inputs(shape)
+    arrays = [layout(cast(array, dtype)) for array in (x, inputs(shape, seed=1)[0], dy)]
+    return arrays, [array.astype(accumulated(dtype)) for array in (weight, bias)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_a_residual_is_added_before_the_activation(dtype):
+    acc = accumulated(dtype)
+    for shape in ENDING_SHAPES:
+        for layout in layouts(inputs(shape)[0]):
+            (x, residual, _), vectors = ending_inputs(shape, layout, dtype)
+            # Rounded once, at the end: so compare with what it accumulates in, rounded.
+            plain = kernels.batch_norm_forward(x.astype(acc), *vectors)[0] + residual.astype(acc)
+            for name in ("identity", "relu", "leaky_relu", "tanh"):
+                options = {"residual": residual, "activation": name, "negative_slope": 0.3}
+                y = kernels.batch_norm_forward(x, *vectors, **options)[0]
+                wanted = cast(activated(name, plain, 0.3), dtype)
+                numpy.testing.assert_array_equal(y, wanted, err_msg=f"{shape} {layout.__name__} {name}")
+            for into in (x.copy(order="K"), residual.copy(order="K")):
+                given = {"residual": residual if into.tobytes("A") == x.tobytes("A") else into, "out": into}
+                source = into if given["residual"] is residual else x
+                assert kernels.batch_norm_forward(source, *vectors, **given)[0] is into
+                numpy.testing.assert_array_equal(into, cast(plain, dtype))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("name", ["relu", "leaky_relu"])
+def test_backward_through_an_activation_has_the_bits_of_two_launches(dtype, name):
+    slope = {"negative_slope": 0.25} if name == "leaky_relu" else {}  # exact: it may be rounded in between
+    through = getattr(kernels, f"{name}_backward")
+    for shape in ENDING_SHAPES:
+        for layout in layouts(inputs(shape)[0]):
+            (x, _, dy), vectors = ending_inputs(shape, layout, dtype)
+            y, *statistics = kernels.batch_norm_forward(x, *vectors, activation=name, **slope)
+            before = through(dy, y, **slope)
+            wanted = kernels.batch_norm_backward(before, x, vectors[0], *statistics)
+            given = (x, vectors[0], *statistics)
+            where = f"{shape} {layout.__name__}"
+            for result, expected in zip(
+                kernels.batch_norm_backward(dy, *given, y=y, activation=name, **slope), wanted, strict=True
+            ):
+                numpy.testing.assert_array_equal(result, expected, err_msg=where)
+            passed = numpy.full_like(dy, numpy.nan)
+            out = {"out_weight": numpy.empty_like(vectors[0]), "out_bias": numpy.empty_like(vectors[0])}
+            results = kernels.batch_norm_backward(
+                dy, *given, y=y, activation=name, **slope, **out, out_residual=passed
+            )
+            numpy.testing.assert_array_equal(passed, before, err_msg=where)
+            assert results[1] is out["out_weight"]
+            assert results[2] is out["out_bias"]
+            for result, expected in zip(results, wanted, strict=True):
+                numpy.testing.assert_array_equal(result, expected, err_msg=where)
+            again = dy.copy(order="K")  # the residual's gradient in the place of dy
+            results = kernels.batch_norm_backward(again, *given, y=y, activation=name, **slope, out_residual=again)
+            numpy.testing.assert_array_equal(again, before, err_msg=where)
+            numpy.testing.assert_array_equal(results[0], wanted[0], err_msg=where)
+
+
+def test_relu_stops_what_is_not_finite():
+    """An infinite gradient vanishes where the result was not positive, and a NaN there lets nothing through."""
+    x = inputs((4, 3, 5, 7))[0].astype(numpy.float32)
+    y, *statistics = kernels.batch_norm_forward(x, activation="relu")
+    dy = numpy.where(y > 0, numpy.float32(1), numpy.float32(numpy.inf))
+    results = kernels.batch_norm_backward(dy, x, None, *statistics, y=y, activation="relu")
+    assert all(numpy.isfinite(result).all() for result in results)
+    y[y == 0] = numpy.nan
+    again = kernels.batch_norm_backward(dy, x, None, *statistics, y=y, activation="relu")
+    for result, expected in zip(again, results, strict=True):
+        numpy.testing.assert_array_equal(result, expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout", "count"),
+    [
+        ((16, 2, 20, 20), numpy.ascontiguousarray, 1),
+        ((21, 2, 20, 20), numpy.ascontiguousarray, 3),
+        ((4, 64, 16, 16), channels_last, 1),
+        ((5, 64, 16, 16), channels_last, 3),
+    ],
+)
+def test_few_numbers_a_channel_take_one_launch(monkeypatch, shape, layout, count):
+    started = []
+    launch = Call.launch
+    monkeypatch.setattr(Call, "launch", lambda self, *given, **more: started.append(launch(self, *given, **more)))
+    x = layout(numpy.zeros(shape, numpy.float32))
+    y, *statistics = kernels.batch_norm_forward(x, activation="relu", residual=x)
+    assert len(started) == count
+    kernels.batch_norm_backward(x, x, None, *statistics, y=y, activation="relu")
+    assert len(started) == 2 * count
+
+
 def test_empty_batches():
     for shape in ((0, 3), (0, 3, 4, 5), (2, 3, 0, 5)):
         x = numpy.zeros(shape, numpy.float16)
@@ -313,7 +412,7 @@ def test_empty_batches():
 
 
 def test_the_order_of_threads_changes_nothing():
-    for shape in [(300, 7), (9000, 3), (4, 3, 5, 7), (16, 2, 20, 20)]:
+    for shape in [(300, 7), (9000, 3), (4, 3, 5, 7), (31, 2, 20, 20)]:
         x, weight, bias, dy = (array.astype(numpy.float32) for array in inputs(shape))
         for layout in layouts(x):
 
@@ -322,6 +421,11 @@ def test_the_order_of_threads_changes_nothing():
                 mean_kept, var_kept = numpy.zeros((2, len(weight)), numpy.float32)
                 y, mean, inverse_std = kernels.batch_norm_forward(x, weight, bias, mean_kept, var_kept)
                 gradients = kernels.batch_norm_backward(dy, x, weight, mean, inverse_std)
+                ended = kernels.batch_norm_forward(x, weight, bias, residual=dy, activation="relu")[0]
+                passed = numpy.empty_like(dy)
+                more = {"y": ended, "activation": "relu", "out_residual": passed}
+                gradients += kernels.batch_norm_backward(dy, x, weight, mean, inverse_std, **more)
+                gradients += (ended, passed)
                 inference = kernels.batch_norm_inference(x, weight, bias, mean, abs(weight))
                 return [y, mean, inverse_std, mean_kept, var_kept, *gradients, inference]
 
@@ -361,6 +465,17 @@ def test_errors():
         kernels.batch_norm_backward(images, images, None, None, three)
     with pytest.raises(ArgumentError, match=r"activation must be one of identity, relu, .*, got 'softmax'"):
         kernels.batch_norm_forward(images, activation="softmax")
+    with pytest.raises(ArgumentError, match=r"goes back through identity, relu, leaky_relu, got .*'tanh'"):
+        kernels.batch_norm_backward(images, images, None, three, three, y=images, activation="tanh")
+    with pytest.raises(ArgumentError, match="goes back through relu by its result: give it as y"):
+        kernels.batch_norm_backward(images, images, None, three, three, activation="relu")
+    level = {"activation": "leaky_relu", "negative_slope": 0}
+    with pytest.raises(ArgumentError, match="where negative_slope is above 0, got 0"):
+        kernels.batch_norm_backward(images, images, None, three, three, y=images, **level)
+    with pytest.raises(LayoutError, match="residual has strides"):
+        kernels.batch_norm_forward(images, residual=channels_last(images))
+    with pytest.raises(ArgumentError, match=r"out_bias must have shape \(3,\), got \(2,\)"):
+        kernels.batch_norm_backward(images, images, None, three, three, out_bias=three[:2].copy())
     three.flags.writeable = False
     with pytest.raises(DtypeError, match="running_mean is read-only"):
         kernels.batch_norm_forward(images, running_mean=three)

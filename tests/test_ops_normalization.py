@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpucnn.errors import DtypeError, ShapeError
+from gpucnn.errors import ArgumentError, DtypeError, ShapeError
 from gpucnn.ops import cpu
 from tests.accuracy import awkward, channels_last, error_bound, max_error
 from tests.backends import BACKENDS, CPU
@@ -242,6 +242,58 @@ def test_out_and_aliasing(backend):
     same = x.copy()
     backend.batch_norm_forward(same, weight, bias, out=same)
     numpy.testing.assert_array_equal(same, y)
+
+
+@BACKENDS
+@pytest.mark.parametrize("name", ["identity", "relu", "leaky_relu"])
+def test_a_residual_and_an_activation(backend, name):
+    """As the operations one after another, the bits too: in float32 they round at the same places."""
+    slope = {"negative_slope": 0.2} if name == "leaky_relu" else {}
+    x, weight, bias, dy = inputs((4, 3, 5, 7), "float32")
+    residual = inputs(x.shape, "float32", seed=1)[0]
+    plain, mean, inverse_std = backend.batch_norm_forward(x, weight, bias)
+    y, before = plain + residual, dy
+    if name != "identity":
+        y = getattr(backend, f"{name}_forward")(y, **slope)
+        before = getattr(backend, f"{name}_backward")(dy, y, **slope)
+    wanted = backend.batch_norm_backward(before, x, weight, mean, inverse_std)
+    more = {"activation": name, **slope}
+    for layout in (numpy.ascontiguousarray, channels_last, awkward):
+        found, *_ = backend.batch_norm_forward(layout(x), weight, bias, residual=layout(residual), **more)
+        if layout is not channels_last:  # whose sums are taken in another order
+            numpy.testing.assert_array_equal(found, y)
+        assert max_error(found, y) <= 1e-5
+    out = residual.copy()
+    assert backend.batch_norm_forward(x, weight, bias, residual=out, out=out, **more)[0] is out
+    numpy.testing.assert_array_equal(out, y)
+    for layout in (numpy.ascontiguousarray, awkward):
+        out = {"out": layout(numpy.full_like(x, numpy.nan)), "out_residual": layout(numpy.full_like(x, numpy.nan))}
+        out |= {"out_weight": numpy.empty_like(weight), "out_bias": numpy.empty_like(bias)}
+        given = (layout(dy), x, weight, mean, inverse_std)
+        results = backend.batch_norm_backward(*given, y=layout(y), **more, **out)
+        for result, target, expected in zip(results, ("out", "out_weight", "out_bias"), wanted, strict=True):
+            numpy.testing.assert_array_equal(result, expected)
+            numpy.testing.assert_array_equal(out[target], expected)
+        numpy.testing.assert_array_equal(out["out_residual"], before)
+
+
+@BACKENDS
+def test_endings_that_cannot_be(backend):
+    x, weight, bias, dy = inputs((4, 3, 5, 7), "float32")
+    y, mean, inverse_std = backend.batch_norm_forward(x, weight, bias)
+    with pytest.raises(
+        ArgumentError, match="activation must be one of 'identity', 'relu', 'leaky_relu', got 'gelu'"
+    ):
+        backend.batch_norm_forward(x, weight, bias, activation="gelu")
+    with pytest.raises(ShapeError, match="residual must have shape"):
+        backend.batch_norm_forward(x, weight, bias, residual=x[:2])
+    given = (dy, x, weight, mean, inverse_std)
+    with pytest.raises(ArgumentError, match="give it as y"):
+        backend.batch_norm_backward(*given, activation="relu")
+    with pytest.raises(ShapeError, match="the result y must have shape"):
+        backend.batch_norm_backward(*given, y=y[:2], activation="relu")
+    with pytest.raises(ArgumentError, match="where negative_slope is above 0, got -1"):
+        backend.batch_norm_backward(*given, y=y, activation="leaky_relu", negative_slope=-1)
 
 
 @BACKENDS

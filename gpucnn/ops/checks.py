@@ -15,6 +15,8 @@ from gpucnn.errors import ArgumentError, DtypeError, ShapeError
 from gpucnn_kernels.problem import Conv2dProblem, IntOrPair, Padding, pair
 
 REDUCTIONS = ("mean", "sum", "none")
+ENDINGS = ("identity", "relu", "leaky_relu")
+"""The activations that a batch norm in training can end with: gradients go back through them by their results."""
 
 
 # ---------------------------------------------------------------- one array, one value
@@ -218,6 +220,22 @@ def check_batch_norm(x: Any, **per_channel: Any) -> None:
         if array is not None:
             require_floating(array, name)
             require_shape(array, (x.shape[1],), name)
+
+
+def check_ending(activation: str, y: Any, shape: Sequence[int], negative_slope: float) -> None:
+    """Raise ArgumentError or ShapeError unless a gradient goes back through ``activation`` by its result y."""
+    require_choice(activation, ENDINGS, "activation")
+    if activation == "identity":
+        return
+    if activation == "leaky_relu" and not negative_slope > 0:
+        raise ArgumentError(
+            "the result of leaky_relu says which of its inputs were positive where negative_slope is above 0, "
+            f"got {negative_slope}"
+        )
+    if y is None:
+        raise ArgumentError(f"the gradient goes back through {activation} by its result: give it as y")
+    require_floating(y, "the result y")
+    require_shape(y, shape, "the result y")
 
 
 def check_batch(x: Any) -> None:

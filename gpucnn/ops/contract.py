@@ -291,13 +291,17 @@ class Operations(Protocol):
         *,
         momentum: float = 0.1,
         epsilon: float = 1e-5,
+        residual: Array | None = None,
+        activation: str = "identity",
+        negative_slope: float = 0.01,
         out: Array | None = None,
     ) -> tuple[Array, Array, Array]:
         """(y, mean, inverse_std) with statistics over all axes but 1 of x (N, C) or (N, C, H, W).
 
-        y = (x - mean) * inverse_std * weight + bias, inverse_std = 1 / sqrt(biased variance + epsilon). The
-        running statistics, where given, move in place by ``momentum`` towards the mean and the *unbiased*
-        variance. Raises ShapeError with fewer than two values a channel.
+        y = activation((x - mean) * inverse_std * weight + bias + residual), with residual of x's shape or None,
+        inverse_std = 1 / sqrt(biased variance + epsilon). The running statistics, where given, move in place by
+        ``momentum`` towards the mean and the *unbiased* variance. ``activation`` is "identity", "relu" or
+        "leaky_relu". Raises ShapeError with fewer than two values a channel.
         """
 
     def batch_norm_backward(
@@ -308,9 +312,20 @@ class Operations(Protocol):
         mean: Array,
         inverse_std: Array,
         *,
+        y: Array | None = None,
+        activation: str = "identity",
+        negative_slope: float = 0.01,
         out: Array | None = None,
+        out_weight: Array | None = None,
+        out_bias: Array | None = None,
+        out_residual: Array | None = None,
     ) -> tuple[Array, Array, Array]:
-        """(dx, dweight, dbias) of the training-time batch norm."""
+        """(dx, dweight, dbias) of the training-time batch norm, of dy of y, its result after the activation.
+
+        ``activation`` is as forward's, with a ``negative_slope`` above 0; without one y is not needed. dweight and
+        dbias go to ``out_weight`` and ``out_bias``, arrays in C order, where they are given; to ``out_residual``
+        the gradient for the residual, which is dy through the activation.
+        """
 
     def batch_norm_inference(
         self,

@@ -25,6 +25,14 @@ _BLOCKS = 1024  # enough to fill the largest GPUs; the same on all, so that resu
 _MAX_PARTS = 512  # pieces of a channel, which one warp combines
 _PER_THREAD = 16  # numbers that a thread should have at least before a channel is split
 
+_WHOLE_THREADS = 512
+_WHOLE_NUMBERS = _PER_THREAD * _WHOLE_THREADS
+"""Of a block that makes all of a batch norm in one launch: more take it longer than two further launches do."""
+_WHOLE_WIDTH = 8  # channels of such a block where channels are neighbours: as many as fill 32 bytes in float32
+
+MASKS = ("identity", "relu", "leaky_relu")
+"""The activations that :func:`batch_norm_backward` goes back through: the sign of the result says all of them."""
+
 
 def _checked(call: Call, *per_channel: str) -> tuple[str, int]:
     """(dtype of x, channels) after the checks that all three functions share."""
@@ -49,8 +57,11 @@ def _checked(call: Call, *per_channel: str) -> tuple[str, int]:
     return dtype, x.shape[1]
 
 
-def _walk(x: DeviceArray) -> dict[str, int]:
-    """How the kernels' blocks go over x: the struct BatchNormWalk."""
+def _walk(x: DeviceArray, whole: bool = True) -> dict[str, int]:
+    """How the kernels' blocks go over x: the struct BatchNormWalk.
+
+    With ``whole`` a block has all numbers of its channels where these are few.
+    """
     channels = x.shape[1]
     count = x.size // max(channels, 1)
     pixels = x.shape[2] * x.shape[3] if len(x.shape) == 4 else 1
@@ -58,10 +69,13 @@ def _walk(x: DeviceArray) -> dict[str, int]:
         width, inner, steps = min(_WARP, 1 << max(channels - 1, 0).bit_length()), 1, (1, channels, 1)
     else:
         width, inner, steps = 1, max(pixels, 1), (1, channels * pixels, pixels)
+    narrow = min(width, _WHOLE_WIDTH)
+    whole = whole and count * narrow <= _WHOLE_NUMBERS
+    width = narrow if whole else width
     tiles = max(1, -(-channels // width))
     lanes = _THREADS // width
     parts = min(-(-_BLOCKS // tiles), -(-count // (lanes * _PER_THREAD)), _MAX_PARTS)
-    per_part = -(-count // max(parts, 1))
+    per_part = count if whole else -(-count // max(parts, 1))
     return {
         "channels": channels,
         "width": width,
@@ -73,6 +87,17 @@ def _walk(x: DeviceArray) -> dict[str, int]:
         "outer_step": steps[1],
         "channel_step": steps[2],
     }
+
+
+def _is_whole(walk: dict[str, int]) -> bool:
+    """Whether one launch makes all of it."""
+    return walk["count"] * walk["width"] <= _WHOLE_NUMBERS and walk["width"] <= _WHOLE_WIDTH
+
+
+def _whole_threads(walk: dict[str, int]) -> int:
+    """Of a block: as many as have four numbers each, a warp at least."""
+    lanes = -(-walk["count"] * walk["width"] // 4)
+    return max(_WARP, min(_WHOLE_THREADS, 1 << max(lanes - 1, 0).bit_length()))
 
 
 def _grid(walk: dict[str, int]) -> tuple[int, int]:
@@ -101,6 +126,7 @@ def batch_norm_forward(
     *,
     momentum: float = 0.1,
     epsilon: float = 1e-5,
+    residual: Any = None,
     activation: str = "identity",
     negative_slope: float = 0.01,
     out: Any = None,
@@ -108,20 +134,21 @@ def batch_norm_forward(
 ) -> Any:
     """(y, mean, inverse_std) with statistics over all axes but 1 of x (N, C) or (N, C, H, W).
 
-    y = (x - mean) * inverse_std * weight + bias, inverse_std = 1 / sqrt(biased variance + epsilon), and then the
-    ``activation`` ("leaky_relu" with ``negative_slope``). The running statistics, where given, move in place by
-    ``momentum`` towards the mean and the *unbiased* variance. All but x and y are (C,) and float32 (float64 for
-    float64 x). ``out`` has x's layout, and may be x.
+    y = (x - mean) * inverse_std * weight + bias, inverse_std = 1 / sqrt(biased variance + epsilon), then plus the
+    ``residual``, if any, of x's shape, dtype and layout, and then the ``activation`` ("leaky_relu" with
+    ``negative_slope``), rounded once. The running statistics, where given, move in place by ``momentum`` towards
+    the mean and the *unbiased* variance. All others but x and y are (C,) and float32 (float64 for float64 x).
+    ``out`` has x's layout, and may be x or the residual. Few numbers a channel take one launch, more take three.
 
     Raises ProblemError with fewer than two values a channel, LayoutError where x is neither contiguous nor
     channels-last.
     """
     function = _function(activation)
     vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
-    with Call(stream, x=x, **vectors, out=out) as call:
+    with Call(stream, x=x, residual=residual, **vectors, out=out) as call:
         dtype, channels = _checked(call, *vectors)
-        call.floating("x", "out")
-        call.elementwise("x", "out")
+        call.floating("x", "residual", "out")
+        call.elementwise("x", "residual", "out")
         walk = _walk(call["x"])
         if channels and walk["count"] < 2:
             raise ProblemError(
@@ -130,90 +157,134 @@ def batch_norm_forward(
             )
         accumulate = SCALARS[dtype][1]
         y = call.output(call["x"].shape, dtype, like=call["x"])
-        mean, rest, inverse_std = (call.empty((channels,), accumulate) for _ in range(3))
-        size = channels * walk["parts"]
-        partial = {"means": call.scratch(size, "float64"), "squares": call.scratch(size, accumulate)}
-        call.launch(
-            SOURCE,
-            "batch_norm_statistics",
-            _grid(walk),
-            scalar=dtype,
-            x=call["x"],
-            means=partial["means"],
-            squares=partial["squares"],
-            walk=walk,
-        )
-        _combine(
-            call,
-            "batch_norm_combine",
-            dtype,
-            walk,
-            **partial,
-            mean=mean,
-            rest=rest,
-            inverse_std=inverse_std,
-            running_mean=call.get("running_mean"),
-            running_var=call.get("running_var"),
-            momentum=momentum,
-            epsilon=epsilon,
-        )
+        mean, inverse_std = call.empty((channels,), accumulate), call.empty((channels,), accumulate)
+        line: dict[str, Any] = {
+            "x": call["x"],
+            "residual": call.get("residual"),
+            "y": y,
+            "mean": mean,
+            "weight": call.get("weight"),
+            "bias": call.get("bias"),
+            "walk": walk,
+            "function": function,
+            "negative_slope": negative_slope,
+        }
+        moved: dict[str, Any] = {"running_mean": call.get("running_mean"), "running_var": call.get("running_var")}
+        moved |= {"inverse_std": inverse_std, "momentum": momentum, "epsilon": epsilon}
+        if _is_whole(walk):
+            grid = _grid(walk)
+            call.launch(SOURCE, "batch_norm_whole", grid, _whole_threads(walk), scalar=dtype, **line, **moved)
+            return call.give(y, mean, inverse_std)
+        rest, size = call.scratch(channels, accumulate), channels * walk["parts"]
+        partial: dict[str, Any] = {
+            "means": call.scratch(size, "float64"),
+            "squares": call.scratch(size, accumulate),
+        }
+        call.launch(SOURCE, "batch_norm_statistics", _grid(walk), scalar=dtype, x=call["x"], walk=walk, **partial)
+        _combine(call, "batch_norm_combine", dtype, walk, **partial, mean=mean, rest=rest, **moved)
         call.launch(
             SOURCE,
             "batch_norm_normalize",
             _grid(walk),
             scalar=dtype,
-            x=call["x"],
-            y=y,
-            mean=mean,
             rest=rest,
             scale=inverse_std,
-            weight=call.get("weight"),
-            bias=call.get("bias"),
-            walk=walk,
             scale_is_variance=False,
             epsilon=epsilon,
-            function=function,
-            negative_slope=negative_slope,
+            **line,
         )
         return call.give(y, mean, inverse_std)
 
 
 def batch_norm_backward(
-    dy: Any, x: Any, weight: Any, mean: Any, inverse_std: Any, *, out: Any = None, stream: Any = None
+    dy: Any,
+    x: Any,
+    weight: Any,
+    mean: Any,
+    inverse_std: Any,
+    *,
+    y: Any = None,
+    activation: str = "identity",
+    negative_slope: float = 0.01,
+    out: Any = None,
+    out_weight: Any = None,
+    out_bias: Any = None,
+    out_residual: Any = None,
+    stream: Any = None,
 ) -> Any:
-    """(dx, dweight, dbias) of the training-time batch norm, for dy of its result before any activation.
+    """(dx, dweight, dbias) of the training-time batch norm.
 
     ``mean`` and ``inverse_std`` are forward's. dx has x's dtype, the others, (C,), are float32 (float64 for
     float64 x). dy, x and ``out`` have one layout; ``out`` may be dy or x. An empty batch gives zero dweight and
     dbias.
+
+    dy is the gradient for the result before any activation, or, with ``y``, the result itself, and the
+    ``activation`` that made it, for that: "relu", or "leaky_relu" with a ``negative_slope`` above 0. The gradient
+    for the residual, dy through the activation, goes to ``out_residual`` where that is given, which may be dy.
+    dweight and dbias go to ``out_weight`` and ``out_bias`` where these are given. Few numbers a channel take one
+    launch, more take three.
+
+    Raises ArgumentError for another activation, or one without y, or a slope that is not above 0.
     """
-    vectors = {"weight": weight, "mean": mean, "inverse_std": inverse_std}
-    with Call(stream, dy=dy, x=x, **vectors, out=out) as call:
+    function = _mask(activation, y, negative_slope)
+    vectors: dict[str, Any] = {"weight": weight, "mean": mean, "inverse_std": inverse_std}
+    results = {"out_weight": out_weight, "out_bias": out_bias}
+    with Call(stream, dy=dy, x=x, y=y, **vectors, out=out, **results, out_residual=out_residual) as call:
         dtype, channels = _checked(call, *vectors)
-        call.floating("dy", "x", "out")
-        call.elementwise("x", "dy", "out")
+        call.floating("dy", "x", "y", "out", "out_residual")
+        call.elementwise("x", "dy", "y", "out", "out_residual")
+        call.contiguous(*results)
         walk = _walk(call["x"])
         accumulate = SCALARS[dtype][1]
         dx = call.output(call["x"].shape, dtype, like=call["x"])
-        dweight, dbias = call.empty((channels,), accumulate), call.empty((channels,), accumulate)
+        dweight, dbias = (call.output((channels,), accumulate, name=name) for name in results)
+        before = None
+        if out_residual is not None:
+            before = call.output(call["x"].shape, dtype, name="out_residual")
+        given: dict[str, Any] = {"dy": call["dy"], "y": call.get("y") if function else None, "function": function}
+        arrays: dict[str, Any] = {
+            "x": call["x"],
+            "mean": call["mean"],
+            "walk": walk,
+            "negative_slope": negative_slope,
+        }
+        kept: dict[str, Any] = {
+            "inverse_std": call["inverse_std"],
+            "weight": call.get("weight"),
+            "dweight": dweight,
+            "dbias": dbias,
+        }
+        if _is_whole(walk):
+            call.launch(
+                SOURCE,
+                "batch_norm_backward_whole",
+                _grid(walk),
+                _whole_threads(walk),
+                scalar=dtype,
+                before=before,
+                dx=dx,
+                **given,
+                **arrays,
+                **kept,
+            )
+            return call.give(dx, dweight, dbias)
         partials = call.scratch(3 * channels * walk["parts"], accumulate)
         coefficients = call.scratch(3 * channels, accumulate)
-        arrays: dict[str, Any] = {"dy": call["dy"], "x": call["x"], "mean": call["mean"]}
         call.launch(
-            SOURCE, "batch_norm_backward_sums", _grid(walk), scalar=dtype, partials=partials, walk=walk, **arrays
+            SOURCE,
+            "batch_norm_backward_sums",
+            _grid(walk),
+            scalar=dtype,
+            before=before,
+            partials=partials,
+            **given,
+            **arrays,
         )
         _combine(
-            call,
-            "batch_norm_backward_combine",
-            dtype,
-            walk,
-            partials=partials,
-            inverse_std=call["inverse_std"],
-            weight=call.get("weight"),
-            dweight=dweight,
-            dbias=dbias,
-            coefficients=coefficients,
+            call, "batch_norm_backward_combine", dtype, walk, partials=partials, coefficients=coefficients, **kept
         )
+        if before is not None:  # it has gone through the activation
+            given = {"dy": before, "y": None, "function": FUNCTIONS["identity"]}
         call.launch(
             SOURCE,
             "batch_norm_backward_data",
@@ -221,10 +292,24 @@ def batch_norm_backward(
             scalar=dtype,
             dx=dx,
             coefficients=coefficients,
-            walk=walk,
+            **given,
             **arrays,
         )
         return call.give(dx, dweight, dbias)
+
+
+def _mask(activation: str, y: Any, negative_slope: float) -> int:
+    """The number of an activation that the gradient goes back through. Raises ArgumentError for what cannot be."""
+    if activation not in MASKS:
+        raise ArgumentError(f"batch norm goes back through {', '.join(MASKS)}, got activation={activation!r}")
+    if activation != "identity" and y is None:
+        raise ArgumentError(f"the gradient goes back through {activation} by its result: give it as y")
+    if activation == "leaky_relu" and not negative_slope > 0:
+        raise ArgumentError(
+            f"the result of leaky_relu says which of its inputs were positive where negative_slope is above 0, "
+            f"got {negative_slope}"
+        )
+    return FUNCTIONS[activation]
 
 
 def batch_norm_inference(
@@ -252,13 +337,14 @@ def batch_norm_inference(
         call.floating("x", "out")
         call.elementwise("x", "out")
         y = call.output(call["x"].shape, dtype, like=call["x"])
-        walk = _walk(call["x"])
+        walk = _walk(call["x"], whole=False)
         call.launch(
             SOURCE,
             "batch_norm_normalize",
             _grid(walk),
             scalar=dtype,
             x=call["x"],
+            residual=None,
             y=y,
             mean=call["running_mean"],
             rest=None,

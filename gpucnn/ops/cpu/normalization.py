@@ -23,8 +23,19 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from gpucnn.ops.checks import check_batch, check_batch_norm, require_floating, require_shape
+from gpucnn.ops.checks import (
+    ENDINGS,
+    check_batch,
+    check_batch_norm,
+    check_ending,
+    check_out,
+    check_residual,
+    require_choice,
+    require_floating,
+    require_shape,
+)
 from gpucnn.ops.cpu import compiled
+from gpucnn.ops.cpu.activations import leaky_relu_backward, leaky_relu_forward, relu_backward, relu_forward
 from gpucnn.ops.cpu.blocks import PLANE_BYTES, SMALL, contiguously, ranges
 from gpucnn.ops.cpu.compiled import normalization as loops
 from gpucnn.ops.cpu.memory import FloatArray, calculation_dtype, result_like
@@ -116,14 +127,51 @@ def batch_norm_forward(
     *,
     momentum: float = 0.1,
     epsilon: float = 1e-5,
+    residual: FloatArray | None = None,
+    activation: str = "identity",
+    negative_slope: float = 0.01,
     out: FloatArray | None = None,
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
     """(y, mean, inverse_std) with statistics over all axes but 1 of x (N, C) or (N, C, H, W).
 
-    y = (x - mean) * inverse_std * weight + bias, inverse_std = 1 / sqrt(biased variance + epsilon). The running
-    statistics, where given, move in place by ``momentum`` towards the mean and the *unbiased* variance.
-    Raises ShapeError with fewer than two values a channel.
+    y = activation((x - mean) * inverse_std * weight + bias + residual), inverse_std = 1 / sqrt(biased variance +
+    epsilon). The running statistics, where given, move in place by ``momentum`` towards the mean and the
+    *unbiased* variance. Raises ShapeError with fewer than two values a channel.
+
+    The residual and the activation are passes of their own: on the CPU nobody gains by them but who compares.
     """
+    require_choice(activation, ENDINGS, "activation")
+    given = (x, weight, bias, running_mean, running_var)
+    if residual is None and activation == "identity":
+        return _forward(*given, momentum, epsilon, out)
+    check_residual(residual, x.shape)
+    if out is not None:
+        check_out(out, x.shape, x.dtype)
+    y, mean, inverse_std = _forward(*given, momentum, epsilon, None)
+    with numpy.errstate(all="ignore"):
+        if residual is not None:
+            y += residual
+    if activation == "relu":
+        relu_forward(y, out=y)
+    elif activation == "leaky_relu":
+        leaky_relu_forward(y, negative_slope=negative_slope, out=y)
+    if out is None:
+        return y, mean, inverse_std
+    out[...] = y
+    return out, mean, inverse_std
+
+
+def _forward(
+    x: FloatArray,
+    weight: FloatArray | None,
+    bias: FloatArray | None,
+    running_mean: FloatArray | None,
+    running_var: FloatArray | None,
+    momentum: float,
+    epsilon: float,
+    out: FloatArray | None,
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Without a residual and an activation."""
     check_batch_norm(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     channels = x.shape[1]
     count = x.size // max(1, channels)
@@ -191,9 +239,44 @@ def batch_norm_backward(
     mean: FloatArray,
     inverse_std: FloatArray,
     *,
+    y: FloatArray | None = None,
+    activation: str = "identity",
+    negative_slope: float = 0.01,
     out: FloatArray | None = None,
+    out_weight: FloatArray | None = None,
+    out_bias: FloatArray | None = None,
+    out_residual: FloatArray | None = None,
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """(dx, dweight, dbias) of the training-time batch norm."""
+    """(dx, dweight, dbias) of the training-time batch norm, of dy of y, its result after the activation."""
+    check_ending(activation, y, x.shape, negative_slope)
+    if y is not None and activation == "relu":
+        dy = relu_backward(dy, y)
+    elif y is not None and activation == "leaky_relu":
+        dy = leaky_relu_backward(dy, y, negative_slope=negative_slope)
+    if out_residual is not None:
+        check_out(out_residual, x.shape, dy.dtype)
+        out_residual[...] = dy
+    dx, dweight, dbias = _backward(dy, x, weight, mean, inverse_std, out)
+    return dx, _brought_to(out_weight, dweight), _brought_to(out_bias, dbias)
+
+
+def _brought_to(out: FloatArray | None, result: FloatArray) -> FloatArray:
+    if out is None:
+        return result
+    check_out(out, result.shape, out.dtype)
+    out[...] = result
+    return out
+
+
+def _backward(
+    dy: FloatArray,
+    x: FloatArray,
+    weight: FloatArray | None,
+    mean: FloatArray,
+    inverse_std: FloatArray,
+    out: FloatArray | None,
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Without an activation."""
     check_batch_norm(x, weight=weight, mean=mean, inverse_std=inverse_std)
     require_floating(dy, "the output gradient")
     require_shape(dy, x.shape, "the output gradient")

@@ -9,7 +9,18 @@ from __future__ import annotations
 from typing import Any
 
 import gpucnn_kernels as kernels
-from gpucnn.ops.checks import check_batch, check_batch_norm, require_floating, require_shape
+from gpucnn.device import device_of, module_of, on_device
+from gpucnn.ops.checks import (
+    ENDINGS,
+    check_batch,
+    check_batch_norm,
+    check_ending,
+    check_out,
+    check_residual,
+    require_choice,
+    require_floating,
+    require_shape,
+)
 from gpucnn.ops.contract import Array
 from gpucnn.ops.cuda.arrays import (
     accumulating_dtype,
@@ -46,21 +57,33 @@ def batch_norm_forward(
     *,
     momentum: float = 0.1,
     epsilon: float = 1e-5,
+    residual: Array | None = None,
+    activation: str = "identity",
+    negative_slope: float = 0.01,
     out: Array | None = None,
 ) -> tuple[Array, Array, Array]:
-    """(y, mean, inverse_std) with statistics over all axes but 1 of x (N, C) or (N, C, H, W)."""
+    """(y, mean, inverse_std) with statistics over all axes but 1 of x (N, C) or (N, C, H, W).
+
+    y = activation((x - mean) * inverse_std * weight + bias + residual), rounded once.
+    """
     given = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
-    check_devices(x=x, **given, out=out)
+    check_devices(x=x, **given, residual=residual, out=out)
     check_batch_norm(x, **given)
     check_batch(x)
+    require_choice(activation, ENDINGS, "activation")
+    check_residual(residual, x.shape)
     values, vectors = _values(x, x.dtype), _vectors(x.dtype, **given)
+    added = None if residual is None else laid_out_as(values, residual, values.dtype)
     y, mean, inverse_std = call(
         kernels.batch_norm_forward,
         values,
         **vectors,
         momentum=momentum,
         epsilon=epsilon,
-        out=usable_in_place(out, values, x.dtype),
+        residual=added,
+        activation=activation,
+        negative_slope=negative_slope,
+        out=usable_in_place(out, values, x.dtype, added),
     )
     for name in ("running_mean", "running_var"):
         if given[name] is not None:
@@ -75,27 +98,57 @@ def batch_norm_backward(
     mean: Array,
     inverse_std: Array,
     *,
+    y: Array | None = None,
+    activation: str = "identity",
+    negative_slope: float = 0.01,
     out: Array | None = None,
+    out_weight: Array | None = None,
+    out_bias: Array | None = None,
+    out_residual: Array | None = None,
 ) -> tuple[Array, Array, Array]:
-    """(dx, dweight, dbias) of the training-time batch norm."""
+    """(dx, dweight, dbias) of the training-time batch norm, of dy of y, its result after the activation."""
     given = {"weight": weight, "mean": mean, "inverse_std": inverse_std}
-    check_devices(dy=dy, x=x, **given, out=out)
+    results = {"out": out, "out_weight": out_weight, "out_bias": out_bias, "out_residual": out_residual}
+    check_devices(dy=dy, x=x, y=y, **given, **results)
     check_batch_norm(x, **given)
     require_floating(dy, "the output gradient")
     require_shape(dy, x.shape, "the output gradient")
+    check_ending(activation, y, x.shape, negative_slope)
     dtype = common_dtype(dy, x)
     values = _values(x, dtype)
     gradient = laid_out_as(values, dy, dtype)  # so that the network's memory format, and no copy, is handed on
+    result = None if y is None else laid_out_as(values, y, dtype)
+    reads = (values, result)
+    before = usable_in_place(out_residual, gradient, dy.dtype, *reads)
+    if out_residual is not None and before is None:
+        with on_device(device_of(gradient)):
+            before = module_of(gradient).empty_like(gradient)
     dx, dweight, dbias = call(
         kernels.batch_norm_backward,
         gradient,
         values,
         **_vectors(dtype, **given),
-        out=usable_in_place(out, gradient, dy.dtype, values),
+        y=result,
+        activation=activation,
+        negative_slope=negative_slope,
+        out=usable_in_place(out, gradient, dy.dtype, *reads),
+        out_weight=_usable_vector(out_weight, x, dtype),
+        out_bias=_usable_vector(out_bias, x, dtype),
+        out_residual=before,
     )
+    if out_residual is not None:
+        finish(before, out_residual, dy.dtype)
     # Weights that stay float32 beside values in 16 bits get gradients in float32, where float16 might overflow.
     kept = x.dtype if weight is None else weight.dtype
-    return finish(dx, out, dy.dtype), finish(dweight, None, kept), finish(dbias, None, kept)
+    return finish(dx, out, dy.dtype), finish(dweight, out_weight, kept), finish(dbias, out_bias, kept)
+
+
+def _usable_vector(out: Array | None, x: Array, dtype: Any) -> Array | None:
+    """``out`` where the kernel may write one number a channel straight to it."""
+    if out is None:
+        return None
+    check_out(out, x.shape[1:2], out.dtype)
+    return out if out.dtype == accumulating_dtype(dtype) and is_contiguous(out) else None
 
 
 def batch_norm_inference(

@@ -13,7 +13,13 @@
 // x - mean in the gradient.
 //
 // Memory is the limit: forward reads x twice and writes y, inference reads x and writes y, backward reads dy and x
-// twice and writes dx.
+// twice and writes dx. A residual that is added, and the activation after it, ride along: forward reads the residual
+// besides, backward y, each time that it reads dy, or once where what comes through the activation is wanted (the
+// residual's gradient) and therefore stored. Apart they would be launches of their own, of three passes each. The
+// passes that write have the loads of several numbers under way before they store the first.
+//
+// Where a block has all numbers of its channels, and they are few, the launches are what takes the time: the
+// ``whole`` kernels then do everything in one, which reads x (and dy and y) the second time from the caches.
 #include "activation.cuh"
 #include "reduce.cuh"
 
@@ -79,11 +85,8 @@ __device__ __forceinline__ T combined(T a, T b) {
     return result;
 }
 
-// means and squares: [channels][parts].
-extern "C" __global__ void __launch_bounds__(256, 3) batch_norm_statistics(
-    const scalar_t *x, double *means, accumulate_t *squares, BatchNormWalk walk
-) {
-    __shared__ BlockMoments shared[256];
+// The moments of the block's part of each of its channels, in shared[0 .. width - 1], read by the thread that wrote it.
+__device__ __forceinline__ void block_moments(const scalar_t *x, const BatchNormWalk &walk, BlockMoments *shared) {
     Walker walker(walk);
     const accumulate_t shift = walker.remaining > 0 ? load(x[walker.offset]) : NUMBER(0);
     Moments moments = {NUMBER(0), NUMBER(0), NUMBER(0)};
@@ -116,9 +119,17 @@ extern "C" __global__ void __launch_bounds__(256, 3) batch_norm_statistics(
         __syncthreads();
         if (threadIdx.x < half) shared[threadIdx.x] = combined(shared[threadIdx.x], shared[threadIdx.x + half]);
     }
-    if (threadIdx.x < walk.width && walker.channel < walk.channels) {
-        // A thread reads here what it wrote itself.
-        const long long place = (long long)walker.channel * walk.parts + blockIdx.y;
+}
+
+// means and squares: [channels][parts].
+extern "C" __global__ void __launch_bounds__(256, 3) batch_norm_statistics(
+    const scalar_t *x, double *means, accumulate_t *squares, BatchNormWalk walk
+) {
+    __shared__ BlockMoments shared[256];
+    block_moments(x, walk, shared);
+    const int channel = blockIdx.x * walk.width + threadIdx.x;
+    if (threadIdx.x < walk.width && channel < walk.channels) {
+        const long long place = (long long)channel * walk.parts + blockIdx.y;
         means[place] = shared[threadIdx.x].mean;
         squares[place] = shared[threadIdx.x].squares;
     }
@@ -129,8 +140,35 @@ __device__ __forceinline__ double count_of_part(BatchNormWalk walk, int part) {
     return rest < 0 ? 0 : rest < walk.per_part ? rest : walk.per_part;
 }
 
-// A warp a channel: the parts' statistics made one, and the running statistics moved on. Double on purpose: a few
-// numbers a channel, and the digits of mean + rest are the point.
+// What is kept of a channel's statistics: its mean, what that lost in rounding, and 1 / sqrt(variance + epsilon).
+struct Statistics {
+    accumulate_t mean, rest, inverse_std;
+};
+
+// They, stored but for the rest, and the running statistics moved on. Double on purpose: a few numbers a channel, and
+// the digits of mean + rest are the point.
+__device__ __forceinline__ Statistics kept_statistics(
+    int channel, double middle, double spread, double count, accumulate_t *mean, accumulate_t *inverse_std,
+    accumulate_t *running_mean, accumulate_t *running_var, double momentum, double epsilon
+) {
+    Statistics kept;
+    kept.mean = middle;
+    kept.rest = middle - (double)kept.mean;
+    kept.inverse_std = 1 / sqrt(spread / count + epsilon);
+    mean[channel] = kept.mean;
+    inverse_std[channel] = kept.inverse_std;
+    if (running_mean) {
+        const double before = running_mean[channel];
+        running_mean[channel] = before + momentum * (middle - before);
+    }
+    if (running_var) {
+        const double before = running_var[channel];
+        running_var[channel] = before + momentum * (spread / (count - 1) - before);
+    }
+    return kept;
+}
+
+// A warp a channel: the parts' statistics made one.
 extern "C" __global__ void __launch_bounds__(256, 4) batch_norm_combine(
     const double *means, const accumulate_t *squares, accumulate_t *mean, accumulate_t *rest,
     accumulate_t *inverse_std, accumulate_t *running_mean, accumulate_t *running_var, BatchNormWalk walk,
@@ -151,77 +189,205 @@ extern "C" __global__ void __launch_bounds__(256, 4) batch_norm_combine(
     }
     spread = warp_sum(spread);
     if (threadIdx.x == 0) {
-        const accumulate_t rounded = middle;
-        mean[channel] = rounded;
-        rest[channel] = middle - (double)rounded;
-        inverse_std[channel] = 1 / sqrt(spread / count + epsilon);
-        if (running_mean) {
-            const double before = running_mean[channel];
-            running_mean[channel] = before + momentum * (middle - before);
-        }
-        if (running_var) {
-            const double before = running_var[channel];
-            running_var[channel] = before + momentum * (spread / (count - 1) - before);
-        }
+        rest[channel] = kept_statistics(
+            channel, middle, spread, count, mean, inverse_std, running_mean, running_var, momentum, epsilon
+        ).rest;
     }
 }
 
-// y = ((x - mean) - rest) * scale * weight + bias, and the activation. In training ``scale`` holds the inverse
-// standard deviation; in inference it holds the variance, and there is no rest. y may be x.
+// Numbers that a thread loads before it stores the first: a store, which may be to the same array, lets no further
+// load begin. In float64 registers are enough for two.
+constexpr int GROUP = sizeof(accumulate_t) == 8 ? 2 : 4;
+
+// What is done to each number of a channel: ((x - middle) - rest) * factor + offset + residual, and the activation.
+struct Line {
+    accumulate_t middle, rest, factor, offset;
+};
+
+template <int COUNT>
+__device__ __forceinline__ void normalize_next(
+    Walker &walker, const Line &line, const scalar_t *x, const scalar_t *residual, scalar_t *y, int function,
+    accumulate_t negative_slope
+) {
+    accumulate_t values[COUNT], others[COUNT];
+    long long offsets[COUNT];
+#pragma unroll
+    for (int k = 0; k < COUNT; ++k) {
+        offsets[k] = walker.offset;
+        values[k] = load(x[walker.offset]);
+        others[k] = residual ? load(residual[walker.offset]) : NUMBER(0);
+        walker.advance();
+    }
+#pragma unroll
+    for (int k = 0; k < COUNT; ++k) {
+        accumulate_t value = ((values[k] - line.middle) - line.rest) * line.factor + line.offset;
+        if (residual) value += others[k];
+        if (COUNT == 1) {  // the other functions one number at a time: their code is long
+            value = activate(function, value, negative_slope);
+        } else if (value <= NUMBER(0) && function != IDENTITY) {  // a NaN compares false and stays
+            value = function == RELU ? NUMBER(0) : negative_slope * value;
+        }
+        y[offsets[k]] = store(value);
+    }
+}
+
+__device__ __forceinline__ void normalize_all(
+    Walker &walker, const Line &line, const scalar_t *x, const scalar_t *residual, scalar_t *y, int function,
+    accumulate_t negative_slope
+) {
+    if (function <= LEAKY_RELU) {
+        while (walker.remaining >= GROUP) normalize_next<GROUP>(walker, line, x, residual, y, function, negative_slope);
+    }
+    while (walker.remaining > 0) normalize_next<1>(walker, line, x, residual, y, function, negative_slope);
+}
+
+// In training ``scale`` holds the inverse standard deviation; in inference it holds the variance, and there is no
+// rest. ``residual`` may be null, y may be x or the residual.
 extern "C" __global__ void __launch_bounds__(256) batch_norm_normalize(
-    const scalar_t *x, scalar_t *y, const accumulate_t *mean, const accumulate_t *rest, const accumulate_t *scale,
-    const accumulate_t *weight, const accumulate_t *bias, BatchNormWalk walk, bool scale_is_variance,
-    accumulate_t epsilon, int function, accumulate_t negative_slope
+    const scalar_t *x, const scalar_t *residual, scalar_t *y, const accumulate_t *mean, const accumulate_t *rest,
+    const accumulate_t *scale, const accumulate_t *weight, const accumulate_t *bias, BatchNormWalk walk,
+    bool scale_is_variance, accumulate_t epsilon, int function, accumulate_t negative_slope
 ) {
     Walker walker(walk);
     if (walker.remaining == 0) return;
     const int channel = walker.channel;
-    const accumulate_t middle = mean[channel];
-    const accumulate_t left = rest ? rest[channel] : NUMBER(0);
-    accumulate_t factor = scale[channel];
-    if (scale_is_variance) factor = NUMBER(1) / square_root(factor + epsilon);
-    if (weight) factor *= weight[channel];
-    const accumulate_t offset = bias ? bias[channel] : NUMBER(0);
-    for (; walker.remaining > 0; walker.advance()) {
-        const accumulate_t value = ((load(x[walker.offset]) - middle) - left) * factor + offset;
-        y[walker.offset] = store(activate(function, value, negative_slope));
+    Line line = {mean[channel], rest ? rest[channel] : NUMBER(0), scale[channel], NUMBER(0)};
+    if (scale_is_variance) line.factor = NUMBER(1) / square_root(line.factor + epsilon);
+    if (weight) line.factor *= weight[channel];
+    if (bias) line.offset = bias[channel];
+    normalize_all(walker, line, x, residual, y, function, negative_slope);
+}
+
+// Forward in one launch, for blocks that have all numbers of their channels (walk.parts is 1).
+extern "C" __global__ void __launch_bounds__(512) batch_norm_whole(
+    const scalar_t *x, const scalar_t *residual, scalar_t *y, accumulate_t *mean, accumulate_t *inverse_std,
+    accumulate_t *running_mean, accumulate_t *running_var, const accumulate_t *weight, const accumulate_t *bias,
+    BatchNormWalk walk, double momentum, double epsilon, int function, accumulate_t negative_slope
+) {
+    __shared__ BlockMoments shared[512];
+    __shared__ Line lines[32];
+    block_moments(x, walk, shared);
+    const int made = blockIdx.x * walk.width + threadIdx.x;
+    if (threadIdx.x < walk.width && made < walk.channels) {
+        const Statistics kept = kept_statistics(
+            made, shared[threadIdx.x].mean, shared[threadIdx.x].squares, walk.count, mean, inverse_std, running_mean,
+            running_var, momentum, epsilon
+        );
+        const accumulate_t factor = weight ? kept.inverse_std * weight[made] : kept.inverse_std;
+        lines[threadIdx.x] = {kept.mean, kept.rest, factor, bias ? bias[made] : NUMBER(0)};
+    }
+    __syncthreads();
+    Walker walker(walk);
+    if (walker.remaining == 0) return;
+    const Line line = lines[threadIdx.x % walk.width];
+    normalize_all(walker, line, x, residual, y, function, negative_slope);
+}
+
+// The gradient before the activation (ReLU or leaky ReLU, whose slope above 0 keeps signs) at a number: as
+// activation_backward makes it of dy and y.
+__device__ __forceinline__ accumulate_t gradient_before(
+    int function, accumulate_t gradient, accumulate_t value, accumulate_t negative_slope
+) {
+    if (value > NUMBER(0)) return gradient;
+    return function == RELU ? NUMBER(0) : gradient * negative_slope;
+}
+
+struct GradientSums {
+    accumulate_t gradients, products, distances;  // the sums of dy, of dy * (x - mean), and of x - mean
+};
+
+template <int COUNT>
+__device__ __forceinline__ void sum_next(
+    Walker &walker, GradientSums &sums, accumulate_t middle, const scalar_t *dy, const scalar_t *x, const scalar_t *y,
+    scalar_t *before, int function, accumulate_t negative_slope
+) {
+    accumulate_t gradients[COUNT], values[COUNT], results[COUNT];
+    long long offsets[COUNT];
+#pragma unroll
+    for (int k = 0; k < COUNT; ++k) {
+        offsets[k] = walker.offset;
+        gradients[k] = load(dy[walker.offset]);
+        values[k] = load(x[walker.offset]);
+        results[k] = y ? load(y[walker.offset]) : NUMBER(1);
+        walker.advance();
+    }
+#pragma unroll
+    for (int k = 0; k < COUNT; ++k) {
+        const accumulate_t gradient = gradient_before(function, gradients[k], results[k], negative_slope);
+        const accumulate_t distance = values[k] - middle;
+        sums.gradients += gradient;
+        sums.products += gradient * distance;
+        sums.distances += distance;
+        if (before) before[offsets[k]] = store(gradient);
     }
 }
 
-// partials: [3][channels][parts], the sums of dy, of dy * (x - mean), and of x - mean.
-extern "C" __global__ void __launch_bounds__(256) batch_norm_backward_sums(
-    const scalar_t *dy, const scalar_t *x, const accumulate_t *mean, accumulate_t *partials, BatchNormWalk walk
+// The sums over a block's part, in shared[.][0 .. width - 1], read by the thread that wrote it. ``y`` is null where
+// there is no activation, ``before`` where the gradient before it is not wanted; it may be dy.
+template <int THREADS>
+__device__ __forceinline__ void block_gradient_sums(
+    const scalar_t *dy, const scalar_t *x, const scalar_t *y, scalar_t *before, const accumulate_t *mean,
+    const BatchNormWalk &walk, int function, accumulate_t negative_slope, accumulate_t (*shared)[THREADS]
 ) {
-    __shared__ accumulate_t shared[3][256];
     Walker walker(walk);
     const accumulate_t middle = walker.channel < walk.channels ? mean[walker.channel] : NUMBER(0);
-    accumulate_t gradients = NUMBER(0), products = NUMBER(0), distances = NUMBER(0);
-    for (; walker.remaining > 0; walker.advance()) {
-        const accumulate_t gradient = load(dy[walker.offset]);
-        const accumulate_t distance = load(x[walker.offset]) - middle;
-        gradients += gradient;
-        products += gradient * distance;
-        distances += distance;
+    GradientSums sums = {NUMBER(0), NUMBER(0), NUMBER(0)};
+    while (walker.remaining >= GROUP) {
+        sum_next<GROUP>(walker, sums, middle, dy, x, y, before, function, negative_slope);
     }
-    shared[0][threadIdx.x] = gradients;
-    shared[1][threadIdx.x] = products;
-    shared[2][threadIdx.x] = distances;
+    while (walker.remaining > 0) {
+        sum_next<1>(walker, sums, middle, dy, x, y, before, function, negative_slope);
+    }
+    shared[0][threadIdx.x] = sums.gradients;
+    shared[1][threadIdx.x] = sums.products;
+    shared[2][threadIdx.x] = sums.distances;
     for (int half = blockDim.x / 2; half >= walk.width; half /= 2) {
         __syncthreads();
         if (threadIdx.x < half) {
             for (int k = 0; k < 3; ++k) shared[k][threadIdx.x] += shared[k][threadIdx.x + half];
         }
     }
-    if (threadIdx.x < walk.width && walker.channel < walk.channels) {
-        const long long place = (long long)walker.channel * walk.parts + blockIdx.y;
+}
+
+// partials: [3][channels][parts].
+extern "C" __global__ void __launch_bounds__(256) batch_norm_backward_sums(
+    const scalar_t *dy, const scalar_t *x, const scalar_t *y, scalar_t *before, const accumulate_t *mean,
+    accumulate_t *partials, BatchNormWalk walk, int function, accumulate_t negative_slope
+) {
+    __shared__ accumulate_t shared[3][256];
+    block_gradient_sums<256>(dy, x, y, before, mean, walk, function, negative_slope, shared);
+    const int channel = blockIdx.x * walk.width + threadIdx.x;
+    if (threadIdx.x < walk.width && channel < walk.channels) {
+        const long long place = (long long)channel * walk.parts + blockIdx.y;
         for (int k = 0; k < 3; ++k) {
             partials[k * (long long)walk.channels * walk.parts + place] = shared[k][threadIdx.x];
         }
     }
 }
 
-// A warp a channel: the parameters' gradients, and dx = dy * factor + (x - mean) * slant + offset as three numbers
-// a channel, [3][channels]. In double for the reason above.
+// dx = dy * factor + (x - mean) * slant + offset.
+struct Slope {
+    accumulate_t factor, slant, offset;
+};
+
+// It, of a channel's three sums, and the parameters' gradients, stored. In double for the reason above.
+__device__ __forceinline__ Slope kept_gradients(
+    int channel, const double *sums, long long numbers, const accumulate_t *inverse_std, const accumulate_t *weight,
+    accumulate_t *dweight, accumulate_t *dbias
+) {
+    const double count = numbers > 0 ? numbers : 1;
+    const double scale = inverse_std[channel];
+    // The mean was rounded; the average of x - mean is what it lacks.
+    const double left = sums[2] / count;
+    const double product = (sums[1] - left * sums[0]) * scale;
+    dbias[channel] = sums[0];
+    dweight[channel] = product;
+    const double factor = weight ? scale * weight[channel] : scale;
+    const double slant = -factor * scale * product / count;
+    return {(accumulate_t)factor, (accumulate_t)slant, (accumulate_t)(-factor * sums[0] / count - slant * left)};
+}
+
+// A warp a channel: the parameters' gradients, and the slope as three numbers a channel, [3][channels].
 extern "C" __global__ void __launch_bounds__(256) batch_norm_backward_combine(
     const accumulate_t *partials, const accumulate_t *inverse_std, const accumulate_t *weight,
     accumulate_t *dweight, accumulate_t *dbias, accumulate_t *coefficients, BatchNormWalk walk
@@ -237,35 +403,80 @@ extern "C" __global__ void __launch_bounds__(256) batch_norm_backward_combine(
         sums[k] = warp_sum(sum);
     }
     if (threadIdx.x == 0) {
-        const double count = walk.count > 0 ? walk.count : 1;
-        const double scale = inverse_std[channel];
-        // The mean was rounded; the average of x - mean is what it lacks.
-        const double left = sums[2] / count;
-        const double product = (sums[1] - left * sums[0]) * scale;
-        dbias[channel] = sums[0];
-        dweight[channel] = product;
-        const double factor = weight ? scale * weight[channel] : scale;
-        const double slant = -factor * scale * product / count;
-        coefficients[channel] = factor;
-        coefficients[walk.channels + channel] = slant;
-        coefficients[2 * walk.channels + channel] = -factor * sums[0] / count - slant * left;
+        const Slope slope = kept_gradients(channel, sums, walk.count, inverse_std, weight, dweight, dbias);
+        coefficients[channel] = slope.factor;
+        coefficients[walk.channels + channel] = slope.slant;
+        coefficients[2 * walk.channels + channel] = slope.offset;
     }
 }
 
-// dx may be dy or x.
+template <int COUNT>
+__device__ __forceinline__ void differentiate_next(
+    Walker &walker, const Slope &slope, accumulate_t middle, const scalar_t *dy, const scalar_t *x, const scalar_t *y,
+    scalar_t *before, scalar_t *dx, int function, accumulate_t negative_slope
+) {
+    accumulate_t gradients[COUNT], values[COUNT], results[COUNT];
+    long long offsets[COUNT];
+#pragma unroll
+    for (int k = 0; k < COUNT; ++k) {
+        offsets[k] = walker.offset;
+        gradients[k] = load(dy[walker.offset]);
+        values[k] = load(x[walker.offset]);
+        results[k] = y ? load(y[walker.offset]) : NUMBER(1);
+        walker.advance();
+    }
+#pragma unroll
+    for (int k = 0; k < COUNT; ++k) {
+        const accumulate_t gradient = gradient_before(function, gradients[k], results[k], negative_slope);
+        const accumulate_t distance = values[k] - middle;
+        if (before) before[offsets[k]] = store(gradient);
+        dx[offsets[k]] = store(gradient * slope.factor + distance * slope.slant + slope.offset);
+    }
+}
+
+__device__ __forceinline__ void differentiate_all(
+    Walker &walker, const Slope &slope, accumulate_t middle, const scalar_t *dy, const scalar_t *x, const scalar_t *y,
+    scalar_t *before, scalar_t *dx, int function, accumulate_t negative_slope
+) {
+    while (walker.remaining >= GROUP) {
+        differentiate_next<GROUP>(walker, slope, middle, dy, x, y, before, dx, function, negative_slope);
+    }
+    while (walker.remaining > 0) {
+        differentiate_next<1>(walker, slope, middle, dy, x, y, before, dx, function, negative_slope);
+    }
+}
+
+// dx may be dy, x or y.
 extern "C" __global__ void __launch_bounds__(256) batch_norm_backward_data(
-    const scalar_t *dy, const scalar_t *x, scalar_t *dx, const accumulate_t *mean,
-    const accumulate_t *coefficients, BatchNormWalk walk
+    const scalar_t *dy, const scalar_t *x, const scalar_t *y, scalar_t *dx, const accumulate_t *mean,
+    const accumulate_t *coefficients, BatchNormWalk walk, int function, accumulate_t negative_slope
 ) {
     Walker walker(walk);
     if (walker.remaining == 0) return;
     const int channel = walker.channel;
-    const accumulate_t middle = mean[channel];
-    const accumulate_t factor = coefficients[channel];
-    const accumulate_t slant = coefficients[walk.channels + channel];
-    const accumulate_t offset = coefficients[2 * walk.channels + channel];
-    for (; walker.remaining > 0; walker.advance()) {
-        const accumulate_t distance = load(x[walker.offset]) - middle;
-        dx[walker.offset] = store(load(dy[walker.offset]) * factor + distance * slant + offset);
+    const Slope slope = {
+        coefficients[channel], coefficients[walk.channels + channel], coefficients[2 * walk.channels + channel]
+    };
+    differentiate_all(walker, slope, mean[channel], dy, x, y, nullptr, dx, function, negative_slope);
+}
+
+// Backward in one launch, for blocks that have all numbers of their channels.
+extern "C" __global__ void __launch_bounds__(512) batch_norm_backward_whole(
+    const scalar_t *dy, const scalar_t *x, const scalar_t *y, scalar_t *before, scalar_t *dx,
+    const accumulate_t *mean, const accumulate_t *inverse_std, const accumulate_t *weight, accumulate_t *dweight,
+    accumulate_t *dbias, BatchNormWalk walk, int function, accumulate_t negative_slope
+) {
+    __shared__ accumulate_t shared[3][512];
+    __shared__ Slope slopes[32];
+    block_gradient_sums<512>(dy, x, y, nullptr, mean, walk, function, negative_slope, shared);
+    const int made = blockIdx.x * walk.width + threadIdx.x;
+    if (threadIdx.x < walk.width && made < walk.channels) {
+        const double sums[3] = {shared[0][threadIdx.x], shared[1][threadIdx.x], shared[2][threadIdx.x]};
+        slopes[threadIdx.x] = kept_gradients(made, sums, walk.count, inverse_std, weight, dweight, dbias);
     }
+    __syncthreads();
+    Walker walker(walk);
+    if (walker.remaining == 0) return;
+    const Slope slope = slopes[threadIdx.x % walk.width];
+    differentiate_all(walker, slope, mean[walker.channel], dy, x, y, before, dx, function, negative_slope);
 }
