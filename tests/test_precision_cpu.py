@@ -14,6 +14,7 @@ from gpucnn.device import to_cpu, to_device
 from gpucnn.errors import ArgumentError, ShapeError
 from gpucnn.layers.precision import backward_pass, forward_pass, precision_of, usable_precisions
 from gpucnn.losses import CrossEntropyLoss
+from gpucnn.ops import cpu
 from gpucnn.ops.cpu import narrow, tf32
 from gpucnn.training import RunFolder, Trainer, TrainingOptions
 
@@ -220,3 +221,21 @@ def test_precisions_that_can_be_used(monkeypatch):
     assert usable_precisions() == ("float32", "float64", "tf32", "bfloat16", "float16")
     monkeypatch.setitem(__import__("sys").modules, "ml_dtypes", None)
     assert usable_precisions() == ("float32", "float64", "tf32", "float16")
+
+
+def test_batch_norm_with_a_residual_and_an_activation():
+    """Rounded once, forward; back, the residual's gradient is dy where the result was positive."""
+    random = numpy.random.default_rng(0)
+    x, residual, dy = (random.standard_normal((4, 3, 5, 5)).astype("float16") for _ in range(3))
+    wide = [array.astype("float32") for array in (x, residual, dy)]
+    y, mean, inverse_std = narrow.batch_norm_forward(x, residual=residual, activation="relu")
+    plain = cpu.batch_norm_forward(wide[0], residual=wide[1], activation="relu")[0]
+    numpy.testing.assert_array_equal(y, plain.astype("float16"))
+    passed, dbias = numpy.full_like(dy, numpy.nan), numpy.empty(3, "float32")
+    more = {"y": y, "activation": "relu", "out_residual": passed, "out_bias": dbias}
+    dx, _, _ = narrow.batch_norm_backward(dy, x, None, mean, inverse_std, **more)
+    before = numpy.where(y > 0, dy, 0)
+    numpy.testing.assert_array_equal(passed, before)
+    wanted = cpu.batch_norm_backward(before.astype("float32"), wide[0], None, mean, inverse_std)
+    numpy.testing.assert_array_equal(dx, wanted[0].astype("float16"))
+    numpy.testing.assert_array_equal(dbias, wanted[2])

@@ -28,7 +28,6 @@ _COMPUTED_IN_FLOAT32 = (
     "adaptive_avg_pool2d_forward",
     "avg_pool2d_backward",
     "avg_pool2d_forward",
-    "batch_norm_backward",
     "batch_norm_inference",
     "col2im",
     "conv2d_backward_bias",
@@ -122,16 +121,51 @@ def batch_norm_forward(
     *,
     momentum: float = 0.1,
     epsilon: float = 1e-5,
+    residual: NDArray[Any] | None = None,
+    activation: str = "identity",
+    negative_slope: float = 0.01,
     out: NDArray[Any] | None = None,
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """As :func:`gpucnn.ops.cpu.batch_norm_forward`, whose own it is where running statistics have 16 bits, too."""
     options: dict[str, Any] = {"momentum": momentum, "epsilon": epsilon}
+    options |= {"activation": activation, "negative_slope": negative_slope}
     if is_narrow(running_mean):
-        return cpu.batch_norm_forward(x, weight, bias, running_mean, running_var, **options, out=out)
-    y, mean, inverse_std = cpu.batch_norm_forward(
-        _widened(x), _widened(weight), _widened(bias), running_mean, running_var, **options
-    )
+        options |= {"residual": residual, "out": out}
+        return cpu.batch_norm_forward(x, weight, bias, running_mean, running_var, **options)
+    vectors = _widened(weight), _widened(bias), running_mean, running_var
+    y, mean, inverse_std = cpu.batch_norm_forward(_widened(x), *vectors, residual=_widened(residual), **options)
     return _rounded(y, x.dtype, out), mean, inverse_std
+
+
+def batch_norm_backward(
+    dy: NDArray[Any],
+    x: NDArray[Any],
+    weight: NDArray[Any] | None,
+    mean: NDArray[Any],
+    inverse_std: NDArray[Any],
+    *,
+    y: NDArray[Any] | None = None,
+    activation: str = "identity",
+    negative_slope: float = 0.01,
+    out: NDArray[Any] | None = None,
+    out_weight: NDArray[Any] | None = None,
+    out_bias: NDArray[Any] | None = None,
+    out_residual: NDArray[Any] | None = None,
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """As :func:`gpucnn.ops.cpu.batch_norm_backward`; the gradients of weight and bias are float32."""
+    before = None if out_residual is None else _widened(out_residual)
+    dx, dweight, dbias = cpu.batch_norm_backward(
+        *map(_widened, (dy, x, weight, mean, inverse_std)),
+        y=_widened(y),
+        activation=activation,
+        negative_slope=negative_slope,
+        out_weight=out_weight,
+        out_bias=out_bias,
+        out_residual=before,
+    )
+    if before is not None:
+        _rounded(before, dy.dtype, out_residual)
+    return _rounded(dx, dy.dtype, out), dweight, dbias
 
 
 def __getattr__(name: str) -> Any:
