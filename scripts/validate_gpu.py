@@ -16,9 +16,7 @@ import argparse
 import datetime
 import os
 import sys
-import threading
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:1] = [str(ROOT), str(ROOT / "kernels")]
 _FOR_TRAINING_SECONDS = 90.0
 _FOR_SANITIZER_SECONDS = 90.0
-_GRACE_SECONDS = 120.0
 
 
 def options(arguments: list[str]) -> argparse.Namespace:
@@ -43,6 +40,7 @@ def options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--families", help="some families by name, with commas (default: all; ? lists them)")
     parser.add_argument("--no-training", action="store_true", help="leave the training runs out")
     parser.add_argument("--no-sanitizer", action="store_true", help="leave compute-sanitizer out")
+    parser.add_argument("--one-process", action="store_true", help="check in this very process, which may break")
     parser.add_argument("--exact-allocations", action="store_true", help="no memory pool: for compute-sanitizer")
     return parser.parse_args(arguments)
 
@@ -71,26 +69,6 @@ def requirements(runtime: str) -> str | None:
     return None
 
 
-def families() -> dict[str, Any]:
-    """The checks by name, in their order."""
-    from scripts.gpu_validation import (
-        augmentation,
-        captured,
-        convolution,
-        convolution_ends,
-        layers,
-        memory_format,
-        planned,
-        steps,
-        surroundings,
-    )
-
-    checks = (
-        layers, steps, augmentation, captured, convolution, convolution_ends, memory_format, planned, surroundings
-    )  # fmt: skip
-    return {name: check for module in checks for name, check in module.CHECKS.items()}
-
-
 def chosen(wanted: str | None, known: Any, what: str) -> list[str]:
     """Some of the known names, in their order; all where none is asked for."""
     if wanted is None:
@@ -114,137 +92,115 @@ def available_dtypes(names: list[str]) -> tuple[list[str], list[str]]:
 
 
 def validate(given: argparse.Namespace) -> dict[str, Any]:
-    """Run everything, and report."""
+    """Run everything, and report; what there is is written to the file after every part."""
     began = time.monotonic()
     deadline = began + 60 * given.minutes
-    watch(60 * given.minutes)
-    from gpucnn_kernels import catalog, runtime
     from scripts.gpu_validation import machine
-    from scripts.gpu_validation.bench import DTYPES, Bench, OutOfTimeError, poison_all
+    from scripts.gpu_validation.bench import DTYPES
+    from scripts.gpu_validation.parts import FAMILY, Part, Settings, families, runs
+    from scripts.gpu_validation.supervisor import Found, Supervisor, run_here
 
     seed = int.from_bytes(os.urandom(4), "little") if given.seed is None else given.seed
     dtypes, not_run = available_dtypes(chosen(given.dtypes, DTYPES, "dtype"))
     whole = not given.reduced and (given.runtime == "cuda" or given.whole)
-    facts = machine.facts(given.runtime)
-    for name, value in facts.items():
+    wanted = chosen(given.families, families(), "family")
+    partial = given.families is not None
+    settings = Settings(given.runtime, seed, tuple(dtypes), whole, given.exact_allocations)
+    report = {
+        "verdict": "not finished",
+        "runtime": given.runtime,
+        "when": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "seed": seed,
+        "whole": whole and not partial and len(dtypes) == len(DTYPES),
+        "machine": machine.facts(given.runtime),
+    }
+    for name, value in report["machine"].items():
         say(f"{name.replace('_', ' '):<20} {value}")
     say(f"{'seed':<20} {seed}\n")
 
-    wanted = chosen(given.families, families(), "family")
-    partial = given.families is not None
-    compiled: dict[str, float] = {}
-    if given.runtime == "cuda" and not partial and whole:
-        say("compiling all kernels ...")
-        from_here = time.monotonic()
-        compiled = {"modules": catalog.warm_up(dtypes), "seconds": 0.0}
-        compiled["seconds"] = time.monotonic() - from_here
-        say(f"  {compiled['modules']} modules, {compiled['seconds']:.0f} s")
-    poison_all(runtime.current())
-    reserved = 0.0 if given.no_training else _FOR_TRAINING_SECONDS
+    found = Found()
+    compiled = compile_ahead(dtypes, found) if given.runtime == "cuda" and not partial and whole else {}
+    parts = [Part(FAMILY, name) for name in wanted] + ([] if given.no_training else list(runs(settings)))
     sanitizer = machine.find_sanitizer() if given.runtime == "cuda" and not given.no_sanitizer else None
+    reserved = 0.0 if given.no_training else _FOR_TRAINING_SECONDS
     reserved += _FOR_SANITIZER_SECONDS if sanitizer else 0.0
-    bench = Bench(given.runtime, seed, dtypes, whole, max(began + 1, deadline - reserved))
-    for name in wanted:
-        bench.family = name
-        from_here = time.monotonic()
-        say(f"checking {name} ...")
-        try:
-            families()[name](bench)
-        except OutOfTimeError:
-            not_run.append(f"{name}: the time was over")
-            continue
-        rows = [row for row in bench.outcomes.values() if row.family == name]
-        failed = sum(row.failed for row in rows)
-        runs = sum(row.runs for row in rows)
-        said = f"{failed} of {runs} FAILED" if failed else f"{runs} runs passed"
-        say(f"  {said}, {time.monotonic() - from_here:.1f} s")
+    until = {FAMILY: max(began + 1, deadline - reserved)}
+    supervisor = None if given.one_process else Supervisor(settings, found)
+    run = run_here(settings, found) if supervisor is None else supervisor.run
+    checks: list[dict[str, Any]] = []
 
-    training = [] if given.no_training else train(given.runtime, whole, seed, deadline, not_run)
-    graphs = [] if given.no_training else capture(given.runtime, whole, seed, deadline, not_run)
-    checks = []
+    def so_far(left: list[Part], why: str) -> dict[str, Any]:
+        """The report as it is now."""
+        late = [f"{part.title}: the time was over" for part in found.late]
+        return report | {
+            "seconds": time.monotonic() - began,
+            "compiled": compiled,
+            "operations": list(found.operations.values()),
+            "training": [result for part, result in found.results.items() if part.kind == "training"],
+            "captured": [result for part, result in found.results.items() if part.kind == "captured"],
+            "sanitizer": checks,
+            "not_run": [*not_run, *late, *(f"{part.title}: {why}" for part in left)],
+        }
+
+    try:
+        for number, part in enumerate(parts):
+            ends = until.get(part.kind, deadline)
+            if time.monotonic() > ends:
+                found.late.append(part)
+                continue
+            say(f"{part.verb} {part.name} ...")
+            from_here = time.monotonic()
+            run(part, ends - from_here)
+            say(f"  {found.said(part)}, {time.monotonic() - from_here:.1f} s")
+            keep(so_far(parts[number + 1 :], "not reached when this was written"), given.output)
+    finally:
+        if supervisor is not None:
+            supervisor.close()
     if sanitizer:
         say("compute-sanitizer ...")
-        checks = machine.sanitize(seed, deadline - time.monotonic())
+        checks += machine.sanitize(seed, deadline - time.monotonic())
         not_run += [
             f"compute-sanitizer {check['tool']}: {check['output']}" for check in checks if not check["finished"]
         ]
     elif given.runtime == "cuda" and not given.no_sanitizer:
         say("compute-sanitizer is not installed (it comes with the CUDA toolkit): left out")
-    operations = [outcome.record() for outcome in bench.outcomes.values()]
-    failed = any(row["failed"] for row in operations) or not all(run["passed"] for run in [*training, *graphs])
+    whole_report = so_far([], "")
+    failed = any(row["failed"] for row in whole_report["operations"])
+    failed = failed or not all(result["passed"] for result in found.results.values())
     failed = failed or any(check["finished"] and not check["passed"] for check in checks)
-    return {
-        "verdict": "failed" if failed else "not finished" if not_run else "passed",
-        "runtime": given.runtime,
-        "when": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "seed": seed,
-        "whole": whole and not partial and len(dtypes) == len(DTYPES),
-        "seconds": time.monotonic() - began,
-        "machine": facts,
-        "compiled": compiled,
-        "operations": operations,
-        "training": training,
-        "captured": graphs,
-        "sanitizer": checks,
-        "not_run": not_run,
-    }
+    verdict = "failed" if failed else "not finished" if whole_report["not_run"] else "passed"
+    return whole_report | {"verdict": verdict}
 
 
-def watch(seconds: float) -> None:
-    """End the process where a kernel never ends, and nothing else can."""
+def compile_ahead(dtypes: list[str], found: Any) -> dict[str, float]:
+    """Compile all kernels, by as many processes as there are cores; how many, and the seconds.
 
-    def give_up() -> None:
-        print(
-            f"validate_gpu.py: still busy {_GRACE_SECONDS:.0f} s after its time: given up",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(1)
+    One that does not compile is a failure, and no reason not to check the others.
+    """
+    from gpucnn_kernels import catalog
+    from gpucnn_kernels.runtime import ahead
 
-    timer = threading.Timer(seconds + _GRACE_SECONDS, give_up)
-    timer.daemon = True
-    timer.start()
-
-
-def train(runtime: str, whole: bool, seed: int, deadline: float, not_run: list[str]) -> list[dict[str, Any]]:
-    """The training runs; one that breaks off is a failure with its last line."""
-    from scripts.gpu_validation import training
-
-    results = []
-    for run in training.WHOLE if whole and runtime == "cuda" else training.REHEARSED:
-        if time.monotonic() > deadline:
-            not_run.append(f"training {run.name}: the time was over")
-            continue
-        say(f"training {run.name}, on the CPU too ...")
-        try:
-            results.append(training.compare(run, seed))
-        except Exception as error:  # reported as any failure is
-            traceback.print_exc()
-            results.append(
-                {"network": run.name, "passed": False, "failures": [f"{type(error).__name__}: {error}"]}
-            )
-        say(f"  {'passed' if results[-1]['passed'] else 'FAILED'}, {results[-1].get('seconds', 0):.1f} s")
-    return results
+    processes = min(ahead.cores(), ahead.MOST_PROCESSES)
+    say(f"compiling all kernels, {processes} at a time ...")
+    began = time.monotonic()
+    compiled: dict[str, float] = {}
+    try:
+        compiled["modules"] = catalog.warm_up(dtypes, processes=processes)
+    except Exception as error:  # CUDA, CuPy and the compiler raise many kinds
+        found.fail(("compiling", "all kernels", "", ""), f"{type(error).__name__}: {error}")
+        say(f"  FAILED: {type(error).__name__}: {str(error).splitlines()[0]}")
+        return {}
+    compiled["seconds"] = time.monotonic() - began
+    say(f"  {compiled['modules']} modules, {compiled['seconds']:.0f} s")
+    return compiled
 
 
-def capture(runtime: str, whole: bool, seed: int, deadline: float, not_run: list[str]) -> list[dict[str, Any]]:
-    """Training runs by CUDA graphs beside the same ones kernel by kernel; one that breaks off is a failure."""
-    from scripts.gpu_validation import captured
+def keep(found: dict[str, Any], path: Path | None) -> None:
+    """Write the report, where it is wanted."""
+    from scripts.gpu_validation import report
 
-    results = []
-    for recipe in captured.RECIPES if whole and runtime == "cuda" else captured.REHEARSED:
-        if time.monotonic() > deadline:
-            not_run.append(f"captured {recipe.title}: the time was over")
-            continue
-        say(f"training {recipe.title}, by graphs and kernel by kernel ...")
-        try:
-            results.append(captured.compare(recipe, seed, whole and runtime == "cuda"))
-        except Exception as error:  # reported as any failure is
-            traceback.print_exc()
-            failures = [f"{type(error).__name__}: {error}"]
-            results.append({"recipe": recipe.title, "passed": False, "failures": failures})
-        say(f"  {'passed' if results[-1]['passed'] else 'FAILED'}, {results[-1].get('seconds', 0):.1f} s")
-    return results
+    if path is not None:
+        report.write(found, path)
 
 
 def main(arguments: list[str]) -> int:
@@ -256,18 +212,16 @@ def main(arguments: list[str]) -> int:
         print(f"validate_gpu.py: {missing}", file=sys.stderr)
         return 2
     if given.families == "?":
+        from scripts.gpu_validation.parts import families
+
         say("\n".join(families()))
         return 0
-    if given.exact_allocations and given.runtime == "cuda":
-        import cupy
-
-        cupy.cuda.set_allocator(None)
     from scripts.gpu_validation import report
 
     found = validate(given)
     say(f"\n{report.table(found)}\n\n{report.summary(found)}")
+    keep(found, given.output)
     if given.output is not None:
-        report.write(found, given.output)
         say(f"written: {given.output}")
         if given.output.resolve().parent == ROOT / "docs" / "gpu":
             (ROOT / "docs" / "gpu" / "README.md").write_text(report.page(ROOT / "docs" / "gpu"), encoding="utf-8")

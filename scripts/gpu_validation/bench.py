@@ -26,6 +26,10 @@ class OutOfTimeError(Exception):
     """The time that --minutes allows is over."""
 
 
+class ContextLostError(Exception):
+    """After a failure no call of CUDA works any more in this process."""
+
+
 @dataclass(frozen=True)
 class Numbers:
     """Random numbers for dtypes that hold them exactly, so that one expectation serves both."""
@@ -124,6 +128,10 @@ class Bench:
         )
         self.outcomes: dict[tuple[str, str, str, str], Outcome] = {}
         self.family = ""
+        self.tell: Callable[[dict[str, Any]], None] = lambda what: None
+        """Hears where the checks are, "at", and what became of each, "record"."""
+        self.without: set[tuple[str, ...]] = set()
+        """The keys of outcomes that are not to be checked."""
         self._runtime = runtimes.current()
         if runtime == "cuda":
             import cupy
@@ -174,14 +182,42 @@ class Bench:
         """Run an operation twice, and hold what it gives to ``expected`` within ``bounds``.
 
         ``run`` makes its arguments anew, and gives an array or several. An expected None is not looked at. Raises
-        OutOfTimeError where the time is over.
+        OutOfTimeError where the time is over, ContextLostError where a failure is the end of all others.
         """
         if time.monotonic() > self.deadline:
             raise OutOfTimeError
         key = self.family, operation, dtype, algorithm
+        if key in self.without:
+            return
         outcome = self.outcomes.setdefault(key, Outcome(*key))
         outcome.runs += 1
         outcome.problems.add(problem)
+        failed = outcome.failed
+        self.tell({"at": [*key, problem]})
+        self._check(outcome, problem, run, expected, bounds, repeatable)
+        self.tell({"record": outcome.record()})
+        if outcome.failed > failed and not self.works():
+            raise ContextLostError
+
+    def works(self) -> bool:
+        """Whether CUDA still answers: after a bad access it fails in every call to the end of the process."""
+        if self.name != "cuda":
+            return True
+        try:
+            self._cupy.cuda.runtime.deviceSynchronize()
+        except Exception:  # of CuPy's kinds, whose names would have to be imported
+            return False
+        return True
+
+    def _check(
+        self,
+        outcome: Outcome,
+        problem: str,
+        run: Callable[[], Any],
+        expected: Sequence[Any],
+        bounds: Sequence[Any],
+        repeatable: bool,
+    ) -> None:
         try:
             results = self._run(run)
             again = self._run(run) if repeatable else results

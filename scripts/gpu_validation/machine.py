@@ -107,8 +107,8 @@ def sanitize(seed: int, seconds: float) -> list[dict[str, Any]]:
         command = [
             tool, "--tool", check, "--error-exitcode", "86", "--print-limit", "5",
             sys.executable, str(ROOT / "scripts" / "validate_gpu.py"), "--reduced", "--no-training",
-            "--no-sanitizer", "--exact-allocations", "--dtypes", "float32,bfloat16", "--seed", str(seed),
-            "--families", ",".join(SANITIZED),
+            "--no-sanitizer", "--one-process", "--exact-allocations", "--dtypes", "float32,bfloat16",
+            "--seed", str(seed), "--families", ",".join(SANITIZED),
         ]  # fmt: skip
         left = until - time.monotonic()
         began = time.monotonic()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ PAGE_HEAD = """# On which GPUs the kernels ran
 - a training run of lenet5 and of animalnet, their loss at every step beside the CPU's
 - runs of both whose steps are captured as CUDA graphs, every bit of them beside the same runs' kernel by kernel
 - NVIDIA's compute-sanitizer, memcheck and racecheck, on a few problems of each family, where it is installed
+
+First all kernels are compiled, as many at a time as there are cores. The rest runs in a process of its own. A
+kernel that breaks the process, or never ends, is a failure like any other, and what is left runs in another
+process; the file of `--output` is written anew after every part.
 
 It takes some minutes (8 at the most, or as `--minutes` says) and needs a checkout of this repository, Python 3.11
 or newer, NumPy and CuPy; without them:
@@ -98,7 +103,9 @@ def rates(run: Report) -> str:
 def write(report: Report, path: Path) -> None:
     """Keep the report; in a folder with a page of reports, write the page anew."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(finite(report), indent=1) + "\n", encoding="utf-8")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(finite(report), indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
 
 
 def finite(value: Any) -> Any:
