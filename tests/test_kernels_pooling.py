@@ -1,5 +1,6 @@
 """The pooling kernels on the host runtime, against loops over every window."""
 
+import dataclasses
 import functools
 
 import numpy
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gpucnn_kernels as kernels
-from gpucnn_kernels import ArgumentError, DtypeError, LayoutError, ProblemError, pooling, runtime
+from gpucnn_kernels import ArgumentError, DtypeError, LayoutError, ProblemError, launch, pooling, runtime
 from gpucnn_kernels.runtime.host import order_independent
 from tests.accuracy import awkward, channels_last
 from tests.kernel_accuracy import (
@@ -19,6 +20,7 @@ from tests.kernel_accuracy import (
     follows,
     normal,
     on_the_host,
+    placed,
     poisoned,
 )
 from tests.oracles import pooling as oracle
@@ -114,6 +116,56 @@ def test_max_pool_into_given_arrays_of_the_other_layout(layout):
         numpy.testing.assert_array_equal(out, expected, case.name)
 
 
+SMALL = [
+    dataclasses.replace(case, shape=(case.shape[0], 16, *case.shape[2:]))
+    for case in POOL_PROBLEMS
+    if case.kernel in ((2, 2), (3, 3)) and case.dilation == (1, 1) and 0 not in case.shape
+]
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The names of the kernels that were started."""
+    names = []
+    start = launch.Call.launch
+
+    def record(self, source, kernel, *arguments, **options):
+        names.append(kernel)
+        return start(self, source, kernel, *arguments, **options)
+
+    monkeypatch.setattr(launch.Call, "launch", record)
+    return names
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("form", ["planes", "packs", "off the boundary", "layouts mixed"])
+def test_small_windows(dtype, form, started, monkeypatch):
+    monkeypatch.setattr(pooling, "_ENOUGH_BLOCKS", 2)  # threads go on to further planes
+    arrange = numpy.ascontiguousarray if form == "planes" else channels_last
+    own = form in ("planes", "packs")
+    elements = int(form == "off the boundary")
+    for case in SMALL:
+        x, expected, expected_argmax = ties(case)
+        out = numpy.ascontiguousarray if form == "layouts mixed" else arrange
+        out = placed(out(numpy.full(expected.shape, 54321, dtype)), elements)
+        started.clear()
+        _, argmax = max_forward(placed(arrange(x.astype(dtype)), elements), case, out=out)
+        assert started == [f"max_pool_forward_{form}" if own else "max_pool_forward"]
+        numpy.testing.assert_array_equal(out.astype(float), expected, case.name)
+        numpy.testing.assert_array_equal(argmax, expected_argmax, case.name)
+
+        dy, argmax, expected = integer_gradients(case)
+        out = numpy.ascontiguousarray if form == "layouts mixed" else arrange
+        out = placed(out(numpy.full(case.shape, 54321, dtype)), elements)
+        started.clear()
+        max_backward(
+            placed(arrange(dy.astype(dtype)), elements), arrange(argmax.astype(numpy.uint8)), case, out=out
+        )
+        own_backward = own and case.stride == (2, 2)
+        assert started == [f"max_pool_backward_{form}" if own_backward else "max_pool_backward"]
+        numpy.testing.assert_array_equal(out.astype(float), expected, case.name)
+
+
 def test_max_pool_backward_keeps_infinities_where_they_belong():
     x = normal((1, 2, 7, 7), 7, numpy.float32)
     for stride in (1, 2, 3):
@@ -133,6 +185,27 @@ def test_overlapping_half_precision_gradients_are_added_in_single():
     dx = max_backward(dy, argmax, case)
     assert dx[0, 0, 2, 2] == 2056
     assert numpy.count_nonzero(dx) == 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_small_windows_of_random_problems(data):
+    size, stride = data.draw(st.sampled_from([2, 3])), data.draw(st.integers(1, 3))
+    padding = data.draw(st.tuples(st.integers(0, 1), st.integers(0, 1)))
+    height, width = data.draw(st.integers(size, 11)), data.draw(st.integers(size, 11))
+    shape = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([1, 3, 4, 12])), height, width
+    case = PoolCase("random", shape, (size, size), (stride, stride), padding, ceil_mode=data.draw(st.booleans()))
+    arrange = LAYOUTS[data.draw(st.sampled_from(sorted(LAYOUTS)))]
+    random = numpy.random.default_rng(data.draw(st.integers(0, 99)))
+    x = random.choice([-numpy.inf, -1.0, 0.0, 1.0, numpy.nan], shape).astype(numpy.float32)
+    with runtime.using("host"):
+        y, argmax = max_forward(arrange(x), case)
+        expected, expected_argmax = oracle.max_pool(x, *window(case))
+        numpy.testing.assert_array_equal(y, expected)
+        numpy.testing.assert_array_equal(argmax, expected_argmax)
+        dy = arrange(random.integers(-9, 10, y.shape).astype(numpy.float32))
+        dx = max_backward(dy, argmax, case, out=arrange(poisoned(shape, x.dtype)))
+        numpy.testing.assert_array_equal(dx, oracle.max_pool_backward(dy, expected_argmax, shape, *window(case)))
 
 
 @settings(max_examples=40, deadline=None)
@@ -266,7 +339,7 @@ def test_more_planes_than_a_grid_has_rows(monkeypatch):
 
 
 def test_no_result_depends_on_the_order_of_threads():
-    case = PoolCase("overlapping", (2, 3, 12, 14), (3, 3), (2, 2), (1, 1))
+    case = PoolCase("overlapping", (2, 4, 12, 14), (3, 3), (2, 2), (1, 1))
     for arrange in LAYOUTS.values():
         x = arrange(normal(case.shape, 15, numpy.float32))
 

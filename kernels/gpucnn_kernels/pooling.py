@@ -16,12 +16,14 @@ from gpucnn_kernels.errors import ArgumentError
 from gpucnn_kernels.launch import THREADS, Call, blocks_for
 from gpucnn_kernels.overlap import require_apart
 from gpucnn_kernels.problem import IntOrPair, Pool2dProblem, ProblemError, pair
+from gpucnn_kernels.runtime import ITEM_SIZES
 
 SOURCES: dict[str, tuple[dict[str, str], ...]] = {"max_pooling": ({},), "average_pooling": ({},)}
 
 _MOST_BYTE_PLACES = 256  # places of a window that an argmax of one byte can tell apart
 _WARP_PLACES = 32  # from here on a window of a contiguous image keeps a warp busy
 _MOST_BLOCKS_Y = 65535
+_ENOUGH_BLOCKS = 4096  # several for every multiprocessor of the largest GPUs
 
 
 def max_pool2d_forward(
@@ -50,20 +52,17 @@ def max_pool2d_forward(
         y = call.output(problem.output_shape, dtype, like=call["x"])
         argmax = call.empty(problem.output_shape, _argmax_dtype(problem), like=call["x"], name="argmax")
         require_apart(y, call["x"])
-        _launch(
-            call,
-            "max_pooling",
-            f"max_pool_forward{_suffix(problem)}",
-            problem,
-            order=call["x"],
-            size=(problem.P, problem.Q),
-            x=call["x"],
-            y=y,
-            argmax=argmax,
-            x_strides=_strides(call["x"]),
-            y_strides=_strides(y),
-            argmax_strides=_strides(argmax),
-        )
+        arrays: dict[str, Any] = {"x": call["x"], "y": y, "argmax": argmax}
+        if not _launch_small(call, "max_pool_forward", problem, (problem.P, problem.Q), **arrays):
+            _launch(
+                call,
+                "max_pooling",
+                f"max_pool_forward{_suffix(problem)}",
+                problem,
+                order=call["x"],
+                size=(problem.P, problem.Q),
+                **_with_strides(arrays),
+            )
         return call.give(y, argmax)
 
 
@@ -101,20 +100,17 @@ def max_pool2d_backward(
         call.require("argmax", _argmax_dtype(problem), problem.output_shape)
         dx = call.output(problem.input_shape, dtype, like=call["dy"])
         require_apart(dx, call["dy"], call["argmax"])
-        _launch(
-            call,
-            "max_pooling",
-            f"max_pool_backward{_suffix(problem)}",
-            problem,
-            order=dx,
-            size=(problem.H, problem.W),
-            dy=call["dy"],
-            argmax=call["argmax"],
-            dx=dx,
-            dy_strides=_strides(call["dy"]),
-            argmax_strides=_strides(call["argmax"]),
-            dx_strides=_strides(dx),
-        )
+        arrays: dict[str, Any] = {"dy": call["dy"], "argmax": call["argmax"], "dx": dx}
+        if not _launch_small(call, "max_pool_backward", problem, _pairs(problem, dx.contiguous), **arrays):
+            _launch(
+                call,
+                "max_pooling",
+                f"max_pool_backward{_suffix(problem)}",
+                problem,
+                order=dx,
+                size=(problem.H, problem.W),
+                **_with_strides(arrays),
+            )
         return call.give(dx)
 
 
@@ -282,6 +278,58 @@ def _largest_window(problem: Pool2dProblem, shape: Sequence[int], average: dict[
     return min(problem.R, problem.H), min(problem.S, problem.W)
 
 
+def _launch_small(
+    call: Call, kernel: str, problem: Pool2dProblem, size: tuple[int, int] | None, **arrays: Any
+) -> bool:
+    """Start the kernel for windows of 2 x 2 or 3 x 3 where it takes these arrays; whether it does.
+
+    ``size`` is how many rows and columns of threads an image takes; None where the kernel does not take it.
+    """
+    if size is None or (problem.R, problem.S) not in ((2, 2), (3, 3)) or problem.dilation != (1, 1):
+        return False
+    dtype = next(iter(arrays.values())).dtype
+    pack = 16 // ITEM_SIZES[dtype]
+    if all(array.contiguous for array in arrays.values()):
+        form, rows, positions = "planes", problem.N * problem.C, size[0] * size[1]
+    elif problem.C % pack == 0 and all(_in_packs(array, pack) for array in arrays.values()):
+        form, rows, positions = "packs", problem.N * size[0], size[1] * (problem.C // pack)
+    else:
+        return False
+    if max(positions, problem.H * problem.W) >= 2**31 or (form == "packs" and rows >= 2**31):
+        return False
+    across, down = _block(positions)
+    blocks = -(-positions // across)
+    # What a thread works out once serves several planes, as long as the blocks are enough for any GPU.
+    most = _MOST_BLOCKS_Y if form == "packs" else min(-(-_ENOUGH_BLOCKS // max(blocks, 1)), _MOST_BLOCKS_Y)
+    call.launch(
+        "max_pooling",
+        f"{kernel}_{form}",
+        (blocks, min(-(-rows // down), most)),
+        (across, down),
+        scalar=dtype,
+        pooling=_pooling(problem, problem.output_shape, form == "packs", rows),
+        **arrays,
+    )
+    return True
+
+
+def _pairs(problem: Pool2dProblem, planes: bool) -> tuple[int, int] | None:
+    """Rows and columns of threads for the gradient of windows with a stride of 2: pairs of rows, counted from the
+    padding's edge, and columns, or pairs of those too where not ``planes``.
+    """
+    if problem.stride != (2, 2):
+        return None
+    rows, columns = (
+        -(-(size + padding) // 2) for size, padding in zip((problem.H, problem.W), problem.padding, strict=True)
+    )
+    return rows, problem.W if planes else columns
+
+
+def _in_packs(image: DeviceArray, pack: int) -> bool:
+    """Whether every ``pack`` channels of an image, channels-last, can be moved as one."""
+    return image.channels_last and image.address % (pack * ITEM_SIZES[image.dtype]) == 0
+
+
 def _launch(
     call: Call,
     source: str,
@@ -304,8 +352,7 @@ def _launch(
             "pooling takes planes of fewer than 2^31 pixels and, channels-last, lines of fewer than 2^31 "
             f"elements; got {problem.input_shape}"
         )
-    across = min(THREADS, 1 << max(positions - 1, 0).bit_length())
-    down = THREADS // across
+    across, down = _block(positions)
     call.launch(
         source,
         kernel,
@@ -317,6 +364,12 @@ def _launch(
     )
 
 
+def _block(positions: int) -> tuple[int, int]:
+    """A block's threads along an image's positions, and along its rows."""
+    across = min(THREADS, 1 << max(positions - 1, 0).bit_length())
+    return across, THREADS // across
+
+
 def _pooling(
     problem: Pool2dProblem, output_shape: Sequence[int], channels_last: bool, rows: int
 ) -> dict[str, int]:
@@ -326,6 +379,10 @@ def _pooling(
     for name in ("stride", "padding", "dilation"):
         fields[f"{name}_h"], fields[f"{name}_w"] = getattr(problem, name)
     return fields | {"rows": rows, "channels_last": int(channels_last)}
+
+
+def _with_strides(arrays: dict[str, Any]) -> dict[str, Any]:
+    return arrays | {f"{name}_strides": _strides(array) for name, array in arrays.items()}
 
 
 def _strides(image: DeviceArray) -> dict[str, int]:

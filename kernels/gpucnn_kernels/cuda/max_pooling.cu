@@ -4,6 +4,10 @@
 // The argmax is the place r * S + s in the window: one byte up to 256 places, and with the shapes enough to
 // gather. Backward, each pixel looks at the windows around it and adds the gradients of those that chose it, in a
 // fixed order: no atomics, no clearing of the image beforehand, and the same bits every time.
+//
+// Windows of 2 x 2 and 3 x 3 (for the gradients: with a stride of 2) have kernels of their own where all arrays have
+// one layout: ``planes`` for contiguous images, ``packs`` for channels-last ones.
+#include "max_pooling_small.cuh"
 #include "pooling.cuh"
 
 // Padding never wins, the first place wins a tie, the first NaN wins over all. A dilated window may step over the
@@ -99,4 +103,48 @@ extern "C" __global__ void __launch_bounds__(256) max_pool_backward_large_window
     Pooling pooling, Strides dy_strides, Strides argmax_strides, Strides dx_strides
 ) {
     gradients_of_choices(dy, argmax, dx, pooling, dy_strides, argmax_strides, dx_strides);
+}
+
+extern "C" __global__ void __launch_bounds__(256, 3) max_pool_forward_planes(
+    const scalar_t *__restrict__ x, scalar_t *__restrict__ y, unsigned char *__restrict__ argmax, Pooling pooling
+) {
+    if (pooling.R == 2) {
+        largest_of_planes<2>(x, y, argmax, pooling);
+    } else {
+        largest_of_planes<3>(x, y, argmax, pooling);
+    }
+}
+
+// Here ``rows`` is N * P, fewer than 2^31, the channels fill packs, and the arrays begin on boundaries of packs.
+extern "C" __global__ void __launch_bounds__(256, 3) max_pool_forward_packs(
+    const scalar_t *__restrict__ x, scalar_t *__restrict__ y, unsigned char *__restrict__ argmax, Pooling pooling
+) {
+    if (pooling.R == 2) {
+        largest_of_packs<2>(x, y, argmax, pooling);
+    } else {
+        largest_of_packs<3>(x, y, argmax, pooling);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(256, 3) max_pool_backward_planes(
+    const scalar_t *__restrict__ dy, const unsigned char *__restrict__ argmax, scalar_t *__restrict__ dx,
+    Pooling pooling
+) {
+    if (pooling.R == 2) {
+        gradients_of_planes<2>(dy, argmax, dx, pooling);
+    } else {
+        gradients_of_planes<3>(dy, argmax, dx, pooling);
+    }
+}
+
+// Here ``rows`` is N times the pairs of rows, fewer than 2^31; otherwise as forward.
+extern "C" __global__ void __launch_bounds__(256, 3) max_pool_backward_packs(
+    const scalar_t *__restrict__ dy, const unsigned char *__restrict__ argmax, scalar_t *__restrict__ dx,
+    Pooling pooling
+) {
+    if (pooling.R == 2) {
+        gradients_of_packs<2>(dy, argmax, dx, pooling);
+    } else {
+        gradients_of_packs<3>(dy, argmax, dx, pooling);
+    }
 }
