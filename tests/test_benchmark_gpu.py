@@ -15,12 +15,19 @@ SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 sys.path.append(str(SCRIPTS))  # the benchmark's own parts are imported from there
 
 from benchmarking import gpu_report, gpu_run  # noqa: E402
-from benchmarking.gpu_clock import EventClock  # noqa: E402
+from benchmarking.gpu_clock import EventClock, WallClock  # noqa: E402
 from benchmarking.gpu_others import CupyColumns  # noqa: E402
 from benchmarking.gpu_ours import OursOnGpu  # noqa: E402
 from benchmarking.gpu_process import TooLateError  # noqa: E402
-from benchmarking.gpu_rows import COMPILED, Measurement, convolution_work, measurements, tiny  # noqa: E402
-from benchmarking.gpu_worker import Worker  # noqa: E402
+from benchmarking.gpu_rows import (  # noqa: E402
+    COMPILED,
+    Measurement,
+    convolution_work,
+    in_turns,
+    measurements,
+    tiny,
+)
+from benchmarking.gpu_worker import LostError, Worker  # noqa: E402
 from benchmarking.rows import convolution_rows  # noqa: E402
 
 from gpucnn_kernels import tuning_memory  # noqa: E402
@@ -233,7 +240,11 @@ class _Fake:
     def __init__(self, name: str, runtime: str) -> None:
         self.name, self.hello, self.closed = name, {}, False  # type: ignore[var-annotated]
 
+    def launch(self) -> None:
+        self.launched = True
+
     def start(self, deadline: float) -> None:
+        assert self.launched
         facts = {"gpu": "GPU X", "driver": "1"}
         self.hello = (
             {"error": "no module"} if self.name == "jax" else {"versions": {self.name: "1"}, "facts": facts}
@@ -268,6 +279,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> type[_Fake]:
     _Fake.now, _Fake.asked, _Fake.costs, _Fake.errors = 0.0, [], {}, {}
     monkeypatch.setenv("GPUCNN_KERNELS_RUNTIME", "host")  # put back what main sets
     monkeypatch.setattr(gpu_run, "Library", _Fake)
+    monkeypatch.setattr(gpu_run, "compile_ahead", lambda options: None)
     monkeypatch.setattr(gpu_run.time, "monotonic", lambda: _Fake.now)
     return _Fake
 
@@ -288,7 +300,7 @@ def test_four_calls_of_eight_minutes_fill_the_table(fakes: type[_Fake], tmp_path
     assert statuses == [3] * (len(statuses) - 1) + [0]
     assert len(statuses) <= 4
     done = json.loads(path.read_text())
-    assert list(done["rows"]) == [measurement.key for measurement in measurements()]
+    assert list(done["rows"]) == [measurement.key for measurement in in_turns(measurements())]
     assert done["rows"].items() >= first["rows"].items()
     ours = [key for name, key in fakes.asked if name == "gpucnn"]
     # A row that the end of a call cut short is begun again, and only such a row.
@@ -313,12 +325,132 @@ def test_a_library_that_hangs_is_a_blank_and_not_the_end(
     fakes.costs = {"torch": 1000.0}
     assert gpu_run.main(_options(path, rows="lenet c1"), ["torch"]) == 3
     rows = json.loads(path.read_text())["rows"]
-    assert len(rows) == 3  # of 150 seconds each; the fourth ran into the end of the call and is left
+    assert len(rows) == 3  # of 150 seconds each; the fourth, of another precision, ran into the end of the call
     assert all(entry["blank"]["torch"] == "not ready after 150 s" for entry in rows.values())
     assert all(entry["seconds"] == {"gpucnn": [2e-3] * 3} for entry in rows.values())
-    assert "rows are left, from 'lenet c1 1->6 k5 28 N512 conv + bias + relu + pool, float32, libraries' on" in (
+    assert "15 of 18 rows are left, from 'lenet c1 1->6 k5 28 N512 forward, tf32, libraries' on" in (
         capsys.readouterr().err
     )
+
+
+def test_what_ends_a_process_is_one_blank(
+    fakes: type[_Fake], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A variant after which CUDA fails, one that does not come to its end, one that kills the process."""
+    path, asked = tmp_path / "x.json", list[list[str]]()
+    ends = {"": "an illegal access", "tensor": "", "channels-last": "the process ended with status -11"}
+
+    def ask(self: Any, deadline: float, do: str, **what: Any) -> dict[str, Any]:
+        if do != "prepare" or self.name != "gpucnn":
+            return plain(self, deadline, do, **what)
+        asked.append(list(what["without"]))
+        for self.at, why in ends.items():
+            if self.at in what["without"]:
+                continue
+            if not why:
+                raise TooLateError
+            return {"error": why, "lost": self.at}
+        return {"variants": ["autotuned"], "failed": {}, "settings": {}}
+
+    plain = _Fake.ask
+    monkeypatch.setattr(_Fake, "ask", ask)
+    monkeypatch.setattr(_Fake, "at", None, raising=False)
+    options = _options(path, rows="lenet c1 1->6 k5 28 N512 forward", precisions="tf32")
+    assert gpu_run.main(options, ["torch"]) == 0
+    (entry,) = json.loads(path.read_text())["rows"].values()
+    assert asked == [[], [""], ["", "tensor"], ["", "tensor", "channels-last"]]
+    assert set(entry["seconds"]) == {"gpucnn autotuned", "torch"}
+    assert {column: why for column, why in entry["blank"].items() if "gpucnn" in column} == {
+        "gpucnn": "an illegal access",
+        "gpucnn tensor": "not ready after 150 s",
+        "gpucnn channels-last": "the process ended with status -11",
+    }
+
+
+def test_a_worker_says_what_it_is_at_and_whether_cuda_goes_on() -> None:
+    class Peer:
+        variants = ("fine", "wrong", "fatal", "never")
+        broken = False
+
+        def forget(self) -> None: ...
+
+        def synchronize(self) -> None:
+            if self.broken:
+                raise RuntimeError("so it is with every call")
+
+        def prepare_in(self, row: Any, precision: str, variant: str) -> Any:
+            if variant == "fine":
+                return lambda: None
+            Peer.broken = variant == "fatal"
+            raise RuntimeError(f"{variant} it is")
+
+    said: list[dict[str, Any]] = []
+    worker = Worker(Peer(), WallClock(), rehearsing=True, tell=said.append)
+    with pytest.raises(LostError, match="RuntimeError: fatal it is") as caught:
+        worker.prepare({"kind": "step"}, "tf32")
+    assert caught.value.variant == "fatal"
+    Peer.broken = False
+    answer = worker.prepare({"kind": "step"}, "tf32", without=["fatal", "never"])
+    assert (answer["variants"], answer["failed"]) == (["fine"], {"wrong": "RuntimeError: wrong it is"})
+    assert [what["at"] for what in said] == ["fine", "wrong", "fatal", "fine", "wrong"]
+    assert len(worker.measure("fine")["seconds"]) == 1
+    with pytest.raises(RuntimeError, match="its process was ended by another variant"):
+        worker.measure("fatal")
+
+
+def test_a_proof_that_never_comes_leaves_its_library_blank(
+    fakes: type[_Fake], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(self: Any, deadline: float, do: str, **what: Any) -> dict[str, Any]:
+        if do == "proof" and self.name == "torch":
+            _Fake.now = deadline
+            raise TooLateError
+        return plain(self, deadline, do, **what)
+
+    plain = _Fake.ask
+    monkeypatch.setattr(_Fake, "ask", ask)
+    path = tmp_path / "x.json"
+    assert gpu_run.main(_options(path, rows="lenet c2", precisions="tf32"), ["torch"]) == 0
+    for entry in json.loads(path.read_text())["rows"].values():
+        assert entry["blank"]["torch"] == "its proof was not ready after 150 s"
+        assert set(entry["seconds"]) == {"gpucnn"}
+
+
+def test_the_first_rows_have_something_of_everything() -> None:
+    order = in_turns(measurements())
+    assert sorted(each.key for each in order) == sorted(each.key for each in measurements())
+    first = order[:30]
+    classes = {(each.goal.name, each.precision) for each in measurements() if each.against == "libraries"}
+    assert {(each.goal.name, each.precision) for each in first} >= {
+        found for found in classes if found[1] != "float16"
+    }
+    assert "vgg 64->64 k3 224 N64 forward, float32, libraries" in {each.key for each in first}
+    late = [each.against == COMPILED or each.precision == "float16" for each in order]
+    assert late == sorted(late)
+    assert order[-1].against == COMPILED
+
+
+def test_all_kernels_are_compiled_before_the_first_row(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from gpucnn_kernels import catalog
+
+    asked: list[list[str]] = []
+
+    def warm_up(dtypes: list[str], processes: int) -> int:
+        asked.append(dtypes)
+        if len(asked) == 2:
+            raise RuntimeError("no register left")
+        return 7
+
+    monkeypatch.setattr(catalog, "warm_up", warm_up)
+    for precisions in (None, "tf32,float16"):
+        gpu_run.compile_ahead(_options(tmp_path, precisions=precisions))
+    gpu_run.compile_ahead(_options(tmp_path, runtime="host"))
+    assert asked == [["float32", "bfloat16", "float16"], ["float32", "float16"]]
+    said = capsys.readouterr()
+    assert said.out.startswith("7 modules compiled in ")
+    assert said.err == "benchmark: not all kernels compile: no register left\n"
 
 
 def test_a_library_whose_float32_is_none_does_not_count(fakes: type[_Fake], tmp_path: Path) -> None:
@@ -363,6 +495,9 @@ def test_a_process_is_asked_told_to_hurry_and_replaced(tmp_path: Path) -> None:
         "    request = json.loads(line)\n"
         "    if request['do'] == 'hang': time.sleep(100)\n"
         "    if request['do'] == 'die': sys.exit(7)\n"
+        "    if request['do'] == 'die later':\n"
+        "        print(json.dumps({'at': 'tensor'}), flush=True); sys.exit(8)\n"
+        "    if request['do'] == 'lose': print(json.dumps({'error': 'bad', 'lost': 'x'}), flush=True); continue\n"
         "    print(json.dumps({'got': request}), flush=True)\n"
     )
     library = gpu_process.Library("x", "host")
@@ -374,6 +509,10 @@ def test_a_process_is_asked_told_to_hurry_and_replaced(tmp_path: Path) -> None:
             assert library.ask(soon, "prepare", row=1) == {"got": {"do": "prepare", "row": 1}}
             assert library.ask(soon, "die") == {"error": "the process ended with status 7"}
             assert library.ask(soon, "again") == {"got": {"do": "again"}}
+            ended = {"error": "the process ended with status 8", "lost": "tensor"}
+            assert library.ask(soon, "die later") == ended
+            assert library.ask(soon, "lose") == {"error": "bad", "lost": "x"}
+            assert library._process is None, "CUDA would fail in every call: another process takes its place"
             with pytest.raises(TooLateError):
                 library.ask(time.monotonic() + 0.2, "hang")
             assert library.ask(time.monotonic() + 60, "back") == {"got": {"do": "back"}}

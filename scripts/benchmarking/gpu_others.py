@@ -99,6 +99,10 @@ class Jax:
         """Give the compiled programs back."""
         self._jax.clear_caches()
 
+    def synchronize(self) -> None:
+        """Do a little on the GPU. Raises where it can do no more work for this process."""
+        self._jax.block_until_ready(self._jax.numpy.zeros(1) + 1)
+
     def facts(self) -> dict[str, Any]:
         """Nothing that others do not know better."""
         return {}

@@ -68,6 +68,11 @@ class OursOnGpu(Ours):
         if not self._host:
             self._cupy.get_default_memory_pool().free_all_blocks()
 
+    def synchronize(self) -> None:
+        """Wait for the GPU. Raises where it can do no more work for this process."""
+        if not self._host:
+            self._cupy.cuda.runtime.deviceSynchronize()
+
     # ------------------------------------------------------------ arrays
 
     def _normal(self, *shape: int, scale: float = 1.0) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarking.gpu_rows import COMPILED, GOALS, LIBRARIES, PRECISIONS
+from benchmarking.gpu_rows import COMPILED, GOALS, LIBRARIES, PRECISIONS, measurements
 from benchmarking.report import geometric_mean, shown, spread
 
 OURS = ("gpucnn", "gpucnn channels-last", "gpucnn captured")
@@ -106,6 +106,14 @@ def _goals(name: str) -> str:
     return " / ".join(cells) if any(goal.speeds) else "-"
 
 
+def _rows_there(name: str, speeds: Sequence[float]) -> str:
+    """How many of the rows are as fast as each goal of a class: "7 / 3 / 0"."""
+    goals = GOALS[name].speeds
+    if not any(goals):
+        return "-"
+    return " / ".join("-" if least is None else str(sum(ratio >= least for ratio in speeds)) for least in goals)
+
+
 def table(entries: Sequence[dict[str, Any]], results: dict[str, Any]) -> str:
     """A Markdown table of rows of one precision."""
     columns = [column for entry in entries for column in entry["seconds"]]
@@ -132,10 +140,10 @@ def table(entries: Sequence[dict[str, Any]], results: dict[str, Any]) -> str:
 
 
 def summary(entries: Sequence[dict[str, Any]]) -> str:
-    """The geometric mean of the speeds of each class and precision."""
+    """The geometric mean of the speeds of each class and precision, and how many rows reached which goal."""
     lines = [
-        "| class | precision | against | rows | speed, mean | least | first / then / goal |",
-        "|---|---|---|---|---|---|---|",
+        "| class | precision | against | rows | speed, mean | least | first / then / goal | rows there |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name in GOALS:
         for precision in PRECISIONS:
@@ -149,14 +157,25 @@ def summary(entries: Sequence[dict[str, Any]]) -> str:
                 if speeds:
                     lines.append(
                         f"| {name} | {precision} | {against} | {len(speeds)} | {geometric_mean(speeds):.2f} | "
-                        f"{min(speeds):.2f} | {_goals(name)} |"
+                        f"{min(speeds):.2f} | {_goals(name)} | {_rows_there(name, speeds)} |"
                     )
     return "\n".join(lines) if len(lines) > 2 else "No row has a peer's time yet."
+
+
+@functools.cache
+def _places() -> dict[str, int]:
+    return {measurement.key: place for place, measurement in enumerate(measurements())}
+
+
+def _place(key: str) -> int:
+    """Where a row stands on the page, whenever it was measured; one that there is no more, last."""
+    return _places().get(key, len(_places()))
 
 
 def page(results: dict[str, Any]) -> str:
     """The whole report in Markdown."""
     machine = results["machine"]
+    results = {**results, "rows": {key: results["rows"][key] for key in sorted(results["rows"], key=_place)}}
     rows = list(results["rows"].values())
     rehearsal = results["runtime"] == "host"
     dates = sorted({call["date"] for call in results["calls"]})

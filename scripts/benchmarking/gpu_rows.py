@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,7 +133,7 @@ def column_rows() -> Iterator[Row]:
 
 
 def measurements() -> list[Measurement]:
-    """All, the most telling first, those that have to be compiled last."""
+    """All, by precision, those that have to be compiled last: as a page lists them."""
     convolutions = [*convolution_rows("cuda"), *chain_rows()]
     others = [*other_rows("cuda"), *column_rows()]
     steps = list(step_rows("cuda"))
@@ -147,6 +147,29 @@ def measurements() -> list[Measurement]:
     found += [Measurement(row, "float32", COMPILED) for row in others if _gains_by_fusion(row)]
     found += [Measurement(row, "bfloat16", COMPILED) for row in steps if row not in compiled]
     return [dataclasses.replace(each, row=_scaled(each)) for each in found]
+
+
+def in_turns(found: Iterable[Measurement]) -> list[Measurement]:
+    """The most telling first: one row of each class of goals in each precision, then another of each, and so on.
+
+    So a file that is not done has something of everything. Of a class the largest convolutions come first, whose
+    times say most of a kernel. Later come compiled programs, which take minutes each, and float16, which seldom
+    differs from bfloat16.
+    """
+    classes: dict[tuple[str, str, str], list[Measurement]] = {}
+    for each in found:
+        classes.setdefault((each.against, each.goal.name, each.precision), []).append(each)
+    turns: list[tuple[int, int, Measurement]] = []
+    for members in classes.values():
+        members.sort(key=lambda each: -each.row.flops if each.row.kind == "convolution" else 0.0)
+        turns += [(_stage(each), turn, each) for turn, each in enumerate(members)]
+    return [each for _, _, each in sorted(turns, key=lambda place: place[:2])]
+
+
+def _stage(measurement: Measurement) -> int:
+    if measurement.against == COMPILED:
+        return 1 if measurement.goal.name == "small step, compiled" else 3
+    return 2 if measurement.precision == "float16" else 0
 
 
 def _exists_in_16_bits(row: Row) -> bool:

@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarking import gpu_report
 from benchmarking.gpu_process import Library, TooLateError
-from benchmarking.gpu_rows import COMPILED, PRECISIONS, Measurement, measurements, tiny
+from benchmarking.gpu_rows import COMPILED, PRECISIONS, Measurement, in_turns, measurements, tiny
 from benchmarking.gpu_worker import LIBRARY_NAMES
 
 OURS = "gpucnn"
@@ -99,14 +99,17 @@ class Session:
         """The call's entry: when, the ceilings and each library's proof of its precisions."""
         entry: dict[str, Any] = {"date": datetime.date.today().isoformat(), "ceilings": {}, "proofs": {}}
         for name, size in sizes.items():
-            answer = ours.ask(self.deadline, "ceiling", name=name, size=size)
+            answer = self._ask(ours, "ceiling", name=name, size=size)
             if "error" not in answer:
                 work = 2.0 * size if name == "copy" else 2.0 * size**3
                 entry["ceilings"][name] = work / median(answer["seconds"])
         for library in self.libraries:
             proofs = entry["proofs"][library.name] = {}
             for precision in PRECISIONS:
-                answer = library.ask(self.deadline, "proof", precision=precision)
+                answer = self._ask(library, "proof", precision=precision)
+                if "late" in answer:
+                    self.unproved[library.name] = dict.fromkeys(PRECISIONS, answer["error"])
+                    break
                 found = answer.get("error_ratio")
                 proofs[precision] = answer.get("error", found)
                 if "error" not in answer and found is not None and not found <= _PROOFS[precision]:
@@ -116,9 +119,18 @@ class Session:
                     )
         return entry
 
+    def _ask(self, library: Library, do: str, **what: Any) -> dict[str, Any]:
+        """The answer, "late" where it does not come; raises TooLateError where the call's time is over."""
+        try:
+            return library.ask(min(self.deadline, time.monotonic() + PATIENCE_SECONDS), do, **what)
+        except TooLateError:
+            if self.left <= 0:
+                raise
+            return {"error": f"its {do} was not ready after {PATIENCE_SECONDS:.0f} s", "late": True}
+
     def measure(self, measurement: Measurement) -> dict[str, Any] | None:
         """A row's entry; None where the call's time was over before it was whole."""
-        row, precision = measurement.row, measurement.precision
+        precision = measurement.precision
         entry: dict[str, Any] = {"seconds": {}, "blank": {}, "settings": {}}
         ready: list[tuple[Library, str]] = []
         for library in self.libraries:
@@ -127,19 +139,9 @@ class Session:
             if precision in self.unproved.get(library.name, {}):
                 entry["blank"][library.name] = self.unproved[library.name][precision]
                 continue
-            until = min(self.deadline, time.monotonic() + PATIENCE_SECONDS)
-            try:
-                answer = library.ask(until, "prepare", row=row.as_json(), precision=precision)
-            except TooLateError:
-                if self.left <= 0:
-                    return None
-                entry["blank"][library.name] = f"not ready after {PATIENCE_SECONDS:.0f} s"
-                continue
-            if "error" in answer:
-                entry["blank"][library.name] = answer["error"]
-                continue
-            for variant, why in answer["failed"].items():
-                entry["blank"][_column(library.name, variant)] = why
+            answer = self._prepare(library, measurement, entry["blank"])
+            if answer is None:
+                return None
             for variant in answer["variants"]:
                 ready.append((library, variant))
                 entry["seconds"][_column(library.name, variant)] = []
@@ -158,10 +160,40 @@ class Session:
                     return None
                 if "error" in answer:
                     entry["blank"][column] = answer["error"]
-                    entry["seconds"].pop(column)
+                    if not entry["seconds"][column]:
+                        entry["seconds"].pop(column)
                 else:
                     entry["seconds"][column] += [float(f"{seconds:.4g}") for seconds in answer["seconds"]]
         return entry
+
+    def _prepare(self, library: Library, measurement: Measurement, blank: dict[str, str]) -> dict[str, Any] | None:
+        """The library's answer, with the variants that are ready; None where the call's time is over.
+
+        Why others are not is put into ``blank``. One that ends the process, or is not ready in time, is left out
+        when the process after it is asked.
+        """
+        without: list[str] = []
+        nothing: dict[str, Any] = {"variants": [], "failed": {}, "settings": {}}
+        while True:
+            until = min(self.deadline, time.monotonic() + PATIENCE_SECONDS)
+            what = {"row": measurement.row.as_json(), "precision": measurement.precision, "without": without}
+            try:
+                answer = library.ask(until, "prepare", **what)
+            except TooLateError:
+                if self.left <= 0:
+                    return None
+                answer = {"error": f"not ready after {PATIENCE_SECONDS:.0f} s"}
+                if library.name == OURS and library.at is not None:  # others' would not be ready a second time
+                    answer["lost"] = library.at
+            for variant, why in answer.get("failed", {}).items():
+                blank[_column(library.name, variant)] = why
+            if "error" not in answer:
+                return answer
+            lost = answer.get("lost")
+            blank[_column(library.name, lost or "")] = answer["error"]
+            if lost is None or lost in without:
+                return nothing
+            without.append(lost)
 
 
 def _takes_part(library: str, measurement: Measurement) -> bool:
@@ -175,7 +207,7 @@ def _column(library: str, variant: str) -> str:
 
 def planned(options: argparse.Namespace) -> list[Measurement]:
     """The measurements that the command line asks for, in their order."""
-    found = measurements()
+    found = in_turns(measurements())
     if options.precisions:
         found = [each for each in found if each.precision in options.precisions.split(",")]
     found = [each for each in found if options.rows in each.key]
@@ -207,7 +239,28 @@ def main(options: argparse.Namespace, names: list[str]) -> int:
             library.close()
 
 
+def compile_ahead(options: argparse.Namespace) -> None:
+    """Compile our kernels by a process a core, while the libraries are imported: rows need not wait for it."""
+    if options.runtime == "host":  # of its tiny rows each takes few
+        return
+    from gpucnn_kernels import catalog
+    from gpucnn_kernels.runtime import ahead
+
+    wanted = set((options.precisions or ",".join(PRECISIONS)).split(","))
+    dtypes = ["float32", *sorted(wanted & {"bfloat16", "float16"})]
+    began = time.monotonic()
+    try:
+        count = catalog.warm_up(dtypes, processes=min(ahead.cores(), ahead.MOST_PROCESSES))
+    except Exception as error:  # the rows that need it are blank, with this reason; the others are measured
+        print(f"benchmark: not all kernels compile: {error}", file=sys.stderr)
+    else:
+        print(f"{count} modules compiled in {time.monotonic() - began:.0f} s", flush=True)
+
+
 def _fill(options: argparse.Namespace, started: list[Library], deadline: float) -> int:
+    for library in started:
+        library.launch()
+    compile_ahead(options)
     for library in started:
         library.start(deadline)
     ours = started[0]
@@ -244,14 +297,14 @@ def _fill(options: argparse.Namespace, started: list[Library], deadline: float) 
         del left[0]
         if options.json is not None:
             write(options.json, results)
+            _write_page(options.json, results)
         print(gpu_report.line(measurement.key, entry, results), flush=True)
     if options.json is None:
         print(gpu_report.page(results))
     else:
-        page = options.json.with_suffix(".md")
         write(options.json, results)
-        page.write_text(gpu_report.page(results), encoding="utf-8")
-        print(f"written: {options.json} and {page}")
+        page = _write_page(options.json, results)
+        print(f"\n{gpu_report.summary(list(results['rows'].values()))}\n\nwritten: {options.json} and {page}")
     if left:
         print(
             f"{len(left)} of {len(plan)} rows are left, from '{left[0].key}' on: call this again with the same "
@@ -260,6 +313,13 @@ def _fill(options: argparse.Namespace, started: list[Library], deadline: float) 
         )
         return 3
     return 0
+
+
+def _write_page(path: Path, results: dict[str, Any]) -> Path:
+    """The page beside the results; where it is."""
+    page = path.with_suffix(".md")
+    page.write_text(gpu_report.page(results), encoding="utf-8")
+    return page
 
 
 def describe(measurement: Measurement) -> dict[str, Any]:

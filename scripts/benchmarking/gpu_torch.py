@@ -56,6 +56,11 @@ class TorchOnGpu(TorchPeer):
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def synchronize(self) -> None:
+        """Wait for the GPU. Raises where it can do no more work for this process."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+
     # ------------------------------------------------------------ precision
 
     def _use(self, precision: str) -> None:

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 LIBRARY_NAMES = ("gpucnn", "torch", "torch compile", "cupy im2col", "jax")
@@ -44,24 +44,44 @@ def make(library: str, runtime: str) -> Any:
     return TorchOnGpu("cpu" if runtime == "host" else "cuda", compiled=library == "torch compile")
 
 
-class Worker:
-    """Answers the parent's requests; each method is one."""
+class LostError(Exception):
+    """A variant failed, and after it every call of CUDA does: this process is of no more use."""
 
-    def __init__(self, peer: Any, clock: Any = None, rehearsing: bool = False) -> None:
-        self._peer = peer
+    def __init__(self, variant: str, why: str) -> None:
+        super().__init__(why)
+        self.variant = variant
+
+
+class Worker:
+    """Answers the parent's requests; each method is one. ``tell`` hears which variant is begun."""
+
+    def __init__(
+        self,
+        peer: Any,
+        clock: Any = None,
+        rehearsing: bool = False,
+        tell: Callable[[dict[str, Any]], None] = lambda what: None,
+    ) -> None:
+        self._peer, self._tell = peer, tell
         self._clock = peer.clock if clock is None else clock
         self._warming_up = 1 if rehearsing else 2
         self._round_seconds = 0.0 if rehearsing else _ROUND_SECONDS
         self._works: dict[str, tuple[Callable[[], Any], int, bool]] = {}
 
-    def prepare(self, row: dict[str, Any], precision: str) -> dict[str, Any]:
-        """Build and warm up every variant of the row: which there are, and the reasons of those that fail."""
+    def prepare(self, row: dict[str, Any], precision: str, without: Sequence[str] = ()) -> dict[str, Any]:
+        """Build and warm up every variant of the row: which there are, and the reasons of those that fail.
+
+        Raises LostError.
+        """
         self._works.clear()
         self._peer.forget()
         failed: dict[str, str] = {}
         settings: dict[str, Any] = {}
         whole = row["kind"] == "step"
         for variant in self._peer.variants:
+            if variant in without:
+                continue
+            self._tell({"at": variant})
             try:
                 work = self._peer.prepare_in(row, precision, variant)
                 if work is None:
@@ -71,6 +91,7 @@ class Worker:
                 once = max(self._clock.together(work, 1), 1e-7)
             except Exception as error:  # one that cannot be done here is a blank, with the reason
                 failed[variant] = reason(error)
+                self._require_cuda(variant, failed[variant])
                 continue
             self._works[variant] = work, max(1, min(_MOST_REPEATS, int(self._round_seconds / once))), whole
             settings[variant] = dict(getattr(self._peer, "settings", {}))
@@ -78,10 +99,24 @@ class Worker:
 
     def measure(self, variant: str) -> dict[str, Any]:
         """Seconds of each call of a round; of steps their mean."""
+        if variant not in self._works:
+            raise RuntimeError("its process was ended by another variant")
         work, repeats, whole = self._works[variant]
-        if whole:
-            return {"seconds": [self._clock.together(work, repeats)]}
-        return {"seconds": self._clock.samples(work, repeats)}
+        self._tell({"at": variant})
+        try:
+            if whole:
+                return {"seconds": [self._clock.together(work, repeats)]}
+            return {"seconds": self._clock.samples(work, repeats)}
+        except Exception as error:
+            self._require_cuda(variant, reason(error))
+            raise
+
+    def _require_cuda(self, variant: str, why: str) -> None:
+        """Raise LostError where even waiting for the GPU fails: after a bad access all calls do."""
+        try:
+            self._peer.synchronize()
+        except Exception:
+            raise LostError(variant, why) from None
 
     def ceiling(self, name: str, size: int) -> dict[str, Any]:
         """Seconds of calls of a copy or of a large matrix product."""
@@ -124,7 +159,9 @@ def main(library: str, runtime: str) -> int:
     began = time.perf_counter()
     try:
         made = make(library, runtime)
-        worker = Worker(made, rehearsing=runtime == "host")
+        worker = Worker(
+            made, rehearsing=runtime == "host", tell=lambda what: print(json.dumps(what), file=answers)
+        )
         facts = made.facts() if hasattr(made, "facts") else {}
         hello = {"versions": made.versions(), "facts": facts, "seconds": time.perf_counter() - began}
     except Exception as error:  # a library that is not installed or does not work is a blank, not a failure
@@ -135,6 +172,10 @@ def main(library: str, runtime: str) -> int:
         request = json.loads(line)
         try:
             answer = getattr(worker, request.pop("do"))(**request)
+        except LostError as error:
+            with contextlib.suppress(BrokenPipeError):
+                print(json.dumps({"error": str(error), "lost": error.variant}), file=answers)
+            return 1
         except Exception as error:
             answer = {"error": reason(error)}
         with contextlib.suppress(BrokenPipeError):
