@@ -271,9 +271,40 @@ def test_avg_pool(dtype, count_include_pad):
             assert_close(dx, expected_dx, abs(dy).max(initial=0).astype(float), case.name)
 
 
+@EVERY_DTYPE
+@pytest.mark.parametrize("form", ["planes", "packs", "off the boundary"])
+def test_averages_of_one_layout(dtype, form, started, monkeypatch):
+    monkeypatch.setattr(pooling, "_ENOUGH_BLOCKS", 2)  # threads go on to further planes
+    arrange = numpy.ascontiguousarray if form == "planes" else channels_last
+    elements = int(form == "off the boundary")
+    cases = [*SMALL, PoolCase("whole image", (2, 16, 5, 7), (5, 7), (5, 7))]
+    for case in cases:
+        for count_include_pad in (True, False):
+            x, expected, dy, expected_dx = averages(case, count_include_pad, dtype)
+            options = {**case.options, "count_include_pad": count_include_pad}
+            started.clear()
+            y = kernels.avg_pool2d_forward(
+                placed(arrange(x), elements), out=placed(arrange(expected.astype(dtype)), elements), **options
+            )
+            small, apart = case in SMALL, min(numpy.subtract(case.stride, case.kernel)) >= 0
+            if expected[0, 0].size > 1:  # an output of one pixel has both layouts
+                suffix = f"_{form}" if small and not elements else ""
+                assert started in (["average_pool_forward_large_window"], [f"average_pool_forward{suffix}"])
+            assert_close(y, expected, abs(x).max().astype(float), case.name)
+            started.clear()
+            dx = placed(arrange(numpy.full(case.shape, 54321, dtype)), elements)
+            kernels.avg_pool2d_backward(
+                placed(arrange(dy), elements), input_size=case.shape[2:], out=dx, **options
+            )
+            suffix = f"_{form}" if apart and not elements else ""
+            assert started == [f"average_pool_backward{suffix}"]
+            assert_close(dx, expected_dx, abs(dy).max().astype(float), case.name)
+
+
 ADAPTIVE = [
     ((2, 3, 7, 9), (1, 1)),
     ((2, 3, 7, 9), (3, 4)),
+    ((2, 8, 6, 9), (3, 3)),  # the windows of a pooling with this stride
     ((1, 2, 5, 5), (5, 5)),
     ((1, 2, 3, 4), (5, 7)),  # more outputs than pixels
     ((1, 5, 40, 33), (1, 1)),  # a warp a plane

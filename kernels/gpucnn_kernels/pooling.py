@@ -53,7 +53,12 @@ def max_pool2d_forward(
         argmax = call.empty(problem.output_shape, _argmax_dtype(problem), like=call["x"], name="argmax")
         require_apart(y, call["x"])
         arrays: dict[str, Any] = {"x": call["x"], "y": y, "argmax": argmax}
-        if not _launch_small(call, "max_pool_forward", problem, (problem.P, problem.Q), **arrays):
+        if not (
+            _small(problem)
+            and _launch_one_layout(
+                call, "max_pooling", "max_pool_forward", problem, (problem.P, problem.Q), arrays
+            )
+        ):
             _launch(
                 call,
                 "max_pooling",
@@ -101,7 +106,12 @@ def max_pool2d_backward(
         dx = call.output(problem.input_shape, dtype, like=call["dy"])
         require_apart(dx, call["dy"], call["argmax"])
         arrays: dict[str, Any] = {"dy": call["dy"], "argmax": call["argmax"], "dx": dx}
-        if not _launch_small(call, "max_pool_backward", problem, _pairs(problem, dx.contiguous), **arrays):
+        size = _pairs(problem, planes=dx.contiguous)
+        if not (
+            _small(problem)
+            and problem.stride == (2, 2)
+            and _launch_one_layout(call, "max_pooling", "max_pool_backward", problem, size, arrays)
+        ):
             _launch(
                 call,
                 "max_pooling",
@@ -174,7 +184,7 @@ def adaptive_avg_pool2d_forward(x: Any, *, output_size: IntOrPair, out: Any = No
     with Call(stream, x=x, out=out) as call:
         image_layout(call["x"])
         shape = (*call["x"].shape[:2], *pair(output_size, "output_size"))
-        return _average_forward(call, _whole_image(call["x"].shape), shape, _average(adaptive=True))
+        return _average_forward(call, *_adaptive(call["x"].shape, shape))
 
 
 def adaptive_avg_pool2d_backward(
@@ -186,10 +196,11 @@ def adaptive_avg_pool2d_backward(
     """
     with Call(stream, dy=dy, out=out) as call:
         image_layout(call["dy"])
-        problem = _whole_image((*call["dy"].shape[:2], *input_size))
+        shape = (*call["dy"].shape[:2], *input_size)
+        _require_pixels(shape)
         if min(call["dy"].shape[2:]) < 1:
             raise ProblemError(f"adaptive pooling gives at least one pixel, got dy of shape {call['dy'].shape}")
-        return _average_backward(call, problem, call["dy"].shape, _average(adaptive=True))
+        return _average_backward(call, *_adaptive(shape, call["dy"].shape))
 
 
 # ---------------------------------------------------------------- launches
@@ -207,11 +218,24 @@ def _average(adaptive: bool = False, count_include_pad: bool = False) -> dict[st
     return {"adaptive": int(adaptive), "count_include_pad": int(count_include_pad)}
 
 
-def _whole_image(shape: Sequence[int]) -> Pool2dProblem:
-    """Adaptive pooling has an image but no window of its own; the kernels find it for each output."""
+def _require_pixels(shape: Sequence[int]) -> None:
     if len(shape) == 4 and min(shape[2:]) < 1:
         raise ProblemError(f"adaptive pooling needs an image of at least one pixel, got shape {tuple(shape)}")
-    return Pool2dProblem.from_shapes(shape, 1)
+
+
+def _adaptive(
+    shape: Sequence[int], output_shape: tuple[int, ...]
+) -> tuple[Pool2dProblem, tuple[int, ...], dict[str, int]]:
+    """Adaptive pooling as a problem, its output's shape and the kernels' struct Average.
+
+    Where the output divides the image, its windows are those of pooling with that stride. Otherwise the problem
+    has no window of its own, and the kernels find it for each output.
+    """
+    _require_pixels(shape)
+    if len(shape) == 4 and shape[2] % output_shape[2] == 0 and shape[3] % output_shape[3] == 0:
+        window = shape[2] // output_shape[2], shape[3] // output_shape[3]
+        return Pool2dProblem.from_shapes(shape, window), output_shape, _average()
+    return Pool2dProblem.from_shapes(shape, 1), output_shape, _average(adaptive=True)
 
 
 def _average_forward(call: Call, problem: Pool2dProblem, shape: tuple[int, ...], average: dict[str, int]) -> Any:
@@ -219,6 +243,21 @@ def _average_forward(call: Call, problem: Pool2dProblem, shape: tuple[int, ...],
     x = call["x"]
     y = call.output(shape, dtype, like=x)
     require_apart(y, x)
+    options = {"count_include_pad": average["count_include_pad"]}
+    if (
+        _small(problem)
+        and not average["adaptive"]
+        and _launch_one_layout(
+            call,
+            "average_pooling",
+            "average_pool_forward",
+            problem,
+            (shape[2], shape[3]),
+            {"x": x, "y": y},
+            **options,
+        )
+    ):
+        return call.give(y)
     rows, columns = _largest_window(problem, shape, average)
     if rows * columns >= _WARP_PLACES and x.contiguous:
         call.launch(
@@ -255,6 +294,21 @@ def _average_backward(call: Call, problem: Pool2dProblem, shape: tuple[int, ...]
     dtype = call.floating("dy", "out")
     dx = call.output(problem.input_shape, dtype, like=call["dy"])
     require_apart(dx, call["dy"])
+    apart = problem.stride[0] >= problem.R and problem.stride[1] >= problem.S
+    if (
+        apart
+        and not average["adaptive"]
+        and _launch_one_layout(
+            call,
+            "average_pooling",
+            "average_pool_backward",
+            problem,
+            (problem.H, problem.W),
+            {"dy": call["dy"], "dx": dx},
+            count_include_pad=average["count_include_pad"],
+        )
+    ):
+        return call.give(dx)
     _launch(
         call,
         "average_pooling",
@@ -278,15 +332,24 @@ def _largest_window(problem: Pool2dProblem, shape: Sequence[int], average: dict[
     return min(problem.R, problem.H), min(problem.S, problem.W)
 
 
-def _launch_small(
-    call: Call, kernel: str, problem: Pool2dProblem, size: tuple[int, int] | None, **arrays: Any
-) -> bool:
-    """Start the kernel for windows of 2 x 2 or 3 x 3 where it takes these arrays; whether it does.
+def _small(problem: Pool2dProblem) -> bool:
+    """Whether the windows are of a size that has kernels of its own."""
+    return (problem.R, problem.S) in ((2, 2), (3, 3)) and problem.dilation == (1, 1)
 
-    ``size`` is how many rows and columns of threads an image takes; None where the kernel does not take it.
+
+def _launch_one_layout(
+    call: Call,
+    source: str,
+    kernel: str,
+    problem: Pool2dProblem,
+    size: tuple[int, int],
+    arrays: dict[str, Any],
+    **options: Any,
+) -> bool:
+    """Start the form of a kernel for arrays that all have one layout, where they do; whether they do.
+
+    ``size`` is how many rows and columns of threads an image takes.
     """
-    if size is None or (problem.R, problem.S) not in ((2, 2), (3, 3)) or problem.dilation != (1, 1):
-        return False
     dtype = next(iter(arrays.values())).dtype
     pack = 16 // ITEM_SIZES[dtype]
     if all(array.contiguous for array in arrays.values()):
@@ -302,32 +365,32 @@ def _launch_small(
     # What a thread works out once serves several planes, as long as the blocks are enough for any GPU.
     most = _MOST_BLOCKS_Y if form == "packs" else min(-(-_ENOUGH_BLOCKS // max(blocks, 1)), _MOST_BLOCKS_Y)
     call.launch(
-        "max_pooling",
+        source,
         f"{kernel}_{form}",
         (blocks, min(-(-rows // down), most)),
         (across, down),
         scalar=dtype,
         pooling=_pooling(problem, problem.output_shape, form == "packs", rows),
         **arrays,
+        **options,
     )
     return True
-
-
-def _pairs(problem: Pool2dProblem, planes: bool) -> tuple[int, int] | None:
-    """Rows and columns of threads for the gradient of windows with a stride of 2: pairs of rows, counted from the
-    padding's edge, and columns, or pairs of those too where not ``planes``.
-    """
-    if problem.stride != (2, 2):
-        return None
-    rows, columns = (
-        -(-(size + padding) // 2) for size, padding in zip((problem.H, problem.W), problem.padding, strict=True)
-    )
-    return rows, problem.W if planes else columns
 
 
 def _in_packs(image: DeviceArray, pack: int) -> bool:
     """Whether every ``pack`` channels of an image, channels-last, can be moved as one."""
     return image.channels_last and image.address % (pack * ITEM_SIZES[image.dtype]) == 0
+
+
+def _pairs(problem: Pool2dProblem, planes: bool) -> tuple[int, int]:
+    """Rows and columns of threads for the gradient of windows with a stride of 2.
+
+    Pairs of rows, counted from the edge of the padding, and columns, or pairs of those too where not ``planes``.
+    """
+    rows, columns = (
+        -(-(size + padding) // 2) for size, padding in zip((problem.H, problem.W), problem.padding, strict=True)
+    )
+    return rows, problem.W if planes else columns
 
 
 def _launch(
