@@ -189,7 +189,11 @@ def _import_cupy() -> tuple[Any, str]:
             warnings.simplefilter("ignore")  # what CuPy warns of at import is said here, as the reason
             import cupy
     except Exception as error:  # an ImportError, or whatever a damaged library raises
-        return None, f"CuPy does not import: {_first_line(error)}; install it again: {_EXTRAS}"
+        from gpucnn_kernels.runtime.cuda import import_advice
+
+        return None, (
+            f"CuPy does not import: {_first_line(error)}; {import_advice(error) or f'install it again: {_EXTRAS}'}"
+        )
     return cupy, ""
 
 

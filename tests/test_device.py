@@ -152,6 +152,10 @@ def test_a_cupy_that_does_not_import_is_told(installed, monkeypatch, tmp_path):
     assert not usable
     assert "CuPy does not import: libcublas.so.12" in reason
     assert "gpucnn[cuda12]" in reason
+    (tmp_path / "cupy.py").write_text("open('/no/such/folder/.cupy')")
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    _, reason = device.cuda_status()
+    assert reason.endswith("set CUPY_CACHE_DIR to a folder that can be written")
 
 
 def test_a_working_gpu_is_chosen(installed):

@@ -101,3 +101,14 @@ def test_a_module_that_cannot_be_loaded(stand_in_cupy: StandInCupy) -> None:
     stand_in_cupy.refuses = "Failed to find CUDA headers. Please install CUDA toolkit headers"
     with pytest.raises(DeviceError, match=r"activations .*cannot be made ready for this GPU: Failed to find CUDA"):
         gpucnn_kernels.relu_forward(gpu(numpy.ones(4, numpy.float32)))
+
+
+@pytest.mark.parametrize("said_by", ["compiler", "driver"])
+def test_a_gpu_that_the_compiler_does_not_know_yet(said_by: str, stand_in_cupy: StandInCupy) -> None:
+    if said_by == "compiler":
+        stand_in_cupy.fails = "nvrtc: error: invalid value for --gpu-architecture (-arch)"
+    else:
+        stand_in_cupy.refuses = "CUDA_ERROR_NO_BINARY_FOR_GPU: no kernel image is available for execution"
+    words = r"this GPU, of compute capability 9\.0, is newer than the compiler, NVRTC 12\.9; install a newer CUDA"
+    with pytest.raises(DeviceError, match=words):
+        gpucnn_kernels.relu_forward(gpu(numpy.ones(4, numpy.float32)))

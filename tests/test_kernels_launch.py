@@ -684,6 +684,12 @@ def test_a_cupy_that_does_not_import(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(runtime, "_chosen", ["cuda"])
     message = refusal()
     assert "CuPy does not import: libcublas.so.12: no such file; reinstall one of" in message
+    (tmp_path / "cupy.py").write_text("open('/no/such/folder/.cupy')\n")
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    message = refusal()
+    assert "No such file or directory: '/no/such/folder/.cupy'; it keeps what it compiles in ~/.cupy" in message
+    assert "set CUPY_CACHE_DIR" in message
+    assert "reinstall" not in message
 
 
 def test_the_runtime_that_the_environment_names(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,8 @@ that has no context, launches on streams that do not wait for one another, copie
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -173,6 +174,14 @@ def check_bfloat16(bench: Bench, arrays: Any) -> None:
     bench.check("CuPy's bfloat16", "arithmetic", "bfloat16", run, expected, [0.0] * len(expected))
 
 
+def _imported(name: str) -> Any:
+    """The library, or None where it is not there or does not import, which is not for this package to answer."""
+    try:
+        return importlib.import_module(name)
+    except Exception:
+        return None
+
+
 def check_libraries(bench: Bench) -> None:
     """Arrays of PyTorch, JAX and Numba, where these are installed: their memory, their streams, their kind."""
     x = _numbers(bench, 4, 8, 5, 6)
@@ -181,8 +190,10 @@ def check_libraries(bench: Bench) -> None:
     def check(library: str, title: str, run: Callable[[], Any]) -> None:
         bench.check(library, title, "float32", run, expected, [0.0])
 
-    if importlib.util.find_spec("torch"):
-        import torch
+    # JAX would take three quarters of the GPU's memory for itself, for as long as this process lives.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    torch, jax, numba = map(_imported, ("torch", "jax", "numba"))
+    if torch is not None:
 
         def by_torch(change: Callable[[Any], Any], stream: Any = None) -> Any:
             with torch.cuda.stream(stream):
@@ -201,8 +212,7 @@ def check_libraries(bench: Bench) -> None:
             check("PyTorch", "channels last", lambda: by_torch(lambda tensor: tensor.to(memory_format=last)))
             check("PyTorch", "with a gradient", lambda: by_torch(lambda tensor: tensor.requires_grad_()))
             check("PyTorch", "own stream", lambda: by_torch(lambda tensor: tensor * 1, torch.cuda.Stream()))
-    if importlib.util.find_spec("jax"):
-        import jax
+    if jax is not None:
 
         def by_jax() -> Any:
             y = kernels.relu_forward(jax.numpy.asarray(x) * 1)
@@ -211,8 +221,8 @@ def check_libraries(bench: Bench) -> None:
 
         if jax.default_backend() == "gpu":
             check("JAX", "just being computed", by_jax)
-    if importlib.util.find_spec("numba"):
-        from numba import cuda
+    if numba is not None:
+        cuda = importlib.import_module("numba.cuda")
 
         def by_numba() -> Any:
             stream = cuda.stream()
@@ -237,8 +247,8 @@ def check_surroundings(bench: Bench) -> None:
     check_batches(bench, CudaMemory(cupy, cupy.cuda.runtime.getDevice()))
     check_loader(bench)
     check_bfloat16(bench, cupy)
-    check_libraries(bench)
     check_tuning(bench)
+    check_libraries(bench)  # last: what they do in this process is theirs
 
 
 CHECKS = {"surroundings": check_surroundings}

@@ -41,9 +41,8 @@ def status() -> tuple[bool, str]:
     try:
         import cupy
     except Exception as error:  # a broken install raises many kinds; each is a reason to show
-        return False, (
-            f"CuPy does not import: {_first_line(error)}; reinstall one of 'gpucnn[cuda12]' and 'gpucnn[cuda13]', "
-            "and only one"
+        return False, f"CuPy does not import: {_first_line(error)}; " + (
+            import_advice(error) or "reinstall one of 'gpucnn[cuda12]' and 'gpucnn[cuda13]', and only one"
         )
     try:
         count = cupy.cuda.runtime.getDeviceCount()
@@ -60,6 +59,13 @@ def status() -> tuple[bool, str]:
         )
     name = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
     return True, f"{name}, CuPy {cupy.__version__}"
+
+
+def import_advice(error: Exception) -> str:
+    """What to do where CuPy is well, and only finds no place for its cache; nothing for another error."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return "it keeps what it compiles in ~/.cupy: set CUPY_CACHE_DIR to a folder that can be written"
+    return ""
 
 
 def _explained(error: Exception) -> str:
@@ -270,13 +276,25 @@ class _CudaModule:
                 self._kernels = {name: module.get_function(name) for name in source.kernels}
                 self._functions = {name: kernel.kernel for name, kernel in self._kernels.items()}
         except cupy.cuda.compiler.CompileException as error:
+            if "--gpu-architecture" in str(error):
+                raise DeviceError(f"{source.title}: {self._too_new(device)}") from error
             raise CompileError(f"{source.title} does not compile for this GPU:\n{error}") from error
         except RuntimeError as error:  # no CUDA headers, no NVRTC, or a driver that does not load the binary
+            if "NO_BINARY_FOR_GPU" in str(error):
+                raise DeviceError(f"{source.title}: {self._too_new(device)}") from error
             raise DeviceError(f"{source.title} cannot be made ready for this GPU: {_first_line(error)}") from error
         finally:
             timer.cancel()
         self.seconds = time.perf_counter() - began
         self._shared: dict[str, int] = {}  # dynamic bytes that a kernel may be started with
+
+    def _too_new(self, device: int) -> str:
+        digits = self._cupy.cuda.Device(device).compute_capability
+        version = ".".join(map(str, self._cupy.cuda.nvrtc.getVersion()))
+        return (
+            f"this GPU, of compute capability {digits[:-1]}.{digits[-1]}, is newer than the compiler, NVRTC "
+            f"{version}; install a newer CUDA: pip install --upgrade 'gpucnn[cuda13]' (driver 580 or newer)"
+        )
 
     def launch(
         self,
