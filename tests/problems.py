@@ -13,6 +13,7 @@ import numpy
 from numpy.typing import DTypeLike, NDArray
 
 from gpucnn.ops.cpu import compiled
+from gpucnn_kernels import conv2d_filter_direct
 from gpucnn_kernels.problem import Conv2dProblem
 from tests.oracles.convolution import Geometry
 
@@ -129,6 +130,8 @@ def can_do(
     if algorithm == "depthwise":
         return problem.groups == problem.C
     if algorithm == "direct":
+        if backend == "cuda" and direction == "backward_filter":
+            return conv2d_filter_direct.takes(problem, numpy.dtype(dtype).name)
         if backend == "cuda":
             return problem.C // problem.groups <= 4
         return backend == "cpu" and numpy.dtype(dtype).itemsize < 8 and compiled.available()

@@ -24,7 +24,7 @@ ALGORITHMS = {
     CUDA: {
         "forward": ("implicit_gemm", "direct", "depthwise", "im2col"),
         "backward_data": ("phases", "dilated", "col2im", "scatter", "depthwise"),
-        "backward_filter": ("implicit_gemm", "im2col", "depthwise"),
+        "backward_filter": ("implicit_gemm", "direct", "im2col", "depthwise"),
     },
 }
 ALGORITHMS[NUMPY] = ALGORITHMS[CPU]

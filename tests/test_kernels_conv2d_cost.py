@@ -209,7 +209,7 @@ def test_only_what_can_be_done_is_chosen(
     depth = problem.C // problem.groups
     assert name in (*conv2d_algorithms(direction), "tensor")
     assert name not in ("scatter", "dilated")
-    assert name != "direct" or depth <= 4
+    assert name != "direct" or depth <= (8 if direction == "backward_filter" else 4)
     assert name != "depthwise" or depth == 1
     if name == "tensor":
         assert device.capability >= (8, 0)
@@ -238,7 +238,7 @@ def test_a_larger_problem_takes_no_less_time(
         small, large = (
             conv2d_cost.estimate(way, direction, each, dtype, H200, **options) for each in (problem, larger)
         )
-        slack = 0.8 if direction == "backward_filter" and way in ("implicit_gemm", "tensor") else 1.0
+        slack = 0.8 if direction == "backward_filter" and way in ("implicit_gemm", "direct", "tensor") else 1.0
         assert large.seconds >= slack * small.seconds - 1e-12, way
 
 

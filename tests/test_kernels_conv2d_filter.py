@@ -13,6 +13,7 @@ from gpucnn_kernels import (
     ProblemError,
     conv2d_choose,
     conv2d_filter,
+    conv2d_filter_direct,
     conv2d_tiles,
     runtime,
 )
@@ -21,6 +22,7 @@ from gpucnn_kernels.conv2d_filter import (
     conv2d_backward_filter,
     filter_algorithms,
 )
+from gpucnn_kernels.gpu import H200
 from gpucnn_kernels.runtime.host import order_independent
 from tests.accuracy import awkward, channels_last, max_error
 from tests.kernel_arrays import DTYPES, LAYOUTS, accumulated, cast, error_bound, wide
@@ -33,6 +35,12 @@ MORE = {
     "wide-tiles-grouped": Conv2dProblem.from_shapes((1, 16, 9, 8), (140, 8, 3, 3), stride=2, groups=2),
     "depthwise-k7": Conv2dProblem.from_shapes((2, 5, 12, 11), (10, 1, 7, 7), padding=3, groups=5),
     "depthwise-wide": Conv2dProblem.from_shapes((3, 40, 9, 9), (40, 1, 3, 3), padding=1, groups=40),
+    "few-wide-outputs": Conv2dProblem.from_shapes((2, 3, 33, 150), (70, 3, 3, 3), padding=1),
+    "eleven-s4": Conv2dProblem.from_shapes((2, 3, 63, 59), (20, 3, 11, 11), stride=4, padding=2),
+    "many-columns": Conv2dProblem.from_shapes((1, 8, 13, 14), (9, 8, 7, 9), padding=(3, 4), dilation=(2, 1)),
+    "few-grouped": Conv2dProblem.from_shapes(
+        (3, 6, 9, 16), (18, 2, 3, 5), stride=(2, 1), padding=(1, 2), groups=3
+    ),
     "one-channel": Conv2dProblem.from_shapes((3, 1, 20, 19), (6, 1, 5, 5), padding=2),
 }
 SOME_LARGE = ("animalnet-1", "resnet-shortcut", "resnext-block", "one-tall-image")
@@ -47,7 +55,13 @@ def host():
 
 def algorithms(problem):
     """The names that can run for the problem."""
-    return [name for name in filter_algorithms() if name != "depthwise" or problem.groups == problem.C]
+    return [name for name in filter_algorithms() if takes(name, problem)]
+
+
+def takes(name, problem, dtype="float32"):
+    if name == "direct":
+        return conv2d_filter_direct.takes(problem, dtype)
+    return name != "depthwise" or problem.groups == problem.C
 
 
 def gradient(dy, x, problem, **others):
@@ -83,7 +97,7 @@ def test_both_tiles(dtype, tile, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_small_problems(dtype, algorithm):
     for name, problem in SMALL.items():
-        if algorithm not in algorithms(problem):
+        if not takes(algorithm, problem, dtype):
             continue
         x, _, _, dy = (cast(array, dtype) for array in arrays(problem))
         described = wide(dy), wide(x), problem.weight_shape, geometry(problem)
@@ -102,7 +116,7 @@ def test_small_problems(dtype, algorithm):
 def test_large_problems(dtype, algorithm):
     for name, problem in (LARGE | MORE).items():
         seldom = dtype in ("bfloat16", "float64") and name not in MORE and name not in SOME_LARGE
-        if algorithm not in algorithms(problem) or seldom:
+        if not takes(algorithm, problem, dtype) or seldom:
             continue
         x, _, _, dy = (cast(array, dtype) for array in arrays(problem))
         described = wide(dy), wide(x), problem.weight_shape, geometry(problem)
@@ -134,7 +148,7 @@ def test_long_sums_are_exact_where_the_numbers_are():
         dy = arranged(numpy.ones((10, 3, 100, 200), numpy.float32))
         assert conv2d_backward_bias(dy).tolist() == [200_000] * 3
         x = arranged(numpy.ones((10, 2, 100, 200), numpy.float32))
-        for algorithm in ("implicit_gemm", "im2col"):
+        for algorithm in ("implicit_gemm", "direct", "im2col"):
             dw = conv2d_backward_filter(dy, x, kernel_size=1, algorithm=algorithm)
             assert (dw == 200_000).all(), algorithm
         halves = arranged(numpy.full((7, 1, 100, 100), 0.5, numpy.float16))
@@ -142,6 +156,92 @@ def test_long_sums_are_exact_where_the_numbers_are():
         for algorithm in filter_algorithms():
             dw = conv2d_backward_filter(halves, halves, kernel_size=1, algorithm=algorithm)
             assert dw.tolist() == [[[[numpy.float16(17_500)]]]], algorithm
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_bias_with_the_weight(dtype):
+    """Summed in the same pass or beside it, the weight's numbers being what they are without."""
+    for name in ("k3", "groups-2", "lenet-1", "depthwise-multiplier-2", "k2-s3-gaps", "few-grouped", "eleven-s4"):
+        problem = (ALL | MORE)[name]
+        x, _, _, dy = (cast(array, dtype) for array in arrays(problem))
+        expected = wide(dy).sum(axis=(0, 2, 3), dtype=numpy.longdouble).astype(numpy.float64)
+        plain = numpy.cumsum(
+            wide(dy).transpose(1, 0, 2, 3).reshape(problem.K, -1), axis=1, dtype=accumulated(dtype)
+        )
+        bound = error_bound(plain[:, -1], expected, dtype)
+        for algorithm, arranged in itertools.product(algorithms(problem), LAYOUTS.values()):
+            if not takes(algorithm, problem, dtype):
+                continue
+            dw = gradient(arranged(dy), arranged(x), problem, algorithm=algorithm)
+            room = cast(numpy.full(2 * problem.K, numpy.nan), dtype)
+            for bias in (room[: problem.K].copy(), room[problem.K :]):
+                both = gradient(arranged(dy), arranged(x), problem, algorithm=algorithm, bias_out=bias)
+                assert max_error(wide(bias), expected) <= bound, (name, algorithm)
+                assert max_error(wide(both), wide(dw)) <= 1e-2 if dtype != "float64" else 1e-12, (name, algorithm)
+            assert numpy.isnan(wide(room[: problem.K])).all(), "written beside bias_out"
+
+
+@pytest.mark.parametrize("value", [numpy.inf, -numpy.inf, numpy.nan])
+@pytest.mark.parametrize("algorithm", ["implicit_gemm", "direct"])
+def test_infinities_and_nans_reach_only_the_taps_that_meet_them(algorithm, value):
+    """Also at the end of rows that fill no whole number of quads: zero times infinity shows what is multiplied."""
+    for width, stride, padding in itertools.product((8, 9, 10, 11), (1, 2), (0, 1)):
+        problem = Conv2dProblem.from_shapes((2, 2, 6, width), (3, 2, 3, 3), stride=stride, padding=padding)
+        x, _, _, dy = (abs(array).astype(numpy.float32) + 1 for array in arrays(problem))
+        for h, w in ((0, 0), (2, width - 1), (5, width - 2), (5, width - 1)):
+            spoiled = x.copy()
+            spoiled[1, 1, h, w] = value
+            expected = plain_backward_filter(dy, spoiled, problem.weight_shape, geometry(problem))
+            for arranged in LAYOUTS.values():
+                dw = gradient(arranged(dy), arranged(spoiled), problem, algorithm=algorithm)
+                assert numpy.array_equal(numpy.isfinite(dw), numpy.isfinite(expected)), (
+                    width,
+                    stride,
+                    padding,
+                    h,
+                    w,
+                )
+                assert numpy.array_equal(numpy.isnan(dw), numpy.isnan(expected)), (width, stride, padding, h, w)
+
+
+def test_direct_reads_images_wherever_they_start():
+    """Four numbers at a time only where their address allows it, whatever the shape."""
+    problem = Conv2dProblem.from_shapes((2, 3, 9, 16), (5, 3, 3, 3), padding=1)
+    x, _, _, dy = arrays(problem, numpy.float32)
+    expected = gradient(dy, x, problem, algorithm="direct")
+    for start in range(5):
+        memory = numpy.empty(dy.size + 8, numpy.float32)
+        shifted = memory[start : start + dy.size].reshape(dy.shape)
+        shifted[:] = dy
+        assert gradient(shifted, x, problem, algorithm="direct").tobytes() == expected.tobytes()
+
+
+def test_direct_in_every_tile_and_share(monkeypatch):
+    """What is searched for is how the work is laid out: any of it gives the sums."""
+    for name in ("few-wide-outputs", "few-grouped", "many-columns", "lenet-2"):
+        problem = (ALL | MORE)[name]
+        x, _, _, dy = arrays(problem, "float32")
+        described = wide(dy), wide(x), problem.weight_shape, geometry(problem)
+        expected = plain_backward_filter(*described, numpy.longdouble).astype(numpy.float64)
+        bound = error_bound(plain_backward_filter(*described, "float32"), expected, "float32")
+        sums = wide(dy).sum(axis=(0, 2, 3))
+        made = []
+        search = conv2d_filter_direct._plans
+        monkeypatch.setattr(
+            conv2d_filter_direct,
+            "_plans",
+            lambda *a, made=made, search=search: made.extend(search(*a)) or made[-1:],
+        )
+        conv2d_filter_direct.plan.__wrapped__(problem, "float32", H200, bias=True)
+        monkeypatch.undo()
+        assert len({plan.column_blocks for plan in made}) > 1
+        for plan in numpy.random.default_rng(0).permutation(numpy.array(made, object))[:12]:
+            monkeypatch.setattr(conv2d_filter_direct, "plan", lambda *a, plan=plan, **b: plan)
+            bias = numpy.empty(problem.K, numpy.float32)
+            dw = gradient(dy, x, problem, algorithm="direct", bias_out=bias)
+            assert max_error(wide(dw), expected) <= bound, plan
+            assert max_error(wide(bias), sums) <= 1e-4 * (1 + abs(sums).max()), plan
+            monkeypatch.undo()
 
 
 # ---------------------------------------------------------------- layouts and out=
@@ -177,8 +277,10 @@ def test_out_of_the_bias():
 
 def test_an_empty_batch():
     x, dy = numpy.zeros((0, 4, 6, 6), numpy.float32), numpy.zeros((0, 4, 4, 4), numpy.float32)
-    for groups, algorithm in [(1, "implicit_gemm"), (2, "im2col"), (4, "depthwise"), (4, "auto")]:
-        dw = conv2d_backward_filter(dy, x, kernel_size=3, groups=groups, algorithm=algorithm)
+    for groups, algorithm in [(1, "implicit_gemm"), (1, "direct"), (2, "im2col"), (4, "depthwise"), (4, "auto")]:
+        db = numpy.full(4, numpy.nan, numpy.float32)
+        dw = conv2d_backward_filter(dy, x, kernel_size=3, groups=groups, algorithm=algorithm, bias_out=db)
+        assert (db == 0).all(), algorithm
         assert dw.shape == (4, 4 // groups, 3, 3)
         assert (dw == 0).all(), algorithm
     assert conv2d_backward_bias(dy).tolist() == [0, 0, 0, 0]
@@ -188,15 +290,26 @@ def test_an_empty_batch():
 
 
 def test_the_order_of_threads_changes_nothing():
-    for name in ("resnet-block", "wide-tiles", "depthwise-k7", "k3-d2-s2", "groups-3-s2", "depthwise-wide"):
+    for name in (
+        "resnet-block",
+        "wide-tiles",
+        "depthwise-k7",
+        "k3-d2-s2",
+        "groups-3-s2",
+        "depthwise-wide",
+        "eleven-s4",
+    ):
         problem = (ALL | MORE)[name]
         x, _, _, dy = arrays(problem, "float32")
         for arranged in LAYOUTS.values():
             dy_there, x_there = arranged(dy), arranged(x)
 
             def run(dy=dy_there, x=x_there, problem=problem):
-                results = [gradient(dy, x, problem, algorithm=algorithm) for algorithm in algorithms(problem)]
-                return [*results, conv2d_backward_bias(dy)]
+                results = [conv2d_backward_bias(dy)]
+                for algorithm in algorithms(problem):
+                    bias = numpy.empty(problem.K, dy.dtype)
+                    results += [gradient(dy, x, problem, algorithm=algorithm, bias_out=bias), bias]
+                return results
 
             assert order_independent(run), name
 
@@ -229,7 +342,7 @@ def test_any_number_of_parts(monkeypatch, name):
 
 
 def test_the_choice():
-    assert filter_algorithms() == ("implicit_gemm", "im2col", "depthwise")
+    assert filter_algorithms() == ("implicit_gemm", "direct", "im2col", "depthwise")
     assert conv2d_choose("backward_filter", ALL["depthwise"], "float32") == "depthwise"
     assert conv2d_choose("backward_filter", ALL["depthwise-multiplier-2"], "float16") == "depthwise"
     assert conv2d_choose("backward_filter", ALL["one-number"], "float32") == "implicit_gemm"
@@ -242,10 +355,21 @@ def test_the_choice():
 
 def test_what_does_not_fit():
     x, dy = numpy.zeros((1, 4, 5, 5), numpy.float32), numpy.zeros((1, 6, 3, 3), numpy.float32)
-    with pytest.raises(ArgumentError, match="auto, implicit_gemm, im2col, depthwise, got 'fft'"):
+    with pytest.raises(ArgumentError, match="auto, implicit_gemm, direct, im2col, depthwise, got 'fft'"):
         conv2d_backward_filter(dy, x, kernel_size=3, algorithm="fft")
     with pytest.raises(ArgumentError, match="one input channel a group, got 2; use 'implicit_gemm'"):
         conv2d_backward_filter(dy, x, kernel_size=3, groups=2, algorithm="depthwise")
+    nine, sixty = numpy.zeros((1, 9, 5, 5), numpy.float32), numpy.zeros((1, 8, 300, 300), numpy.float32)
+    with pytest.raises(ArgumentError, match="at most 8 input channels a group, got 9; use 'implicit_gemm'"):
+        conv2d_backward_filter(dy, nine, kernel_size=3, algorithm="direct")
+    with pytest.raises(ArgumentError, match=r"'direct' .* does not fit; use 'implicit_gemm'"):
+        conv2d_backward_filter(sixty[:, :, :2, :2], sixty, kernel_size=150, stride=150, algorithm="direct")
+    with pytest.raises(ArgumentError, match=r"bias_out must have shape \(6,\)"):
+        conv2d_backward_filter(dy, x, kernel_size=3, bias_out=numpy.zeros(5, numpy.float32))
+    with pytest.raises(DtypeError, match="bias_out is float64"):
+        conv2d_backward_filter(dy, x, kernel_size=3, bias_out=numpy.zeros(6))
+    with pytest.raises(ArgumentError, match="bias_out shares memory with dy"):
+        conv2d_backward_filter(dy, x, kernel_size=3, bias_out=dy.ravel()[:6])
     with pytest.raises(ProblemError, match=r"dy has shape \(1, 6, 3, 3\).*gives \(1, 6, 5, 5\)"):
         conv2d_backward_filter(dy, x, kernel_size=3, padding=1)
     with pytest.raises(ProblemError, match=r"groups=3 .* 4 channels of x"):

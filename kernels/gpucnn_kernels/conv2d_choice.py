@@ -27,7 +27,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from gpucnn_kernels import conv2d_cost, conv2d_tensor
+from gpucnn_kernels import conv2d_cost, conv2d_filter_direct, conv2d_tensor
 from gpucnn_kernels.conv2d_forward_paths import DIRECT_CHANNELS, is_pointwise
 from gpucnn_kernels.gpu import H200, Gpu
 from gpucnn_kernels.problem import Conv2dProblem
@@ -73,6 +73,8 @@ def candidates(
     if dtype != "bfloat16" or gpu.capability >= _CUBLAS_BFLOAT16:
         names.append(columns)
     if direction == "forward" and depth <= DIRECT_CHANNELS:
+        names.append("direct")
+    if direction == "backward_filter" and conv2d_filter_direct.takes(problem, dtype):
         names.append("direct")
     if depth == 1 and problem.groups > 1:
         names.append("depthwise")

@@ -20,6 +20,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from gpucnn_kernels import conv2d_filter_direct
 from gpucnn_kernels.conv2d_tiles import (
     CUBLAS_TENSOR_TILES,
     CUBLAS_TILES,
@@ -204,6 +205,11 @@ def _filter_gradient(
         parts = _by_cublas(gpu, dtype, outputs, columns, problem.groups, problem.P * problem.Q)
         arithmetic, cache = (problem.N * part for part in parts)
         return replace(made, arithmetic=arithmetic, cache=cache, launches=made.launches + problem.N + 1)
+    if path == "direct":
+        arithmetic, sums = conv2d_filter_direct.seconds(problem, dtype, gpu)
+        return Estimate(
+            path, "filter_gradient_direct", arithmetic, 0.0, _memory(gpu, once + sums), 2, _memory(gpu, sums)
+        )
     sizes = outputs, columns, problem.groups, positions
     if path == "tensor":
         tile, rate = tensor_filter_tile(gpu, dtype, precision, *sizes), tensor_rate(gpu, dtype, precision)

@@ -4,19 +4,22 @@ Ways, all deterministic, to the weight's:
 
 - "implicit_gemm": a matrix product over the N * P * Q positions that reads the windows of x where they lie. The
   positions are split into parts, so that a small weight keeps a GPU busy too.
+- "direct": the same for few input channels a group, whose windows are read from shared memory; see
+  conv2d_filter_direct.py.
 - "im2col": the windows copied to columns, some images at a time, and a dense matrix product an image, added up in
   order.
 - "depthwise": for one input channel a group, where a product of matrices would have nothing to share.
 - "tensor": as "implicit_gemm", on tensor cores; see conv2d_tensor.py.
 
-Half precision is added up in float32 and rounded once.
+Half precision is added up in float32 and rounded once. The bias's gradient can come with the weight's: "direct"
+makes it in the same pass, other ways in launches of their own.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from gpucnn_kernels import conv2d_tensor, tuning
+from gpucnn_kernels import conv2d_filter_direct, conv2d_tensor, tuning
 from gpucnn_kernels.arrays import DeviceArray, image_layout
 from gpucnn_kernels.channel_sums import launch_channel_sums
 from gpucnn_kernels.columns import columns_shape, images, launch_im2col
@@ -44,7 +47,7 @@ _COLUMN_BYTES = 128 << 20  # of the workspace for the columns
 
 def filter_algorithms() -> tuple[str, ...]:
     """Names that ``algorithm`` of :func:`conv2d_backward_filter` takes, without "auto" and "tensor"."""
-    return "implicit_gemm", "im2col", "depthwise"
+    return "implicit_gemm", "direct", "im2col", "depthwise"
 
 
 def conv2d_backward_filter(
@@ -59,18 +62,23 @@ def conv2d_backward_filter(
     algorithm: str = "auto",
     precision: str | None = None,
     out: Any = None,
+    bias_out: Any = None,
     stream: Any = None,
 ) -> Any:
     """The gradient for the weight, (K, C / groups, R, S), from dy (N, K, P, Q) and x (N, C, H, W).
 
     dw[k, c, r, s] is the sum over n, p, q of dy[n, k, p, q] times the input that weight[k, c, r, s] met there; an
     empty batch gives zeros. dy and x may each be contiguous or channels-last; the result is channels-last where x
-    is that and not contiguous, or has the layout of ``out``. ``precision`` is :func:`conv2d_forward`'s. Raises
-    ProblemError where shapes do not fit together, ArgumentError for an ``algorithm`` that there is not or that
-    cannot run for them, DtypeError and DeviceError where "tensor" cannot.
+    is that and not contiguous, or has the layout of ``out``. ``precision`` is :func:`conv2d_forward`'s.
+
+    ``bias_out``, (K,), takes the gradient for the bias, the sum of dy over N, P and Q, which then needs no
+    launches of its own where the way is "direct". Its order of additions, and so its last bits, are the way's.
+
+    Raises ProblemError where shapes do not fit together, ArgumentError for an ``algorithm`` that there is not or
+    that cannot run for them, DtypeError and DeviceError where "tensor" cannot.
     """
-    with Call(stream, dy=dy, x=x, out=out) as call:
-        dtype = call.floating("dy", "x", "out")
+    with Call(stream, dy=dy, x=x, out=out, bias_out=bias_out) as call:
+        dtype = call.floating("dy", "x", "out", "bias_out")
         problem = _problem(call["dy"], call["x"], kernel_size, stride, padding, dilation, groups)
         _check_algorithm(call, algorithm, problem, dtype, precision)
         if problem.N:  # the strides of an empty array say nothing
@@ -79,9 +87,13 @@ def conv2d_backward_filter(
         dw = call.output(problem.weight_shape, dtype, like=call["x"] if problem.N else None)
         channels_fastest = image_layout(dw) == "channels_last"
         require_apart(dw, call["dy"], call["x"])
+        db = None
+        if bias_out is not None:
+            db = call.output((problem.K,), dtype, name="bias_out")
+            require_apart(db, call["dy"], call["x"], dw)
 
         def run(name: str) -> None:
-            fastest = channels_fastest
+            fastest, bias = channels_fastest, None
             if problem.N == 0:
                 partial, parts = call.scratch(0, SCALARS[dtype][1]), 0
             elif name == "tensor":
@@ -89,9 +101,15 @@ def conv2d_backward_filter(
                 fastest = True
             elif name == "im2col":
                 partial, parts, fastest = _by_columns(call, problem), 1, False
+            elif name == "direct":
+                partial, bias, parts = conv2d_filter_direct.filter_sums(
+                    call, problem, call["dy"], call["x"], fastest, db is not None
+                )
             else:
                 partial, parts = _by_parts(call, problem, fastest, name)
-            _finish(call, partial, parts, dw, problem, fastest)
+            if db is not None and bias is None:
+                _sum_channels(call, call["dy"], db)
+            _finish(call, partial, parts, dw, bias, None if bias is None else db, problem, fastest)
 
         options: dict[str, Any] = {
             "precision": precision,
@@ -116,19 +134,24 @@ def conv2d_backward_bias(dy: Any, *, out: Any = None, stream: Any = None) -> Any
         gradient = call["dy"]
         if len(gradient.shape) != 4:
             raise ProblemError(f"dy must have 4 dimensions (N, K, P, Q), got shape {gradient.shape}")
-        count, outputs, p, q = gradient.shape
-        last = count > 0 and image_layout(gradient) == "channels_last"
-        sums = call.output((outputs,), dtype)
+        sums = call.output(gradient.shape[1:2], dtype)
         require_apart(sums, gradient)
-        launch_channel_sums(
-            call,
-            gradient,
-            sums,
-            images=(count, outputs * p * q),
-            pixels=(p * q, outputs if last else 1),
-            channels=(outputs, 1 if last else p * q),
-        )
+        _sum_channels(call, gradient, sums)
         return call.give(sums)
+
+
+def _sum_channels(call: Call, dy: DeviceArray, sums: DeviceArray) -> None:
+    """The sum of dy (N, K, P, Q), in either layout, over N, P and Q."""
+    count, outputs, p, q = dy.shape
+    last = count > 0 and image_layout(dy) == "channels_last"
+    launch_channel_sums(
+        call,
+        dy,
+        sums,
+        images=(count, outputs * p * q),
+        pixels=(p * q, outputs if last else 1),
+        channels=(outputs, 1 if last else p * q),
+    )
 
 
 def _problem(
@@ -176,6 +199,8 @@ def _check_algorithm(
         raise ArgumentError(
             f"algorithm of a filter gradient must be auto, {', '.join(filter_algorithms())}, got {algorithm!r}"
         )
+    if algorithm == "direct":
+        conv2d_filter_direct.check(problem, dtype)
     if algorithm == "depthwise" and problem.groups != problem.C:
         raise ArgumentError(
             f"algorithm 'depthwise' takes one input channel a group, got {problem.C // problem.groups}; use "
@@ -265,21 +290,33 @@ def _by_columns(call: Call, problem: Conv2dProblem) -> DeviceArray:
 
 
 def _finish(
-    call: Call, partial: DeviceArray, parts: int, dw: DeviceArray, problem: Conv2dProblem, channels_fastest: bool
+    call: Call,
+    partial: DeviceArray,
+    parts: int,
+    dw: DeviceArray,
+    bias_partial: DeviceArray | None,
+    db: DeviceArray | None,
+    problem: Conv2dProblem,
+    channels_fastest: bool,
 ) -> None:
-    """Add the parts up into dw. No parts give zeros."""
+    """Add the parts up into dw, and those of the bias, where there are any, into db. No parts give zeros."""
     lines = min(16, 1 << (parts - 1).bit_length()) if parts > 1 else 1
     width = _THREADS // lines
+    outputs = 0 if db is None else db.size
     call.launch(
         SOURCE,
         "filter_gradient_finish",
-        -(-dw.size // width),
+        -(-(dw.size + outputs) // width),
         (width, lines),
         scalar=dw.dtype,
         partial=partial,
         dw=dw,
+        bias_partial=bias_partial,
+        db=db,
         finish={
             "elements": dw.size,
+            "outputs": outputs,
+            "bias_step": 0 if db is None else db.strides[0],
             **dict(zip("kcrs", dw.strides, strict=True)),
             "parts": parts,
             "columns": _columns(problem),

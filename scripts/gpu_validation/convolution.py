@@ -11,7 +11,7 @@ from typing import Any
 import numpy
 
 import gpucnn_kernels as kernels
-from gpucnn_kernels import conv2d_filter, conv2d_tensor
+from gpucnn_kernels import conv2d_filter, conv2d_filter_direct, conv2d_tensor
 from gpucnn_kernels import conv2d_forward_paths as forward_paths
 from gpucnn_kernels import conv2d_tiles as tiles
 from gpucnn_kernels.conv2d_tiles import Tile
@@ -43,9 +43,11 @@ def problems(bench: Bench) -> dict[str, Conv2dProblem]:
     return every if bench.whole else {name: every[name] for name in REDUCED}
 
 
-def takes(algorithm: str, problem: Conv2dProblem) -> bool:
-    """Whether the algorithm is for such a problem."""
+def takes(algorithm: str, problem: Conv2dProblem, filters: str = "") -> bool:
+    """Whether the algorithm is for such a problem; of a filter's gradient for arrays of dtype ``filters``."""
     depth = problem.C // problem.groups
+    if filters and algorithm == "direct":
+        return conv2d_filter_direct.takes(problem, filters)
     return depth <= {"direct": 4, "depthwise": 1}.get(algorithm, depth)
 
 
@@ -154,14 +156,22 @@ def check_directions(
                     **given,
                 ),
             )  # fmt: skip
+
+    def filter_and_bias(algorithm: str) -> tuple[Any, Any]:
+        db = bench.put(numpy.full(problem.K, numpy.nan), dtype)
+        dw = kernels.conv2d_backward_filter(
+            put(wanted.dy), put(wanted.x, filter_layout), kernel_size=(problem.R, problem.S), algorithm=algorithm,
+            bias_out=db, **given,
+        )  # fmt: skip
+        return dw, db
+
     for algorithm in ("auto", *kernels.conv2d_algorithms("backward_filter")):
-        if takes(algorithm, problem):
-            check(
-                "filter", "conv2d_backward_filter", algorithm,
-                lambda: kernels.conv2d_backward_filter(
-                    put(wanted.dy), put(wanted.x, filter_layout), kernel_size=(problem.R, problem.S),
-                    algorithm=algorithm, **given,
-                ),
+        if takes(algorithm, problem, dtype):
+            bench.check(
+                "conv2d_backward_filter", where, dtype, lambda: filter_and_bias(algorithm),
+                [wanted.truth("filter"), wanted.truth("bias")],
+                [wanted.bound("filter", dtype), wanted.bound("bias", dtype)],
+                algorithm=algorithm, repeatable=True,
             )  # fmt: skip
     check("bias", "conv2d_backward_bias", "", lambda: kernels.conv2d_backward_bias(put(wanted.dy)))
 

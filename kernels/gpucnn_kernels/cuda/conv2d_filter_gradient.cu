@@ -247,21 +247,27 @@ extern "C" __global__ void __launch_bounds__(256) filter_gradient_depthwise(
 struct Finish {
     long long elements;          // K * C / groups * R * S
     long long k, c, r, s;        // strides of dw, in elements
-    int parts, columns, C, R, S;  // C is a group's
+    long long bias_step;         // that of db
+    int parts, outputs;          // of a bias's gradient, 0 where there is none
+    int columns, C, R, S;        // C is a group's
     bool channels_fastest;
 };
 
-// A block is X elements by Y lines of parts; no parts at all give zeros.
+// A block is X elements by Y lines of parts; no parts at all give zeros. The elements of the bias's gradient follow
+// those of the weight's.
 extern "C" __global__ void __launch_bounds__(256) filter_gradient_finish(
-    const accumulate_t *partial, scalar_t *dw, Finish finish
+    const accumulate_t *partial, const accumulate_t *bias_partial, scalar_t *dw, scalar_t *db, Finish finish
 ) {
     __shared__ accumulate_t lines[256];
     const long long element = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    const bool of_weight = element < finish.elements, there = element < finish.elements + finish.outputs;
+    const long long at = of_weight ? element : element - finish.elements;
     accumulate_t sum = NUMBER(0);
-    if (element < finish.elements) {
-        for (int part = threadIdx.y; part < finish.parts; part += blockDim.y) {
-            sum += partial[part * finish.elements + element];
-        }
+    if (there) {
+        const accumulate_t *from = of_weight ? partial : bias_partial;
+        const long long step = of_weight ? finish.elements : finish.outputs;
+        #pragma unroll 4
+        for (int part = threadIdx.y; part < finish.parts; part += blockDim.y) sum += from[part * step + at];
     }
     const int thread = threadIdx.y * blockDim.x + threadIdx.x;
     lines[thread] = sum;
@@ -269,12 +275,15 @@ extern "C" __global__ void __launch_bounds__(256) filter_gradient_finish(
         __syncthreads();
         if (threadIdx.y < half) lines[thread] += lines[thread + half * blockDim.x];
     }
-    if (threadIdx.y == 0 && element < finish.elements) {
-        const long long k = element / finish.columns;
-        const int j = (int)(element - k * finish.columns), places = finish.R * finish.S;
-        const int c = finish.channels_fastest ? j % finish.C : j / places;
-        const int place = finish.channels_fastest ? j / finish.C : j - c * places;
-        const int r = place / finish.S;
-        dw[k * finish.k + c * finish.c + r * finish.r + (place - r * finish.S) * finish.s] = store(lines[thread]);
+    if (threadIdx.y > 0 || !there) return;
+    if (!of_weight) {
+        db[at * finish.bias_step] = store(lines[thread]);
+        return;
     }
+    const long long k = element / finish.columns;
+    const int j = (int)(element - k * finish.columns), places = finish.R * finish.S;
+    const int c = finish.channels_fastest ? j % finish.C : j / places;
+    const int place = finish.channels_fastest ? j / finish.C : j - c * places;
+    const int r = place / finish.S;
+    dw[k * finish.k + c * finish.c + r * finish.r + (place - r * finish.S) * finish.s] = store(lines[thread]);
 }
