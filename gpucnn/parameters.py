@@ -134,15 +134,6 @@ class Parameter:
         else:
             self._gradient += gradient
 
-    def cleared_gradient(self, dtype: Any) -> Array | None:
-        """The gradient's own memory, for an operation to write a first gradient of ``dtype`` to; else None.
-
-        There is none where the parameter is frozen, its gradient is not cleared, or of another dtype. What was
-        written there is the gradient once it has been set: ``parameter.gradient = array``.
-        """
-        fits = self.requires_grad and self._is_cleared and self._gradient.dtype == dtype
-        return self._gradient if fits else None
-
     def add_gradient_by(self, operation: Callable[..., Array], dy: Array, *others: Array, **options: Any) -> None:
         """Add ``operation(dy, *others, **options)``, of dy's dtype, unless the parameter is frozen.
 
@@ -155,18 +146,6 @@ class Parameter:
             self._is_cleared = False
         else:
             self.add_gradient(operation(dy, *others, **options))
-
-    @property
-    def first_gradient_place(self) -> Array | None:
-        """Where the first gradient since it was cleared is to be written whole; None for any later one.
-
-        Who has written it says so by :meth:`first_gradient_is_there`.
-        """
-        return self._gradient if self._is_cleared and self.requires_grad else None
-
-    def first_gradient_is_there(self) -> None:
-        """What :attr:`first_gradient_place` gave has been written."""
-        self._is_cleared = False
 
     def zero_grad(self) -> None:
         """Set the gradient to zero."""

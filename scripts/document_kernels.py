@@ -88,6 +88,10 @@ automatic choice may take tensor cores where `precision` is `"tf32"`, `"float16"
 takes none of these kernels: they have not been measured on a GPU yet. The heads of `cuda/conv2d_tensor*.cu` give
 their limits and what is expected of them.
 
+`algorithm="wgmma"` of the first two multiplies float16 and bfloat16 by the instructions of a warpgroup, which H100
+and H200 (compute capability 9.0) have and no later GPU: the one way to the datasheet's rate there. It is taken
+where it is asked for by name, until it was measured.
+
 ## What a convolution ends with
 
 Every algorithm of `conv2d_forward` stores activation(scale * sum + bias + residual), made in float32 (float64 for
@@ -155,7 +159,7 @@ def compile_all(known: Table | None) -> Table:
     fresh = [made for made in sources if old.get(made.title, {}).get("fingerprint") != made.fingerprint]
     print(f"{version}: compiling {len(fresh)} of {len(sources)} sources for {len(architectures)} architectures")
     found = nvrtc.resources_of(
-        (made, architecture) for made in fresh for architecture in nvrtc.architectures_since(needed[made])
+        (made, architecture) for made in fresh for architecture in nvrtc.architectures_of(made, needed[made])
     )
     table: Table = {"nvrtc": version, "architectures": architectures, "sources": {}}
     for made in sources:
@@ -233,7 +237,7 @@ def count_instructions(table: Table) -> Table:
         if old is not None and old["fingerprint"] == made.fingerprint:
             counted[made.title] = old
         elif tool is not None and made.title in table["sources"]:
-            assert COUNTED in nvrtc.architectures_since(capability)
+            assert COUNTED in nvrtc.architectures_of(made, capability)
             cubin, _ = nvrtc.compile_source(made, COUNTED)
             kernels = instructions.count(cubin, tool)
             counted[made.title] = {

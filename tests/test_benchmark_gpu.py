@@ -130,6 +130,8 @@ def test_a_row_of_each_kind_runs(
     convolution = measurement.row.kind == "convolution"
     dense = convolution and measurement.row.sizes["groups"] == 1
     expected += ["tensor"] * (dense and measurement.precision == "float32")
+    narrow = measurement.precision in ("bfloat16", "float16")
+    expected += ["wgmma"] * (convolution and narrow and measurement.row.direction != "filter gradient")
     step = measurement.row.kind == "step"
     assert answer["variants"] == expected + ["autotuned"] * convolution + ["captured"] * step
     for variant in ("", "autotuned") if convolution else ():

@@ -45,7 +45,7 @@ def reports(request: pytest.FixtureRequest) -> Reports:
     kept: dict[str, Any] = cache.get("gpucnn/nvrtc", {})
     keys, fresh = {}, []
     for form, capability in catalog.capabilities().items():
-        for architecture in nvrtc.architectures_since(capability):
+        for architecture in nvrtc.architectures_of(form, capability):
             keys[form.title, architecture] = f"{VERSION} {architecture} {form.fingerprint}"
             if keys[form.title, architecture] not in kept:
                 fresh.append((form, architecture))
@@ -65,7 +65,7 @@ def of(name: str, reports: Reports) -> list[tuple[str, source.Source, str, str, 
     found = []
     for form, capability in catalog.capabilities().items():
         if form.name == name:
-            for architecture in nvrtc.architectures_since(capability):
+            for architecture in nvrtc.architectures_of(form, capability):
                 for kernel, report in reports[form.title, architecture].items():
                     found.append((f"{form.title}: {kernel} on {architecture}", form, architecture, kernel, report))
     assert found
@@ -139,8 +139,13 @@ def test_occupancy(
 
 
 def test_what_needs_a_newer_gpu_is_compiled_for_those_alone(reports: Reports, document: ModuleType) -> None:
-    assert nvrtc.architectures_since((0, 0)) == nvrtc.ARCHITECTURES
-    assert nvrtc.architectures_since((8, 6)) == ("sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+    anywhere, hopper = (
+        source.variant("activations", "float32"),
+        source.variant("conv2d_wgmma", "float16", {"ARCHITECTURE": "sm_90a"}),
+    )
+    assert nvrtc.architectures_of(anywhere, (0, 0)) == nvrtc.ARCHITECTURES
+    assert nvrtc.architectures_of(anywhere, (8, 6)) == ("sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+    assert nvrtc.architectures_of(hopper, (9, 0)) == ("sm_90",)
     form = source.variant("conv2d_tensor", "float16", {"PRODUCTS": "1"})
     assert (form.title, "sm_80") in reports
     assert (form.title, "sm_75") not in reports

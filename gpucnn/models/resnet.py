@@ -23,7 +23,6 @@ from gpucnn.layers import (
     ReLU,
     Sequential,
 )
-from gpucnn.layers.fusion import backward_sum, backward_through, forward_sum, forward_through
 from gpucnn.layers.layer import ShortcutSum
 from gpucnn.models.images import check_at_least, check_image_size
 from gpucnn.models.model import Model
@@ -82,13 +81,16 @@ class BasicBlock(Layer):
 
     def forward(self, x: Array) -> Array:
         """relu(body(x) + shortcut(x))."""
-        y = forward_through(self, (self.conv1, self.bn1, self.relu1, self.conv2), x)
-        return _forward_sum(self, self.bn2, y, x if self.downsample is None else self.downsample(x), self.relu2)
+        y = self.relu1(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        y += x if self.downsample is None else self.downsample(x)  # in place: bn2 keeps its input, not y
+        return self.relu2(y)
 
     def backward(self, dy: Array) -> Array:
         """The sum of the gradients through the body and the shortcut."""
-        dx, dy = _backward_sum(self, self.bn2, self.relu2, dy)
-        dx = backward_through(self, (self.conv1, self.bn1, self.relu1, self.conv2), dx)
+        dy = self.relu2.backward(dy)
+        dx = self.conv2.backward(self.bn2.backward(dy))
+        dx = self.conv1.backward(self.bn1.backward(self.relu1.backward(dx)))
         dx += dy if self.downsample is None else self.downsample.backward(dy)
         return dx
 
@@ -127,38 +129,20 @@ class Bottleneck(Layer):
 
     def forward(self, x: Array) -> Array:
         """relu(body(x) + shortcut(x))."""
-        y = forward_through(self, self._before_sum(), x)
-        return _forward_sum(self, self.bn3, y, x if self.downsample is None else self.downsample(x), self.relu3)
+        y = self.relu1(self.bn1(self.conv1(x)))
+        y = self.relu2(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(y))
+        y += x if self.downsample is None else self.downsample(x)  # in place: bn3 keeps its input, not y
+        return self.relu3(y)
 
     def backward(self, dy: Array) -> Array:
         """The sum of the gradients through the body and the shortcut."""
-        dx, dy = _backward_sum(self, self.bn3, self.relu3, dy)
-        dx = backward_through(self, self._before_sum(), dx)
+        dy = self.relu3.backward(dy)
+        dx = self.conv3.backward(self.bn3.backward(dy))
+        dx = self.conv2.backward(self.bn2.backward(self.relu2.backward(dx)))
+        dx = self.conv1.backward(self.bn1.backward(self.relu1.backward(dx)))
         dx += dy if self.downsample is None else self.downsample.backward(dy)
         return dx
-
-    def _before_sum(self) -> tuple[Layer, ...]:
-        """What comes before the last batch norm."""
-        return self.conv1, self.bn1, self.relu1, self.conv2, self.bn2, self.relu2, self.conv3
-
-
-def _forward_sum(block: Layer, norm: BatchNorm2d, y: Array, shortcut: Array, activation: ReLU) -> Array:
-    """activation(norm(y) + shortcut)."""
-    total = forward_sum(block, norm, y, shortcut, activation)
-    if total is not None:
-        return total
-    y = norm(y)
-    y += shortcut  # in place: the norm keeps its input, not y
-    return activation(y)
-
-
-def _backward_sum(block: Layer, norm: BatchNorm2d, activation: ReLU, dy: Array) -> tuple[Array, Array]:
-    """The gradients for what the norm read, and for the shortcut."""
-    both = backward_sum(block, norm, activation, dy)
-    if both is not None:
-        return both
-    dy = activation.backward(dy)
-    return norm.backward(dy), dy
 
 
 class ResNet(Model):
@@ -225,7 +209,7 @@ class ResNet(Model):
     def forward(self, x: Array) -> Array:
         """Logits (N, num_classes) of x (N, in_channels, H, W)."""
         check_at_least(x, self.smallest_image)
-        x = forward_through(self, self._stem(), x)
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         for name in self.stage_names:
             x = getattr(self, name)(x)
         return self.fc(self.flatten(self.avgpool(x)))
@@ -235,10 +219,7 @@ class ResNet(Model):
         dy = self.avgpool.backward(self.flatten.backward(self.fc.backward(dy)))
         for name in reversed(self.stage_names):
             dy = getattr(self, name).backward(dy)
-        return backward_through(self, self._stem(), dy)
-
-    def _stem(self) -> tuple[Layer, ...]:
-        return self.conv1, self.bn1, self.relu, self.maxpool
+        return self.conv1.backward(self.bn1.backward(self.relu.backward(self.maxpool.backward(dy))))
 
     def skip_input_gradient(self, skip: bool = True) -> None:
         """Leave the gradient for x out of backward."""

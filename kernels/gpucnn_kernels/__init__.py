@@ -63,7 +63,6 @@ _MODULES = {
     ],
     "dropout": ["dropout_backward", "dropout_forward"],
     "linear": [
-        "linear_backward",
         "linear_backward_bias",
         "linear_backward_data",
         "linear_backward_weight",

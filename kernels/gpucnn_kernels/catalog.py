@@ -2,8 +2,9 @@
 
 A module that starts kernels says in ``SOURCES`` of which files and with which definitions: source name ->
 definition sets. Each set stands for one form a dtype; one with ``"SCALAR": None`` has no element type and stands
-for itself. "CAPABILITY": (8, 0) says that a form needs that compute capability, or a later one, to compile. Beside
-it ``SHARED_BYTES`` says, by kernel, the dynamic shared memory that a block is started with, where it takes some.
+for itself. "CAPABILITY": (8, 0) says that a form needs that compute capability, or a later one, to compile; with
+"ARCHITECTURE": "sm_90a" beside it, that one alone. Beside them ``SHARED_BYTES`` says, by kernel, the dynamic
+shared memory that a block is started with, where it takes some.
 """
 
 from __future__ import annotations
@@ -70,6 +71,11 @@ def variants(dtypes: Iterable[str] = tuple(SCALARS)) -> list[Source]:
     return list(capabilities(dtypes))
 
 
+def _runs_on(has: tuple[int, int], source: Source, needed: tuple[int, int]) -> bool:
+    """Whether a GPU of compute capability ``has`` runs a form that needs ``needed``: that, or a later one."""
+    return needed == has if source.architecture is not None else needed <= has
+
+
 def warm_up(dtypes: Iterable[str] = ("float32",), progress: Progress | None = None, *, processes: int = 1) -> int:
     """Compile all kernels for these dtypes ahead of their use, for the current device; how many modules that were.
 
@@ -89,7 +95,7 @@ def warm_up(dtypes: Iterable[str] = ("float32",), progress: Progress | None = No
     runtime = current()
     device = runtime.current_device()
     has = runtime.capability(device)
-    modules = [source for source, needed in capabilities(dtypes).items() if needed <= has]
+    modules = [source for source, needed in capabilities(dtypes).items() if _runs_on(has, source, needed)]
     told: list[Source] = []
 
     def begin(source: Source) -> None:

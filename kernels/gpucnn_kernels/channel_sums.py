@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from gpucnn_kernels.arrays import DeviceArray
 from gpucnn_kernels.launch import Call
 from gpucnn_kernels.source import SCALARS
@@ -23,7 +21,7 @@ Axis = tuple[int, int]
 def launch_channel_sums(
     call: Call, values: DeviceArray, sums: DeviceArray, *, images: Axis, pixels: Axis, channels: Axis
 ) -> None:
-    """Sum ``values`` over images and pixels into ``sums`` (channels,), of their dtype or the accumulating one.
+    """Sum ``values`` over images and pixels into ``sums`` (channels,).
 
     16-bit values are added up in float32 and rounded once. Nothing to sum gives zeros. The order of the additions
     depends on the shape and the layout alone.
@@ -41,10 +39,6 @@ def launch_channel_sums(
     parts = max(1, -(-positions // part))
     scalar, (_, wide) = values.dtype, SCALARS[values.dtype]
     partial = None if parts == 1 else call.scratch(parts * channels[0], wide)
-    # The kernel's ``partial`` has the accumulating dtype: sums of that dtype are stored as the only part's.
-    result: dict[str, Any] = (
-        {"partial": None, "sums": sums} if sums.dtype == scalar else {"partial": sums, "sums": None}
-    )
     call.launch(
         SOURCE,
         "channel_sums",
@@ -53,7 +47,8 @@ def launch_channel_sums(
         scalar=scalar,
         values=values,
         wide=None,
-        **({"partial": partial, "sums": None} if partial is not None else result),
+        partial=partial,
+        sums=sums,
         shape=_shape(images, pixels, channels, part),
     )
     if partial is not None:
@@ -67,7 +62,8 @@ def launch_channel_sums(
             scalar=scalar,
             values=None,
             wide=partial,
-            **result,
+            partial=None,
+            sums=sums,
             shape=_shape((1, 0), (parts, channels[0]), channels, parts),
         )
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gpucnn_kernels import conv2d_data_paths as data_paths
-from gpucnn_kernels import conv2d_filter, conv2d_tensor, tuning
+from gpucnn_kernels import conv2d_filter, conv2d_tensor, conv2d_wgmma, tuning
 from gpucnn_kernels import conv2d_forward_paths as forward_paths
 from gpucnn_kernels.arrays import DeviceArray, image_layout
 from gpucnn_kernels.conv2d_choice import chosen
@@ -56,8 +56,9 @@ _BACKWARD_DATA: dict[str, Path] = {
 def conv2d_algorithms(direction: str) -> tuple[str, ...]:
     """Names that ``algorithm`` takes for "forward", "backward_data" or "backward_filter", without "auto".
 
-    They take every dtype on every GPU. "tensor" is one more, of all directions, that does not: see
-    :mod:`gpucnn_kernels.conv2d_tensor`. Raises ArgumentError for another direction.
+    They take every dtype on every GPU. "tensor" is one more, of all directions, that does not, and "wgmma" another
+    of the first two: see :mod:`gpucnn_kernels.conv2d_tensor` and :mod:`gpucnn_kernels.conv2d_wgmma`. Raises
+    ArgumentError for another direction.
     """
     if direction == "forward":
         return tuple(_FORWARD)
@@ -115,6 +116,9 @@ def _check_algorithm(
         return
     if algorithm == "tensor":
         conv2d_tensor.check(call, dtype)
+        return
+    if algorithm == "wgmma" and direction != "backward_filter":
+        conv2d_wgmma.check(call, dtype)
         return
     if algorithm not in names:
         raise ArgumentError(
@@ -192,6 +196,8 @@ def conv2d_forward(
         def run(name: str) -> None:
             if name == "tensor":
                 conv2d_tensor.convolve(call, problem, images, weights, y, epilogue, precision=precision)
+            elif name == "wgmma":
+                conv2d_wgmma.convolve(call, problem, images, weights, y, epilogue)
             else:
                 _FORWARD[name](call, problem, images, weights, y, epilogue)
 
@@ -254,6 +260,8 @@ def input_gradient(
     def run(name: str) -> None:
         if name == "tensor":
             conv2d_tensor.convolve(call, problem, dy, weight, dx, epilogue, precision=precision, transposed=True)
+        elif name == "wgmma":
+            conv2d_wgmma.convolve(call, problem, dy, weight, dx, epilogue, transposed=True)
         else:
             _BACKWARD_DATA[name](call, problem, dy, weight, dx, epilogue)
 

@@ -35,6 +35,7 @@ from gpucnn_kernels.conv2d_tiles import (
     tensor_rate,
     tensor_tile,
     tiled,
+    wgmma_tile,
 )
 from gpucnn_kernels.gpu import Gpu
 from gpucnn_kernels.problem import Conv2dProblem
@@ -123,8 +124,10 @@ def estimate(
     if path in ("implicit_gemm", "phases"):
         tile = implicit_tile(gpu, dtype, sizes.channels, sizes.positions, sizes.units)
         return _product(path, tile, sizes, 8, plain_rate(gpu, dtype), item, once, gpu)
-    if path == "tensor":
+    if path in ("tensor", "wgmma"):
         tile = tensor_tile(gpu, dtype, precision, sizes.channels, sizes.positions, sizes.units)
+        if path == "wgmma":
+            tile = wgmma_tile(gpu, dtype, sizes.channels, sizes.positions, sizes.units)
         made = _product(path, tile, sizes, 16 // item, tensor_rate(gpu, dtype, precision), item, once, gpu)
         packed, launches = _packing(problem, item, channels_last, direction)
         return replace(made, launches=1 + launches, passes=_memory(gpu, packed))

@@ -111,14 +111,9 @@ def _check(a: DeviceArray, b: DeviceArray, out: DeviceArray, shape: tuple[int, .
     if out.shape != shape:
         raise ArgumentError(f"out must have shape {shape}, got {out.shape}")
     for array in (a, b, out):
-        require_matrix(array)
+        if array.size:
+            _stored(array)
     require_apart(out, a, b)
-
-
-def require_matrix(array: DeviceArray) -> None:
-    """Raise LayoutError unless it is a matrix, or a batch of them, stored by rows or by columns."""
-    if array.size:
-        _stored(array)
 
 
 # ---------------------------------------------------------------- NumPy

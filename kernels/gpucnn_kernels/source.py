@@ -98,6 +98,11 @@ class Source:
         """What to call it in messages: "activations (SCALAR float32)"."""
         return " ".join([self.name, *(f"({name} {value})" for name, value in self.definitions)])
 
+    @property
+    def architecture(self) -> str | None:
+        """The one architecture that it compiles for, such as "sm_90a", where its instructions are of no other."""
+        return dict(self.definitions).get("ARCHITECTURE")
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the text, which is all that the compiler sees of this project."""

@@ -14,6 +14,7 @@ from benchmarking.ours import Ours
 
 _DIRECTIONS = {"forward": "forward", "input gradient": "backward_data", "filter gradient": "backward_filter"}
 _NUMBERS = 1 << 20
+_NARROW = ("bfloat16", "float16")
 _TF32_COMPUTE = 77  # CUBLAS_COMPUTE_32F_FAST_TF32
 _FLOAT32_COMPUTE = 68  # CUBLAS_COMPUTE_32F
 _CUBLAS_TYPES = {"float32": 0, "float16": 2, "bfloat16": 14}  # of cudaDataType
@@ -22,10 +23,11 @@ _CUBLAS_TYPES = {"float32": 0, "float16": 2, "bfloat16": 14}  # of cudaDataType
 class OursOnGpu(Ours):
     """gpucnn on device "cuda": what a user of its operations and layers gets, in the precision asked for."""
 
-    variants = ("", "channels-last", "tensor", "autotuned", "captured")
+    variants = ("", "channels-last", "tensor", "wgmma", "autotuned", "captured")
     """The algorithm that is chosen by itself, on contiguous arrays and on channels-last ones; tensor cores for
-    float32-accurate convolutions, which are not chosen by themselves; what was measured to be the fastest; and
-    training steps as ``fit`` takes them on a GPU, by one CUDA graph."""
+    float32-accurate convolutions, and products of warpgroups on channels-last 16-bit ones, which are not chosen by
+    themselves; what was measured to be the fastest; and training steps as ``fit`` takes them on a GPU, by one CUDA
+    graph."""
 
     def __init__(self) -> None:
         super().__init__("cuda")
@@ -77,7 +79,7 @@ class OursOnGpu(Ours):
 
     def _normal(self, *shape: int, scale: float = 1.0) -> Any:
         """Normal numbers in the row's precision and layout: a million of them, over and over."""
-        last = len(shape) == 4 and self._variant == "channels-last"
+        last = len(shape) == 4 and self._variant in ("channels-last", "wgmma")
         order = (shape[0], shape[2], shape[3], shape[1]) if last else shape
         count = math.prod(order)
         if self._numbers is None:
@@ -87,7 +89,7 @@ class OursOnGpu(Ours):
         if turns > 1:  # never in a rehearsal, whose sizes are tiny
             numbers = self._cupy.tile(numbers, turns)
         values = numbers[:count].reshape(order) * numpy.float32(scale)
-        if self._precision in ("bfloat16", "float16"):
+        if self._precision in _NARROW:
             values = values.astype(_dtype(self._precision))
         return values.transpose(0, 3, 1, 2) if last else values
 
@@ -105,6 +107,10 @@ class OursOnGpu(Ours):
         """The work of ``row`` as a function; None where there is no such variant of it."""
         if variant == "tensor" and (
             row["kind"] != "convolution" or precision != "float32" or row["sizes"]["groups"] > 1
+        ):
+            return None
+        if variant == "wgmma" and (
+            row["kind"] != "convolution" or precision not in _NARROW or row["direction"] == "filter gradient"
         ):
             return None
         if variant == "autotuned" and row["kind"] != "convolution":
@@ -125,8 +131,8 @@ class OursOnGpu(Ours):
 
     def _way(self) -> dict[str, Any]:
         """What a convolution is told of the precision."""
-        if self._variant == "tensor":
-            return {"algorithm": "tensor"}
+        if self._variant in ("tensor", "wgmma"):
+            return {"algorithm": self._variant}
         return {} if self._precision == "float32" else {"precision": self._precision}
 
     def _convolution(self, direction: str, s: dict[str, Any]) -> Callable[[], Any]:
@@ -145,7 +151,7 @@ class OursOnGpu(Ours):
 
             self._way_taken = lambda: " ".join(list(tuning.used().values())[-1]).strip()
             return tuned
-        if self._variant != "tensor":
+        if self._variant not in ("tensor", "wgmma"):
             self._way_taken = lambda: self._chosen(direction, x, weight, options)
         return run
 
@@ -332,7 +338,7 @@ class OursOnGpu(Ours):
         import gpucnn_kernels
 
         self._precision, self._variant = precision, ""
-        dtype = _dtype(precision) if precision in ("bfloat16", "float16") else numpy.dtype("float32")
+        dtype = _dtype(precision) if precision in _NARROW else numpy.dtype("float32")
         given = [self._to_device(values.astype(dtype), "cuda") for values in (x, weight)]
         y = gpucnn_kernels.conv2d_forward(*given, padding=1, **self._way())
         return y.get().astype(numpy.float64)

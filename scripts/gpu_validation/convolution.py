@@ -11,7 +11,7 @@ from typing import Any
 import numpy
 
 import gpucnn_kernels as kernels
-from gpucnn_kernels import conv2d_filter, conv2d_filter_direct, conv2d_tensor
+from gpucnn_kernels import conv2d_filter, conv2d_filter_direct, conv2d_tensor, conv2d_wgmma
 from gpucnn_kernels import conv2d_forward_paths as forward_paths
 from gpucnn_kernels import conv2d_tiles as tiles
 from gpucnn_kernels.conv2d_tiles import Tile
@@ -31,7 +31,7 @@ COLUMN_LIMIT = 300_000  # elements of columns that are followed one by one
 
 # Larger than any of the shared list: they fill enough of the large tiles for those to be taken.
 WIDE = {
-    "many-outputs": Conv2dProblem.from_shapes((9, 5, 31, 30), (72, 5, 3, 3), padding=1),
+    "many-outputs": Conv2dProblem.from_shapes((5, 5, 31, 30), (136, 5, 3, 3), padding=1),
     "many-inputs": Conv2dProblem.from_shapes((9, 72, 31, 30), (5, 72, 3, 3), padding=1),
     "groups-2-of-70": Conv2dProblem.from_shapes((2, 140, 21, 33), (140, 70, 3, 2), stride=2, padding=1, groups=2),
 }
@@ -183,10 +183,12 @@ def check_tensor_cores(bench: Bench) -> None:
             forms = [(dtype, None) for dtype in numbers.dtypes if dtype in conv2d_tensor.DTYPES]
             if numbers.half and "float32" in bench.dtypes:
                 forms.append(("float32", "tf32"))  # which has all digits of these numbers
+            ways = [("tensor", *form) for form in forms]
+            ways += [("wgmma", *form) for form in forms if form[0] in conv2d_wgmma.DTYPES]
             for name, problem in problems(bench).items():
                 wanted = Expectations(name, problem, numbers)
-                for (dtype, precision), layout in product(forms, LAYOUTS):
-                    check_tensor_directions(bench, name, wanted, dtype, precision, layout)
+                for (algorithm, dtype, precision), layout in product(ways, LAYOUTS):
+                    check_tensor_directions(bench, name, wanted, algorithm, dtype, precision, layout)
 
 
 @contextlib.contextmanager
@@ -207,6 +209,7 @@ def largest_tiles() -> Iterator[None]:
         (conv2d_filter, "filter_tile", plain(tiles.FILTER_TILES, tiles.FILTER_TILES_FLOAT64)),
         (conv2d_tensor, "tensor_tile", tensor(tiles.TENSOR_TILES)),
         (conv2d_tensor, "tensor_filter_tile", tensor(tiles.TENSOR_FILTER_TILES)),
+        (conv2d_wgmma, "wgmma_tile", plain(tiles.WGMMA_TILES, tiles.WGMMA_TILES)),
     ]
     chosen = [getattr(module, name) for module, name, _ in places]
     try:
@@ -219,11 +222,11 @@ def largest_tiles() -> Iterator[None]:
 
 
 def check_tensor_directions(
-    bench: Bench, name: str, wanted: Expectations, dtype: str, precision: str | None, layout: str
+    bench: Bench, name: str, wanted: Expectations, algorithm: str, dtype: str, precision: str | None, layout: str
 ) -> None:
-    """The three directions on one problem, dtype, precision and layout."""
+    """The directions that the algorithm has on one problem, dtype, precision and layout."""
     problem = wanted.problem
-    given = {**options(problem), "algorithm": "tensor", "precision": precision}
+    given = {**options(problem), "algorithm": algorithm, "precision": precision}
     x, weight, dy = ((part, dtype, layout) for part in (wanted.x, wanted.weight, wanted.dy))
     runs = {
         "forward": lambda: kernels.conv2d_forward(
@@ -236,6 +239,8 @@ def check_tensor_directions(
             bench.put(*dy), bench.put(*x), kernel_size=(problem.R, problem.S), **given
         ),
     }
+    if algorithm == "wgmma":
+        del runs["filter"]
     for direction, run in runs.items():
         operation = "forward" if direction == "forward" else f"backward_{direction}"
         truth = wanted.truth(direction)
@@ -243,7 +248,7 @@ def check_tensor_directions(
         cut = wanted.terms(direction) / 8 * EPSILON["float32"] * float(numpy.abs(truth).max(initial=0.0))
         bench.check(
             f"conv2d_{operation}, tensor cores", f"{name}, {layout}", dtype, run,
-            [truth], [wanted.bound(direction, dtype) + cut], algorithm=f"tensor {precision or dtype}",
+            [truth], [wanted.bound(direction, dtype) + cut], algorithm=f"{algorithm} {precision or dtype}",
         )  # fmt: skip
 
 

@@ -42,7 +42,6 @@ from gpucnn.ops.cpu.im2col import col2im, im2col
 from gpucnn.ops.cpu.images import images_to_float
 from gpucnn.ops.cpu.inference import conv2d_inference, conv2d_max_pool2d_inference
 from gpucnn.ops.cpu.linear import (
-    linear_backward,
     linear_backward_bias,
     linear_backward_data,
     linear_backward_weight,
@@ -92,7 +91,6 @@ __all__ = [
     "images_to_float",
     "leaky_relu_backward",
     "leaky_relu_forward",
-    "linear_backward",
     "linear_backward_bias",
     "linear_backward_data",
     "linear_backward_weight",

@@ -266,7 +266,9 @@ class _ForeignStream:
 class _CudaModule:
     def __init__(self, cupy: Any, source: Source, device: int) -> None:
         self._cupy, self._source = cupy, source
-        module = cupy.RawModule(code=source.text, options=OPTIONS, backend="nvrtc")
+        # NVRTC takes the first of two architectures; CuPy's own, which lacks what only "sm_90a" has, comes behind.
+        exact = () if source.architecture is None else (f"-arch={source.architecture}",)
+        module = cupy.RawModule(code=source.text, options=(*OPTIONS, *exact), backend="nvrtc")
         began = time.perf_counter()
         timer = threading.Timer(_SAY_AFTER_SECONDS, _say_compiling, (source.title,))
         timer.daemon = True

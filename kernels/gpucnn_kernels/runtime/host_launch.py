@@ -73,9 +73,9 @@ class HostRuntime:
         return 0
 
     def capability(self, device: int) -> tuple[int, int]:
-        """8.0: the host compiles kernels with __CUDA_ARCH__ at 800."""
+        """9.0: the host compiles kernels with __CUDA_ARCH__ at 900."""
         del device
-        return 8, 0
+        return 9, 0
 
     def empty(self, shape: Sequence[int], dtype: str, like: Any) -> Any:
         """A new array, of the subclass of ``like`` if it is one, filled with 0xFF so that a gap shows as NaN."""

@@ -84,7 +84,12 @@ def compile_source(source: Source, architecture: str, options: Sequence[str] = (
         ),
     )
     try:
-        arguments = [f"-arch={architecture}", "-std=c++17", "-ftz=true", "--ptxas-options=-v"]
+        arguments = [
+            f"-arch={source.architecture or architecture}",
+            "-std=c++17",
+            "-ftz=true",
+            "--ptxas-options=-v",
+        ]
         arguments += [f"-I{folder}" for folder in headers] + list(options)
         encoded = (ctypes.c_char_p * len(arguments))(*(argument.encode() for argument in arguments))
         status = library.nvrtcCompileProgram(program, len(arguments), encoded)
@@ -138,8 +143,13 @@ def resources(source: Source, architecture: str, options: Sequence[str] = ()) ->
     return found
 
 
-def architectures_since(capability: tuple[int, int]) -> tuple[str, ...]:
-    """Those of ARCHITECTURES that have a compute capability, such as (8, 0), or a later one."""
+def architectures_of(source: Source, capability: tuple[int, int]) -> tuple[str, ...]:
+    """Those of ARCHITECTURES that have a compute capability, such as (8, 0), or a later one.
+
+    Of a source for one architecture it is the one of that name: "sm_90" of "sm_90a".
+    """
+    if source.architecture is not None:
+        return (source.architecture.removesuffix("a"),)
     major, minor = capability
     return tuple(name for name in ARCHITECTURES if int(name.removeprefix("sm_")) >= 10 * major + minor)
 

@@ -8,7 +8,7 @@
 #define GPUCNN_HOST 1
 #define __CUDACC__ 1
 #define __CUDACC_RTC__ 1
-#define __CUDA_ARCH__ 800  // cp.async, tf32 and bfloat16 tensor cores are there; Hopper's own instructions are not
+#define __CUDA_ARCH__ 900  // of the instructions of ptx.cuh and ptx_warpgroup.cuh
 
 #define __global__
 #define __device__

@@ -114,6 +114,16 @@ GPUCNN_HOST_HIDDEN void multiply_matrices(
     float *accumulator, const unsigned *a, const unsigned *b, MatrixFormat format, int depth, int line
 );
 
+// Those of cuda/ptx_warpgroup.cuh.
+GPUCNN_HOST_HIDDEN unsigned long long factor_at(const void *rows, int depth, int line);
+GPUCNN_HOST_HIDDEN void show_to_products();
+GPUCNN_HOST_HIDDEN void begin_products(int line);
+GPUCNN_HOST_HIDDEN void multiply_warpgroup(
+    float *sums, int columns, unsigned long long left, unsigned long long right, MatrixFormat format, int line
+);
+GPUCNN_HOST_HIDDEN void commit_products(int line);
+GPUCNN_HOST_HIDDEN void wait_for_products(int groups_left, int line);
+
 // While one lives, the accesses of its thread are one atomic operation: no race with another such.
 #if defined(GPUCNN_HOST_SANITIZE)
 extern GPUCNN_HOST_HIDDEN bool in_atomic_operation;

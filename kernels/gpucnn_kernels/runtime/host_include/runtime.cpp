@@ -8,5 +8,6 @@
 #include "runtime_memory.h"
 #include "runtime_races.h"
 #include "runtime_ptx.h"
+#include "runtime_warpgroup.h"
 #include "runtime_sanitizer.h"
 #include "runtime_launch.h"

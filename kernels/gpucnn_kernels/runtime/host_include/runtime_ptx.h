@@ -6,6 +6,34 @@
 
 namespace gpucnn_host {
 
+// ---- what products of warpgroups may not read yet ----
+// They read shared memory by another way than threads do: what a thread's copies have brought is there for them
+// once the thread has shown it (fence.proxy.async). A chunk of 16 bytes is unshown from its copy to that.
+
+constexpr size_t CHUNK_BYTES = 16, CHUNK_COUNT = DYNAMIC_ARENA_BYTES / CHUNK_BYTES;
+static unsigned short unshown_by[CHUNK_COUNT];  // 1 + the thread whose copy it was; 0: it is there for products
+
+static size_t chunk_of(const void *shared) {
+    return (reinterpret_cast<uintptr_t>(shared) - reinterpret_cast<uintptr_t>(dynamic_shared_memory)) / CHUNK_BYTES;
+}
+
+static void mark_unshown(const void *shared) {
+    const size_t chunk = chunk_of(shared);
+    if (chunk < CHUNK_COUNT) unshown_by[chunk] = (unsigned short)(1 + schedule.current);  // else a variable's
+}
+
+static bool is_unshown(const void *shared) {
+    const size_t chunk = chunk_of(shared);
+    return chunk < CHUNK_COUNT && unshown_by[chunk];
+}
+
+void show_to_products() {
+    const size_t chunks = (schedule.launch->shared_bytes + CHUNK_BYTES - 1) / CHUNK_BYTES;
+    for (size_t chunk = 0; chunk < chunks; ++chunk) {
+        if (unshown_by[chunk] == 1 + schedule.current) unshown_by[chunk] = 0;
+    }
+}
+
 // ---- cp.async ----
 // The data is taken when the copy is asked for, and put in its place when its group is waited for: until then the
 // place holds bytes of 0xFF, for on hardware nobody knows what is there.
@@ -56,6 +84,7 @@ void wait_for_copies(int groups_left, int line) {
         if (copy.group <= through) {
             check_access(copy.destination, size_t(copy.size), true, line);
             memcpy(copy.destination, copy.data, size_t(copy.size));
+            mark_unshown(copy.destination);
         } else {
             thread.copies[kept++] = copy;
         }

@@ -1,0 +1,98 @@
+"""Convolutions by products of warpgroups (wgmma), which compute capability 9.0 has: algorithm "wgmma".
+
+Forward and input gradient of float16 and bfloat16 arrays, summed in float32, on H100 and H200. It is
+:mod:`gpucnn_kernels.conv2d_tensor`'s product with another instruction at its heart, which reads its factors from
+shared memory by itself and reaches the rate of the datasheet; layouts and copies are the same. "auto" does not
+take it until it was measured on a GPU, nor does the autotuner.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gpucnn_kernels.arrays import DeviceArray
+from gpucnn_kernels.conv2d_forward_paths import Epilogue, axes, channel_counts, strides
+from gpucnn_kernels.conv2d_tensor import _chunk, _in_pieces, _packed_filter, _packed_image
+from gpucnn_kernels.conv2d_tiles import WGMMA_TILES, wgmma_tile
+from gpucnn_kernels.errors import DeviceError, DtypeError
+from gpucnn_kernels.launch import Call
+from gpucnn_kernels.problem import Conv2dProblem
+
+DTYPES = ("float16", "bfloat16")
+CAPABILITY = (9, 0)
+"""The one compute capability that has the instruction."""
+
+SOURCES: dict[str, tuple[dict[str, Any], ...]] = {
+    "conv2d_wgmma": tuple(
+        {"SCALAR": dtype, "CAPABILITY": CAPABILITY, "ARCHITECTURE": "sm_90a"} for dtype in DTYPES
+    )
+}
+
+_THREADS = 256
+_LINE = 128  # bytes that a stage holds of each row
+_STAGES = 4
+_MOST_UNITS = 65535  # blocks along z
+
+SHARED_BYTES = {tile.name: _STAGES * (tile.positions + tile.channels) * _LINE for tile in WGMMA_TILES}
+"""Dynamic shared memory of a block, in bytes."""
+
+
+def check(call: Call, dtype: str) -> None:
+    """Raise unless the call's device has the instruction, and for arrays of ``dtype``."""
+    if dtype not in DTYPES:
+        raise DtypeError(f"algorithm 'wgmma' takes arrays of {', '.join(DTYPES)}, got {dtype}; choose auto")
+    if call.capability != CAPABILITY:
+        has, needs = (".".join(map(str, capability)) for capability in (call.capability, CAPABILITY))
+        raise DeviceError(
+            f"algorithm 'wgmma' needs a GPU of compute capability {needs}, such as an H100 or H200, this one's is "
+            f"{has}; choose auto or tensor"
+        )
+
+
+def convolve(
+    call: Call,
+    problem: Conv2dProblem,
+    source: DeviceArray,
+    weight: DeviceArray,
+    output: DeviceArray,
+    epilogue: Epilogue,
+    *,
+    transposed: bool = False,
+) -> None:
+    """Fill ``output``, y from x or (``transposed``) dx from dy."""
+    check(call, source.dtype)
+    channels = channel_counts(problem, transposed)
+    vertical, horizontal = axes(problem, transposed)
+    height, width, phases = vertical["output"], horizontal["output"], 1
+    if transposed:
+        # The largest phase, and how many of them hold any row and column.
+        phases = min(problem.stride[0], height) * min(problem.stride[1], width)
+        height, width = -(-height // problem.stride[0]), -(-width // problem.stride[1])
+    units, positions = phases * problem.groups, problem.N * height * width
+    tile = wgmma_tile(call.gpu, source.dtype, channels["output"], positions, units)
+    image = _packed_image(call, source, problem.groups)
+    filters, filter_strides = _packed_filter(call, problem, weight, transposed)
+    chunk = _chunk(source.dtype)
+    call.launch(
+        "conv2d_wgmma",
+        tile.name,
+        (-(-positions // tile.positions), -(-channels["output"] // tile.channels), min(units, _MOST_UNITS)),
+        _THREADS,
+        scalar=source.dtype,
+        definitions={"ARCHITECTURE": "sm_90a"},
+        shared_bytes=SHARED_BYTES[tile.name],
+        input=image,
+        input_strides=strides(image),
+        filter=filters,
+        filter_strides=filter_strides,
+        **epilogue.terms,
+        output=output,
+        output_strides=strides(output),
+        channels={**channels, "source": -(-channels["source"] // chunk) * chunk},
+        vertical=vertical,
+        horizontal=horizontal,
+        transposed=int(transposed),
+        epilogue=epilogue.fields,
+        vectors=int(channels["output"] % chunk == 0 and _in_pieces(output) and _in_pieces(epilogue.residual)),
+        units=units,
+    )
