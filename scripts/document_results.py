@@ -63,8 +63,10 @@ def section(run: RunFolder) -> tuple[str, str]:
         shutil.copyfile(run.path / file, target / file)
     data = Path(summary["data"]).name
     images = f"{evaluation['images']:,} {summary['split']}"
+    precision = config["settings"].get("precision", "float32")
+    model = summary["model"] if precision == "float32" else f"{summary['model']}, {precision}"
     row = (
-        f"| {data} | [{summary['model']}](#{name}) | {summary['parameters']:,} | {summary['epochs']} | {images} "
+        f"| {data} | [{model}](#{name}) | {summary['parameters']:,} | {summary['epochs']} | {images} "
         f"| **{evaluation['accuracy']:.4f}** | {minutes(summary['seconds'])} |"
     )
     last = history[len(history) - 1]
