@@ -11,6 +11,7 @@ from typing import Any
 from gpucnn_kernels.arrays import DeviceArray
 from gpucnn_kernels.errors import ArgumentError, DtypeError
 from gpucnn_kernels.launch import Call, blocks_for
+from gpucnn_kernels.overlap import require_apart, require_same_or_apart
 from gpucnn_kernels.problem import ProblemError
 from gpucnn_kernels.softmax import row_threads
 from gpucnn_kernels.source import SCALARS
@@ -188,6 +189,9 @@ def softmax_cross_entropy_backward(
         call.floating("probabilities", "out")
         call.contiguous("out")
         gradient = call.output(call["probabilities"].shape, given.dtype)
+        if call.get("out") is not None:
+            require_same_or_apart(gradient, call["probabilities"])
+            require_apart(gradient, call["targets"], call.get("weight"))
         weights = _sum_of_weights(call, given) if reduction == "mean" and given.weighted else None
         call.launch(
             SOURCE,

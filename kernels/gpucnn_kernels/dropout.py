@@ -12,6 +12,7 @@ from typing import Any
 from gpucnn_kernels.arrays import DeviceArray
 from gpucnn_kernels.errors import ArgumentError, LayoutError
 from gpucnn_kernels.launch import Call, blocks_for
+from gpucnn_kernels.overlap import require_apart, require_same_or_apart
 
 SOURCE = "dropout"
 SOURCES: dict[str, tuple[dict[str, str], ...]] = {SOURCE: ({},)}
@@ -107,6 +108,9 @@ def dropout_backward(dy: Any, mask: Any, *, probability: float, out: Any = None,
                 f"shape, or one value a channel, {channel_shape}"
             )
         dx = call.output(gradient.shape, dtype, like=gradient)
+        if call.get("out") is not None:
+            require_same_or_apart(dx, gradient)
+            require_apart(dx, given)
         _apply(call, gradient, given, dx, scale)
         return call.give(dx)
 

@@ -20,6 +20,7 @@ from gpucnn_kernels import source as sources
 from gpucnn_kernels.arrays import JAX, DeviceArray, device_array, image_layout, in_kind, library_of
 from gpucnn_kernels.errors import ArgumentError, DeviceError, DtypeError, LayoutError
 from gpucnn_kernels.gpu import Gpu, gpu_of
+from gpucnn_kernels.overlap import require_apart, require_same_or_apart
 from gpucnn_kernels.runtime import ITEM_SIZES, Pointer, current
 
 THREADS = 256
@@ -154,7 +155,8 @@ class Call:
     def elementwise(self, *names: str) -> None:
         """Raise unless the named arguments, where given, are dense and agree in shape and strides.
 
-        They are then walked through in memory order by one index.
+        They are then walked through in memory order by one index. Those whose names begin with "out" are written,
+        and must be one of the others or share no memory with them.
         """
         first: DeviceArray | None = None
         for name in names:
@@ -175,6 +177,11 @@ class Call:
                     f"{name} has strides {array.strides}, but {first.name} has {first.strides} (in elements); "
                     "bring both to the same memory format"
                 )
+        read = [self._arrays[name] for name in names if not name.startswith("out")]
+        written = [array for name in names if name.startswith("out") and (array := self._arrays[name]) is not None]
+        for place, out in enumerate(written):
+            require_same_or_apart(out, *read)
+            require_apart(out, *written[:place])
 
     # ------------------------------------------------------------ outputs
 
