@@ -24,6 +24,7 @@ from gpucnn.cli.runs import (
 from gpucnn.cli.settings import Settings
 from gpucnn.cli.streams import LastingErrors
 from gpucnn.data import DataSplits, Preprocessing, parse_augmentation
+from gpucnn.device import Device
 from gpucnn.errors import ArgumentError, CheckpointError
 from gpucnn.layers.precision import check_precision
 from gpucnn.models import Model
@@ -69,6 +70,13 @@ def run(settings: Settings, arguments: dict[str, Any]) -> int:
     """Train, evaluate the best epoch's weights, and write the results; the exit status."""
     device = requested_device(settings)
     folder, settings, resumes = _place(settings)
+    if not folder.path.exists():
+        return _train(settings, folder, device, resumes=resumes)
+    with folder.locked():  # before the data are read: another process may be training in it
+        return _train(settings, folder, device, resumes=resumes)
+
+
+def _train(settings: Settings, folder: RunFolder, device: Device, *, resumes: bool) -> int:
     quiet = settings["quiet"]
     _note_without_effect(settings)
     check_precision(settings["precision"])
@@ -81,15 +89,16 @@ def run(settings: Settings, arguments: dict[str, Any]) -> int:
     note(f"model: {describe_model(model)}", quiet=quiet)
     note(f"device: {device} ({device.reason}), precision {described(settings['precision'], device)}", quiet=quiet)
     trainer = _make_trainer(settings, splits, model, folder)
-    if not resumes:
-        folder.create(make_config(settings, model, device), overwrite=settings["overwrite"])
-    note(f"run: {folder.path}{' (resumed)' if resumes else ''}", quiet=quiet)
-    try:
-        trainer.fit(resume=resumes)
-    except TrainingInterrupted:
-        note(f"go on with: gpucnn train --resume {folder.path}")
-        raise
-    return finish(settings, splits, model, trainer, folder)
+    with folder.locked():
+        if not resumes:
+            folder.create(make_config(settings, model, device), overwrite=settings["overwrite"])
+        note(f"run: {folder.path}{' (resumed)' if resumes else ''}", quiet=quiet)
+        try:
+            trainer.fit(resume=resumes)
+        except TrainingInterrupted:
+            note(f"go on with: gpucnn train --resume {folder.path}")
+            raise
+        return finish(settings, splits, model, trainer, folder)
 
 
 def _place(settings: Settings) -> tuple[RunFolder, Settings, bool]:

@@ -12,11 +12,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from gpucnn.errors import ArgumentError, CheckpointError
+from gpucnn.training import run_lock
 from gpucnn.training.checkpoint import Checkpoint, read_checkpoint
 from gpucnn.training.history import History
 from gpucnn.training.storage import TEMPORARY_SUFFIX, make_folder, read_json, storage_error, write_json
@@ -32,6 +34,25 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._holds_lock = False
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Make the folder, and keep it from every other process, and every other RunFolder, that asks for this.
+
+        Again inside of the block, it does nothing. Raises ArgumentError where another one has it, StorageError
+        where the folder cannot be made.
+        """
+        if self._holds_lock:
+            yield
+            return
+        make_folder(self.path)
+        with run_lock.locked(self.path):
+            self._holds_lock = True
+            try:
+                yield
+            finally:
+                self._holds_lock = False
 
     @property
     def config_path(self) -> Path:

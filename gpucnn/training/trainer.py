@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Sequence
@@ -161,9 +162,14 @@ class Trainer:
                 from before that. The message names the layer where it began.
             TrainingInterrupted: SIGINT or SIGTERM came; the step was finished and everything saved.
             CheckpointError: the checkpoint is damaged, or of another model, data set or recipe.
-            ArgumentError: the run folder holds a run already and ``resume`` was not asked for.
+            ArgumentError: the run folder holds a run already and ``resume`` was not asked for, or another process
+                trains in it.
             StorageError: a file could not be written; the previous checkpoint is as it was.
         """
+        with contextlib.nullcontext() if self.run is None else self.run.locked():
+            return self._fit(resume)
+
+    def _fit(self, resume: bool) -> History:
         try:
             self.loader.device = self.model.device
             with on_device(self.model.device):
