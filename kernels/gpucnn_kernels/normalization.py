@@ -7,6 +7,7 @@ float32, and float64 for float64 x. Half precision would lose a running mean's s
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from gpucnn_kernels.activations import FUNCTIONS
@@ -14,16 +15,19 @@ from gpucnn_kernels.arrays import DeviceArray, image_layout
 from gpucnn_kernels.errors import ArgumentError, DtypeError
 from gpucnn_kernels.launch import Call
 from gpucnn_kernels.problem import ProblemError
+from gpucnn_kernels.runtime import ITEM_SIZES
 from gpucnn_kernels.source import SCALARS
 
 SOURCE = "batch_norm"
-SOURCES: dict[str, tuple[dict[str, str], ...]] = {SOURCE: ({},)}
+PACKS_SOURCE = "batch_norm_packs"
+SOURCES: dict[str, tuple[dict[str, str], ...]] = {SOURCE: ({},), PACKS_SOURCE: ({},)}
 
 _THREADS = 256
 _WARP = 32
 _BLOCKS = 1024  # enough to fill the largest GPUs; the same on all, so that results are the same on all
 _MAX_PARTS = 512  # pieces of a channel, which one warp combines
 _PER_THREAD = 16  # numbers that a thread should have at least before a channel is split
+_PACKS_PER_THREAD = 8  # where it takes packs of 16 bytes
 
 _WHOLE_THREADS = 512
 _WHOLE_NUMBERS = _PER_THREAD * _WHOLE_THREADS
@@ -100,6 +104,56 @@ def _whole_threads(walk: dict[str, int]) -> int:
     return max(_WARP, min(_WHOLE_THREADS, 1 << max(lanes - 1, 0).bit_length()))
 
 
+@dataclass(frozen=True)
+class _Passes:
+    """How the passes over the images are started: their source, what their kernels' names end with, and the walks.
+
+    ``walk`` is the kernels' own, ``numbers`` the struct BatchNormWalk that combining the parts takes.
+    """
+
+    source: str
+    form: str
+    walk: dict[str, int]
+    numbers: dict[str, int]
+
+    def launch(self, call: Call, kernel: str, **arguments: Any) -> None:
+        """Start ``kernel`` in this form."""
+        name = f"batch_norm_{kernel}{self.form}"
+        call.launch(self.source, name, _grid(self.walk), scalar=call["x"].dtype, walk=self.walk, **arguments)
+
+
+def _passes(numbers: dict[str, int], *arrays: DeviceArray | None) -> _Passes:
+    """In packs where these arrays, of which the first is x, allow it; otherwise number by number."""
+    x = arrays[0]
+    assert x is not None
+    pack = 16 // ITEM_SIZES[x.dtype]
+    plain = _Passes(SOURCE, "", numbers, numbers)
+    if any(array is not None and array.address % 16 for array in arrays):
+        return plain
+    across = numbers["inner"] == 1
+    length = numbers["channels"] if across else numbers["inner"]
+    if length % pack or length // pack >= 2**31 or 0 in x.shape:
+        return plain
+    channels = numbers["channels"] // pack if across else numbers["channels"]
+    count = numbers["count"] if across else numbers["count"] // pack
+    width = min(_WARP, 1 << (channels - 1).bit_length()) if across else 1
+    tiles, lanes = -(-channels // width), _THREADS // width
+    parts = min(-(-_BLOCKS // tiles), -(-count // (lanes * _PACKS_PER_THREAD)), _MAX_PARTS)
+    per_part = -(-count // parts)
+    walk = {
+        "channels": channels,
+        "width": width,
+        "parts": -(-count // per_part),
+        "inner": 1 if across else length // pack,
+        "count": count,
+        "per_part": per_part,
+        "outer_step": numbers["outer_step"],
+        "channel_step": pack if across else numbers["channel_step"],
+    }
+    combined = {"parts": walk["parts"], "per_part": per_part if across else per_part * pack}
+    return _Passes(PACKS_SOURCE, "_across" if across else "_along", walk, numbers | combined)
+
+
 def _grid(walk: dict[str, int]) -> tuple[int, int]:
     return -(-walk["channels"] // walk["width"]), walk["parts"]
 
@@ -165,33 +219,25 @@ def batch_norm_forward(
             "mean": mean,
             "weight": call.get("weight"),
             "bias": call.get("bias"),
-            "walk": walk,
             "function": function,
             "negative_slope": negative_slope,
         }
         moved: dict[str, Any] = {"running_mean": call.get("running_mean"), "running_var": call.get("running_var")}
         moved |= {"inverse_std": inverse_std, "momentum": momentum, "epsilon": epsilon}
         if _is_whole(walk):
-            grid = _grid(walk)
-            call.launch(SOURCE, "batch_norm_whole", grid, _whole_threads(walk), scalar=dtype, **line, **moved)
+            grid, threads = _grid(walk), _whole_threads(walk)
+            call.launch(SOURCE, "batch_norm_whole", grid, threads, scalar=dtype, walk=walk, **line, **moved)
             return call.give(y, mean, inverse_std)
-        rest, size = call.scratch(channels, accumulate), channels * walk["parts"]
+        passes = _passes(walk, call["x"], call.get("residual"), y)
+        rest, size = call.scratch(channels, accumulate), channels * passes.numbers["parts"]
         partial: dict[str, Any] = {
             "means": call.scratch(size, "float64"),
             "squares": call.scratch(size, accumulate),
         }
-        call.launch(SOURCE, "batch_norm_statistics", _grid(walk), scalar=dtype, x=call["x"], walk=walk, **partial)
-        _combine(call, "batch_norm_combine", dtype, walk, **partial, mean=mean, rest=rest, **moved)
-        call.launch(
-            SOURCE,
-            "batch_norm_normalize",
-            _grid(walk),
-            scalar=dtype,
-            rest=rest,
-            scale=inverse_std,
-            scale_is_variance=False,
-            epsilon=epsilon,
-            **line,
+        passes.launch(call, "statistics", x=call["x"], **partial)
+        _combine(call, "batch_norm_combine", dtype, passes.numbers, **partial, mean=mean, rest=rest, **moved)
+        passes.launch(
+            call, "normalize", rest=rest, scale=inverse_std, scale_is_variance=False, epsilon=epsilon, **line
         )
         return call.give(y, mean, inverse_std)
 
@@ -245,7 +291,6 @@ def batch_norm_backward(
         arrays: dict[str, Any] = {
             "x": call["x"],
             "mean": call["mean"],
-            "walk": walk,
             "negative_slope": negative_slope,
         }
         kept: dict[str, Any] = {
@@ -263,38 +308,21 @@ def batch_norm_backward(
                 scalar=dtype,
                 before=before,
                 dx=dx,
+                walk=walk,
                 **given,
                 **arrays,
                 **kept,
             )
             return call.give(dx, dweight, dbias)
-        partials = call.scratch(3 * channels * walk["parts"], accumulate)
+        passes = _passes(walk, call["x"], call["dy"], given["y"], before, dx)
+        partials = call.scratch(3 * channels * passes.numbers["parts"], accumulate)
         coefficients = call.scratch(3 * channels, accumulate)
-        call.launch(
-            SOURCE,
-            "batch_norm_backward_sums",
-            _grid(walk),
-            scalar=dtype,
-            before=before,
-            partials=partials,
-            **given,
-            **arrays,
-        )
-        _combine(
-            call, "batch_norm_backward_combine", dtype, walk, partials=partials, coefficients=coefficients, **kept
-        )
+        passes.launch(call, "backward_sums", before=before, partials=partials, **given, **arrays)
+        results = {"partials": partials, "coefficients": coefficients}
+        _combine(call, "batch_norm_backward_combine", dtype, passes.numbers, **results, **kept)
         if before is not None:  # it has gone through the activation
             given = {"dy": before, "y": None, "function": FUNCTIONS["identity"]}
-        call.launch(
-            SOURCE,
-            "batch_norm_backward_data",
-            _grid(walk),
-            scalar=dtype,
-            dx=dx,
-            coefficients=coefficients,
-            **given,
-            **arrays,
-        )
+        passes.launch(call, "backward_data", dx=dx, coefficients=coefficients, **given, **arrays)
         return call.give(dx, dweight, dbias)
 
 
@@ -337,12 +365,9 @@ def batch_norm_inference(
         call.floating("x", "out")
         call.elementwise("x", "out")
         y = call.output(call["x"].shape, dtype, like=call["x"])
-        walk = _walk(call["x"], whole=False)
-        call.launch(
-            SOURCE,
-            "batch_norm_normalize",
-            _grid(walk),
-            scalar=dtype,
+        _passes(_walk(call["x"], whole=False), call["x"], y).launch(
+            call,
+            "normalize",
             x=call["x"],
             residual=None,
             y=y,
@@ -351,7 +376,6 @@ def batch_norm_inference(
             scale=call["running_var"],
             weight=call.get("weight"),
             bias=call.get("bias"),
-            walk=walk,
             scale_is_variance=True,
             epsilon=epsilon,
             function=function,

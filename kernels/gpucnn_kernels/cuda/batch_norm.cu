@@ -20,27 +20,10 @@
 //
 // Where a block has all numbers of its channels, and they are few, the launches are what takes the time: the
 // ``whole`` kernels then do everything in one, which reads x (and dy and y) the second time from the caches.
-#include "activation.cuh"
+//
+// Where arrays begin on boundaries of 16 bytes and planes or channels fill them, batch_norm_packs.cu makes the passes.
+#include "batch_norm.cuh"
 #include "reduce.cuh"
-
-struct BatchNormWalk {
-    int channels, width, parts;
-    long long count, per_part;                       // numbers a channel, and in each part of it
-    long long inner;                                 // numbers a channel that follow each other evenly
-    long long inner_step, outer_step, channel_step;  // distances between numbers, rows of them, channels
-};
-
-// count numbers, their mean, and the sum of (number - mean)^2: of a thread's numbers less its first, and of a block's.
-struct Moments {
-    accumulate_t count, mean, squares;
-};
-struct BlockMoments {
-    double mean;
-    accumulate_t count, squares;
-};
-
-__device__ __forceinline__ float square_root(float x) { return sqrtf(x); }
-__device__ __forceinline__ double square_root(double x) { return sqrt(x); }
 
 // A thread's way through the numbers of its channel: ``remaining`` of them, each ``lanes`` numbers further on.
 // One division at the start instead of one a number.
@@ -72,18 +55,6 @@ struct Walker {
         --remaining;
     }
 };
-
-template <typename T>
-__device__ __forceinline__ T combined(T a, T b) {
-    T result;
-    result.count = a.count + b.count;
-    const accumulate_t share = result.count > NUMBER(0) ? b.count / result.count : NUMBER(0);
-    const auto difference = b.mean - a.mean;
-    const accumulate_t distance = difference;
-    result.mean = a.mean + difference * share;
-    result.squares = a.squares + b.squares + distance * distance * a.count * share;
-    return result;
-}
 
 // The moments of the block's part of each of its channels, in shared[0 .. width - 1], read by the thread that wrote it.
 __device__ __forceinline__ void block_moments(const scalar_t *x, const BatchNormWalk &walk, BlockMoments *shared) {
@@ -199,11 +170,6 @@ extern "C" __global__ void __launch_bounds__(256, 4) batch_norm_combine(
 // load begin. In float64 registers are enough for two.
 constexpr int GROUP = sizeof(accumulate_t) == 8 ? 2 : 4;
 
-// What is done to each number of a channel: ((x - middle) - rest) * factor + offset + residual, and the activation.
-struct Line {
-    accumulate_t middle, rest, factor, offset;
-};
-
 template <int COUNT>
 __device__ __forceinline__ void normalize_next(
     Walker &walker, const Line &line, const scalar_t *x, const scalar_t *residual, scalar_t *y, int function,
@@ -283,19 +249,6 @@ extern "C" __global__ void __launch_bounds__(512) batch_norm_whole(
     normalize_all(walker, line, x, residual, y, function, negative_slope);
 }
 
-// The gradient before the activation (ReLU or leaky ReLU, whose slope above 0 keeps signs) at a number: as
-// activation_backward makes it of dy and y.
-__device__ __forceinline__ accumulate_t gradient_before(
-    int function, accumulate_t gradient, accumulate_t value, accumulate_t negative_slope
-) {
-    if (value > NUMBER(0)) return gradient;
-    return function == RELU ? NUMBER(0) : gradient * negative_slope;
-}
-
-struct GradientSums {
-    accumulate_t gradients, products, distances;  // the sums of dy, of dy * (x - mean), and of x - mean
-};
-
 template <int COUNT>
 __device__ __forceinline__ void sum_next(
     Walker &walker, GradientSums &sums, accumulate_t middle, const scalar_t *dy, const scalar_t *x, const scalar_t *y,
@@ -364,11 +317,6 @@ extern "C" __global__ void __launch_bounds__(256) batch_norm_backward_sums(
         }
     }
 }
-
-// dx = dy * factor + (x - mean) * slant + offset.
-struct Slope {
-    accumulate_t factor, slant, offset;
-};
 
 // It, of a channel's three sums, and the parameters' gradients, stored. In double for the reason above.
 __device__ __forceinline__ Slope kept_gradients(
