@@ -270,6 +270,8 @@ TRAIN_OPTIONS = (
            choice("precision", PRECISIONS), "NAME", default="float32"),
     Option("capture", "launch steps on a GPU as one CUDA graph: auto, on (layers of your own too) or off",
            choice("capture", ("auto", "on", "off")), "NAME", default="auto"),
+    Option("autotune", "measure the ways of each convolution on a GPU, once, and take the fastest", switch,
+           default=False),
     Option("output", "run folder (default: runs/DATA-MODEL, numbered)", path, "DIR"),
     Option("resume", "go on with a run that was stopped: the one in RUN, or in --output", path, "RUN",
            optional_value=True),

@@ -200,6 +200,7 @@ def _make_trainer(settings: Settings, splits: DataSplits, model: Model, folder: 
         checkpoint_steps=settings["checkpoint-steps"],
         workers=settings["workers"],
         capture=settings["capture"],
+        autotune=settings["autotune"],
     )
     return Trainer(
         model,

@@ -62,6 +62,9 @@ class TrainingOptions:
             one call: "auto" does so on a GPU, for networks of this package's layers; "on" for any on device cuda
             (what their Python does must be the same in each step), "off" never. The weights are the same, bit for
             bit.
+        autotune: on a GPU, measure the ways of each convolution when it first comes, and take the fastest, which
+            is remembered on the machine: :func:`gpucnn_kernels.autotune`. Ways differ in rounding, and so do
+            weights.
 
     NumPy's numbers are taken like Python's and kept as Python's. Raises ArgumentError for a value out of its
     range or an unknown name, with the nearest match.
@@ -91,6 +94,7 @@ class TrainingOptions:
     workers: int = 2
     prefetch: int = 4
     capture: str = "auto"
+    autotune: bool = False
 
     def __post_init__(self) -> None:
         look_up("optimizer", self.optimizer, dict.fromkeys(OPTIMIZERS))
@@ -112,6 +116,7 @@ class TrainingOptions:
             if name != "ema_decay" or self.ema_decay is not None:
                 self._keep(name, _number(name, getattr(self, name), least=0.0, below=1.0))
         self._keep("nesterov", bool(self.nesterov))
+        self._keep("autotune", bool(self.autotune))
         if self.seed >= 1 << 64:
             raise ArgumentError(f"seed must be below 2**64, got {self.seed}")
         if self.warmup_epochs >= self.epochs:

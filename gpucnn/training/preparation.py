@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 
 import numpy
 
 from gpucnn.data.dataset import Dataset
 from gpucnn.data.loader import Loader
 from gpucnn.data.transforms import Preprocessing
-from gpucnn.device import Device, choose_device, on_device
+from gpucnn.device import Device, choose_device, on_device, split_name
 from gpucnn.errors import ArgumentError, DataError, ShapeError
 from gpucnn.layers import BatchNorm1d, BatchNorm2d, Layer
 from gpucnn.layers.precision import forward_pass, set_precision
@@ -26,6 +27,22 @@ def place_model(model: Layer, device: str | Device | None, precision: str | None
         model.to(choose_device(device) if isinstance(device, str) else device)
     if precision is not None:
         set_precision(model, precision)
+
+
+def autotuned(model: Layer, wanted: bool, say: Callable[[str], None]) -> contextlib.AbstractContextManager[None]:
+    """A context in which the ways of convolutions are measured, where that is ``wanted`` and ``model`` on a GPU.
+
+    ``say`` shows the user what it does, or that there is nothing to measure.
+    """
+    if not wanted:
+        return contextlib.nullcontext()  # which leaves what the environment asks for as it is
+    if split_name(model.device)[0] != "cuda":
+        say("autotune: there is nothing to measure on the CPU, and it has no effect")
+        return contextlib.nullcontext()
+    from gpucnn_kernels import autotune
+
+    say("autotune: the first step measures the ways of each convolution that this GPU has not measured before")
+    return autotune()
 
 
 def default_preprocessing(model: Layer, dataset: Dataset) -> Preprocessing | None:

@@ -33,6 +33,7 @@ from gpucnn.training.interruption import InterruptWatch, TrainingInterrupted
 from gpucnn.training.loss_scaling import LossScaler
 from gpucnn.training.options import TrainingOptions
 from gpucnn.training.preparation import (
+    autotuned,
     check_data,
     check_model,
     class_weights,
@@ -166,7 +167,10 @@ class Trainer:
                 trains in it.
             StorageError: a file could not be written; the previous checkpoint is as it was.
         """
-        with contextlib.nullcontext() if self.run is None else self.run.locked():
+        with (
+            contextlib.nullcontext() if self.run is None else self.run.locked(),
+            autotuned(self.model, self.options.autotune, self.progress.message),
+        ):
             return self._fit(resume)
 
     def _fit(self, resume: bool) -> History:
