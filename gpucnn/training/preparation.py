@@ -39,7 +39,7 @@ def autotuned(model: Layer, wanted: bool, say: Callable[[str], None]) -> context
     if split_name(model.device)[0] != "cuda":
         say("autotune: there is nothing to measure on the CPU, and it has no effect")
         return contextlib.nullcontext()
-    from gpucnn_kernels import autotune
+    from gpucnn_kernels.tuning import autotune
 
     say("autotune: the first step measures the ways of each convolution that this GPU has not measured before")
     return autotune()
