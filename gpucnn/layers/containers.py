@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from gpucnn.errors import ArgumentError, DtypeError, ShapeError
+from gpucnn.layers.fusion import backward_sum, backward_through, forward_sum, forward_through
 from gpucnn.layers.layer import Layer, ShortcutSum, check_gradient
 from gpucnn.ops import Array, array_module
 from gpucnn.ops.memory_format import add, empty_image, is_channels_last
@@ -68,19 +69,20 @@ class Sequential(Layer):
 
     def forward(self, x: Array) -> Array:
         """x through every layer in turn."""
-        for layer in self._layers():
-            x = layer(x)
-        return x
+        return forward_through(self, self._layers(), x)
 
     def backward(self, dy: Array) -> Array:
         """dy through every layer's backward, last to first."""
-        for layer in reversed(self._layers()):
-            dy = layer.backward(dy)
-        return dy
+        return backward_through(self, self._layers(), dy)
 
     def _layers(self) -> list[Layer]:
         """What iterating gives, at once: two generators inside one another take longer than a small layer."""
         return [value for value in vars(self).values() if isinstance(value, Layer)]
+
+    def steps(self) -> list[Layer]:
+        """All layers in their order."""
+        own = type(self) is Sequential and not {"forward", "backward"} & vars(self).keys()
+        return self._layers() or [self] if own else [self]
 
     def chains(self) -> tuple[tuple[str, ...], ...]:
         """All layers in their order."""
@@ -111,8 +113,13 @@ class Residual(Layer):
 
     def forward(self, x: Array) -> Array:
         """Add what the body and the shortcut make of x."""
-        y = self.body(x)
+        *before, last = self.body.steps()
+        y = forward_through(self, before, x)
         other = x if self.shortcut is None else self.shortcut(x)
+        total = forward_sum(self, last, y, other, self.activation)
+        if total is not None:
+            return total
+        y = last(y)
         if y.shape != other.shape:
             raise ShapeError(
                 f"the body gives shape {tuple(y.shape)}, the shortcut {tuple(other.shape)}; give a shortcut that "
@@ -123,9 +130,14 @@ class Residual(Layer):
 
     def backward(self, dy: Array) -> Array:
         """The sum of the gradients that come back through the body and the shortcut."""
-        if self.activation is not None:
-            dy = self.activation.backward(dy)
-        dx = self.body.backward(dy)
+        *before, last = self.body.steps()
+        both = backward_sum(self, last, self.activation, dy)
+        if both is None:
+            if self.activation is not None:
+                dy = self.activation.backward(dy)
+            both = last.backward(dy), dy
+        dx, dy = both
+        dx = backward_through(self, before, dx)
         return add(dx, dy if self.shortcut is None else self.shortcut.backward(dy))
 
     def shortcut_sum(self) -> ShortcutSum:

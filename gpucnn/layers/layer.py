@@ -7,7 +7,7 @@ tape: a container's backward calls its children's backward in reverse, and a rea
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy
@@ -57,6 +57,7 @@ class Layer:
         training: whether ``forward`` saves for backward and dropout and batch norm behave as in training.
         path: the layer's name inside its model ("features.3"), empty for the model itself.
         input_needs_gradient: whether ``backward`` computes the gradient for the input, or returns None.
+        fuses_children: whether children that follow one another may train as one; see :meth:`fuse`.
     """
 
     buffer_names: ClassVar[tuple[str, ...]] = ()
@@ -66,6 +67,7 @@ class Layer:
     training: bool = True
     path: str = ""
     input_needs_gradient: bool = True
+    fuses_children: bool = True
     _saved: Any = None
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -99,8 +101,12 @@ class Layer:
 
     def __call__(self, x: Array) -> Array:
         """``forward(x)``; errors are raised again with this layer's path in front."""
+        return self._located(self.forward, x)
+
+    def _located(self, function: Callable[..., Array], *arguments: Any, **options: Any) -> Array:
+        """``function(*arguments, **options)``; errors are raised again with this layer's path in front."""
         try:
-            return self.forward(x)
+            return function(*arguments, **options)
         except ProblemError as error:
             raise locate(ShapeError(str(error)), self.path, self) from error
         except (ShapeError, DtypeError, DeviceError) as error:
@@ -151,6 +157,10 @@ class Layer:
         is in none stays as it is.
         """
         return ()
+
+    def steps(self) -> list[Layer]:
+        """The layers that ``forward`` calls one after another, if it does nothing else; itself alone otherwise."""
+        return [self]
 
     def named_layers(self, prefix: str = "") -> Iterator[tuple[str, Layer]]:
         """(path, layer) of this layer and all below it, outermost first."""
@@ -205,6 +215,15 @@ class Layer:
         costs as much as the forward pass. Layers that gain by it set ``input_needs_gradient``; a container hands
         the call to the child that reads its input, if it is one alone; all others ignore it.
         """
+
+    def fuse(self, fused: bool = True) -> Self:
+        """Let this layer and all below it have neighbouring layers train as one on a GPU (or not); returns itself.
+
+        They do by default, see :mod:`gpucnn.layers.fusion`. In float32 the results are the same bits.
+        """
+        for _, layer in self.named_layers():
+            layer.fuses_children = fused
+        return self
 
     def zero_grad(self) -> None:
         """Set all gradients to zero."""

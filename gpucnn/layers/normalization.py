@@ -48,39 +48,67 @@ class _BatchNorm(Layer):
     def forward(self, x: Array) -> Array:
         """Normalize each channel of x: by the batch in training, by the running statistics in evaluation."""
         weight = None if self.weight is None else self.weight.data
+        self._check(x, weight)
+        if self.training or not self.track_running_stats:
+            return self._normalized(x)
+        _, bias = self._affine()
+        statistics = self.running_mean, self.running_var
+        return backend_of(x).batch_norm_inference(x, weight, bias, *statistics, epsilon=self.eps)
+
+    def forward_ending(self, x: Array, residual: Array | None, **activation: Any) -> Array:
+        """activation(forward(x) + residual) by one operation, in training; ``activation`` is as that takes it."""
+        self._check(x, None if self.weight is None else self.weight.data)
+        return self._normalized(x, residual=residual, **activation)
+
+    def _check(self, x: Array, weight: Array | None) -> None:
         check_input(x, self.dimensions, self.meaning, weight, narrow_too=True)  # statistics are float32 then, too
         if self.running_mean is not None:
             check_device(x, self.running_mean)
         if x.shape[1] != self.num_features:
             raise ShapeError(f"expected {self.num_features} channels, got {x.shape[1]} (shape {x.shape})")
-        ops, (weight, bias) = backend_of(x), self._affine()
-        if not self.training and self.track_running_stats:
-            return ops.batch_norm_inference(x, weight, bias, self.running_mean, self.running_var, epsilon=self.eps)
+
+    def _normalized(self, x: Array, **ending: Any) -> Array:
+        """By the batch's statistics, with what it ends with; saves for backward."""
         momentum = self.momentum
         if self.training and self.track_running_stats:
             self.num_batches_tracked += 1
             if momentum is None:
                 momentum = 1.0 / float(self.num_batches_tracked)
-        y, mean, inverse_std = ops.batch_norm_forward(
+        y, mean, inverse_std = backend_of(x).batch_norm_forward(
             x,
-            weight,
-            bias,
+            *self._affine(),
             self.running_mean,
             self.running_var,
             momentum=momentum if momentum is not None else 0.0,
             epsilon=self.eps,
+            **ending,
         )
         self._save(x, mean, inverse_std)
         return y
 
     def backward(self, dy: Array) -> Array:
         """The gradient for x; adds to ``weight.gradient`` and ``bias.gradient``."""
+        return self.backward_ending(dy)
+
+    def backward_ending(self, dy: Array, **ending: Any) -> Array:
+        """The same for dy of what :meth:`forward_ending` gave, by one operation.
+
+        ``ending`` is what that takes besides: the result y, its activation, where the residual's gradient goes.
+        """
         x, mean, inverse_std = self._take_saved()
         check_gradient(dy, x.shape, x)
-        dx, dweight, dbias = backend_of(dy).batch_norm_backward(dy, x, self._affine()[0], mean, inverse_std)
+        weight = self._affine()[0]
+        targets: tuple[Array | None, Array | None] = None, None
         if self.weight is not None and self.bias is not None:
-            self.weight.add_gradient(dweight)
-            self.bias.add_gradient(dbias)
+            targets = self.weight.cleared_gradient(mean.dtype), self.bias.cleared_gradient(mean.dtype)
+        dx, *gradients = backend_of(dy).batch_norm_backward(
+            dy, x, weight, mean, inverse_std, out_weight=targets[0], out_bias=targets[1], **ending
+        )
+        for parameter, target, gradient in zip((self.weight, self.bias), targets, gradients, strict=True):
+            if parameter is not None and target is None:
+                parameter.add_gradient(gradient)
+            elif parameter is not None:
+                parameter.gradient = target
         return dx
 
     def extra_repr(self) -> str:

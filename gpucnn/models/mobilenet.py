@@ -15,6 +15,7 @@ from gpucnn.layers import (
     ReLU6,
     Sequential,
 )
+from gpucnn.layers.fusion import forward_sum, forward_through
 from gpucnn.layers.layer import ShortcutSum
 from gpucnn.models.images import check_at_least, check_image_size
 from gpucnn.models.model import Model
@@ -72,10 +73,15 @@ class InvertedResidual(Layer):
 
     def forward(self, x: Array) -> Array:
         """The block's output for x (N, inputs, H, W)."""
-        y = self.conv(x)
-        if self.has_shortcut:
-            y += x  # in place: the batch norm before keeps its input, not y
-        return y
+        if not self.has_shortcut:
+            return self.conv(x)
+        *before, last = self.conv.steps()
+        y = forward_through(self, before, x)
+        total = forward_sum(self, last, y, x, None)
+        if total is None:
+            total = last(y)
+            total += x  # in place: the batch norm before keeps its input, not its result
+        return total
 
     def backward(self, dy: Array) -> Array:
         """The gradient for x."""

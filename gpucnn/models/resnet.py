@@ -23,6 +23,7 @@ from gpucnn.layers import (
     ReLU,
     Sequential,
 )
+from gpucnn.layers.fusion import backward_sum, backward_through, forward_sum, forward_through
 from gpucnn.layers.layer import ShortcutSum
 from gpucnn.models.images import check_at_least, check_image_size
 from gpucnn.models.model import Model
@@ -81,16 +82,13 @@ class BasicBlock(Layer):
 
     def forward(self, x: Array) -> Array:
         """relu(body(x) + shortcut(x))."""
-        y = self.relu1(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
-        y += x if self.downsample is None else self.downsample(x)  # in place: bn2 keeps its input, not y
-        return self.relu2(y)
+        y = forward_through(self, (self.conv1, self.bn1, self.relu1, self.conv2), x)
+        return _forward_sum(self, self.bn2, y, x if self.downsample is None else self.downsample(x), self.relu2)
 
     def backward(self, dy: Array) -> Array:
         """The sum of the gradients through the body and the shortcut."""
-        dy = self.relu2.backward(dy)
-        dx = self.conv2.backward(self.bn2.backward(dy))
-        dx = self.conv1.backward(self.bn1.backward(self.relu1.backward(dx)))
+        dx, dy = _backward_sum(self, self.bn2, self.relu2, dy)
+        dx = backward_through(self, (self.conv1, self.bn1, self.relu1, self.conv2), dx)
         dx += dy if self.downsample is None else self.downsample.backward(dy)
         return dx
 
@@ -129,20 +127,38 @@ class Bottleneck(Layer):
 
     def forward(self, x: Array) -> Array:
         """relu(body(x) + shortcut(x))."""
-        y = self.relu1(self.bn1(self.conv1(x)))
-        y = self.relu2(self.bn2(self.conv2(y)))
-        y = self.bn3(self.conv3(y))
-        y += x if self.downsample is None else self.downsample(x)  # in place: bn3 keeps its input, not y
-        return self.relu3(y)
+        y = forward_through(self, self._before_sum(), x)
+        return _forward_sum(self, self.bn3, y, x if self.downsample is None else self.downsample(x), self.relu3)
 
     def backward(self, dy: Array) -> Array:
         """The sum of the gradients through the body and the shortcut."""
-        dy = self.relu3.backward(dy)
-        dx = self.conv3.backward(self.bn3.backward(dy))
-        dx = self.conv2.backward(self.bn2.backward(self.relu2.backward(dx)))
-        dx = self.conv1.backward(self.bn1.backward(self.relu1.backward(dx)))
+        dx, dy = _backward_sum(self, self.bn3, self.relu3, dy)
+        dx = backward_through(self, self._before_sum(), dx)
         dx += dy if self.downsample is None else self.downsample.backward(dy)
         return dx
+
+    def _before_sum(self) -> tuple[Layer, ...]:
+        """What comes before the last batch norm."""
+        return self.conv1, self.bn1, self.relu1, self.conv2, self.bn2, self.relu2, self.conv3
+
+
+def _forward_sum(block: Layer, norm: BatchNorm2d, y: Array, shortcut: Array, activation: ReLU) -> Array:
+    """activation(norm(y) + shortcut)."""
+    total = forward_sum(block, norm, y, shortcut, activation)
+    if total is not None:
+        return total
+    y = norm(y)
+    y += shortcut  # in place: the norm keeps its input, not y
+    return activation(y)
+
+
+def _backward_sum(block: Layer, norm: BatchNorm2d, activation: ReLU, dy: Array) -> tuple[Array, Array]:
+    """The gradients for what the norm read, and for the shortcut."""
+    both = backward_sum(block, norm, activation, dy)
+    if both is not None:
+        return both
+    dy = activation.backward(dy)
+    return norm.backward(dy), dy
 
 
 class ResNet(Model):
@@ -209,7 +225,7 @@ class ResNet(Model):
     def forward(self, x: Array) -> Array:
         """Logits (N, num_classes) of x (N, in_channels, H, W)."""
         check_at_least(x, self.smallest_image)
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = forward_through(self, self._stem(), x)
         for name in self.stage_names:
             x = getattr(self, name)(x)
         return self.fc(self.flatten(self.avgpool(x)))
@@ -219,7 +235,10 @@ class ResNet(Model):
         dy = self.avgpool.backward(self.flatten.backward(self.fc.backward(dy)))
         for name in reversed(self.stage_names):
             dy = getattr(self, name).backward(dy)
-        return self.conv1.backward(self.bn1.backward(self.relu.backward(self.maxpool.backward(dy))))
+        return backward_through(self, self._stem(), dy)
+
+    def _stem(self) -> tuple[Layer, ...]:
+        return self.conv1, self.bn1, self.relu, self.maxpool
 
     def skip_input_gradient(self, skip: bool = True) -> None:
         """Leave the gradient for x out of backward."""

@@ -1,0 +1,348 @@
+"""Neighbouring layers that train as one on a GPU: the bits of the layers one by one, in fewer launches."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy
+import pytest
+
+from gpucnn import device, layers, losses, models, optimizers
+from gpucnn.errors import ShapeError, StateError
+from gpucnn.gradient_check import check_gradients
+from gpucnn.layers.precision import set_precision
+from gpucnn.models.mobilenet import InvertedResidual
+from gpucnn.models.resnet import BasicBlock, Bottleneck
+from gpucnn.random import manual_seed
+from gpucnn.training.buffers import BufferCopy
+from gpucnn.training.captured_step import make_step
+from gpucnn.training.random_state import RandomState
+from gpucnn.training.steps import StepParts
+from gpucnn_kernels.launch import Call
+from gpucnn_kernels.runtime import using
+from gpucnn_kernels.runtime.host_graph import HostGraph
+
+
+@pytest.fixture(autouse=True)
+def host_runtime():
+    with using("host"):
+        yield
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The kernels that were started, by name."""
+    found = []
+    launch = Call.launch
+
+    def launched(self, source, kernel, *rest, **more):
+        found.append(kernel)
+        return launch(self, source, kernel, *rest, **more)
+
+    monkeypatch.setattr(Call, "launch", launched)
+    return found
+
+
+def norms():
+    return layers.Sequential(
+        layers.Conv2d(3, 8, 3, padding=1, bias=False),
+        layers.BatchNorm2d(8),
+        layers.ReLU(inplace=True),
+        layers.MaxPool2d(2),
+        layers.Conv2d(8, 8, 3, padding=1, bias=False),
+        layers.BatchNorm2d(8),
+        layers.LeakyReLU(0.2),
+        layers.Flatten(),
+        layers.Linear(8 * 36, 6),
+        layers.BatchNorm1d(6),
+        layers.ReLU(),
+    )
+
+
+def residuals():
+    body = layers.Sequential(layers.Conv2d(3, 8, 3, padding=1), layers.BatchNorm2d(8))
+    shortcut = layers.Sequential(layers.Conv2d(3, 8, 1, bias=False), layers.BatchNorm2d(8))
+    straight = layers.Sequential(layers.Conv2d(8, 8, 1), layers.BatchNorm2d(8))
+    return layers.Sequential(
+        layers.Residual(body, shortcut, layers.ReLU()),
+        layers.Residual(straight, activation=layers.LeakyReLU(0.1)),
+        layers.Residual(layers.BatchNorm2d(8)),
+        layers.Residual(layers.Conv2d(8, 8, 1), activation=layers.ReLU()),
+    )
+
+
+def basic():
+    down = layers.Sequential(layers.Conv2d(3, 8, 1, stride=2, bias=False), layers.BatchNorm2d(8))
+    return layers.Sequential(BasicBlock(3, 8, 2, down), BasicBlock(8, 8, 1, None))
+
+
+def bottleneck():
+    down = layers.Sequential(layers.Conv2d(3, 16, 1, bias=False), layers.BatchNorm2d(16))
+    return layers.Sequential(Bottleneck(3, 4, 1, down), Bottleneck(16, 4, 1, None))
+
+
+def inverted():
+    return layers.Sequential(InvertedResidual(3, 8, 2, 2), InvertedResidual(8, 8, 1, 2))
+
+
+NETWORKS = [norms, residuals, basic, bottleneck, inverted]
+
+
+def made(network, fused=True, precision="float32", channels_last=None):
+    manual_seed(3)
+    model = network().to("cuda").fuse(fused)
+    set_precision(model, precision, channels_last=channels_last)
+    return model.train()
+
+
+def images(precision="float32", seed=0, n=5):
+    x = numpy.random.default_rng(seed).standard_normal((n, 3, 12, 12)).astype("float32")
+    return device.to_device(x, "cuda").astype(precision if precision != "tf32" else "float32")
+
+
+def gradient_for(y, seed=1):
+    dy = numpy.random.default_rng(seed).standard_normal(y.shape).astype("float32")
+    return device.to_device(dy, "cuda").astype(y.dtype)
+
+
+def passes(model, precision="float32", steps=2):
+    """All that ``steps`` batches leave behind: results, gradients for inputs and parameters, statistics."""
+    found = []
+    for step in range(steps):
+        y = model(images(precision, seed=step))
+        found.append(y)
+        found.append(model.backward(gradient_for(y)))
+    found += [parameter.gradient for parameter in model.parameters()]
+    found += [buffer for _, buffer in model.named_buffers()]
+    return [numpy.asarray(device.to_cpu(array)).astype("float64") for array in found]
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_bits_of_the_layers_one_by_one(network, channels_last, started):
+    results, counts = [], []
+    for fused in (True, False):
+        model = made(network, fused, channels_last=channels_last)
+        started.clear()
+        results.append(passes(model))  # the second batch adds to gradients that are there
+        counts.append(len(started))
+    for ours, theirs in zip(*results, strict=True):
+        numpy.testing.assert_array_equal(ours, theirs)
+    assert counts[0] < counts[1] or network is inverted, "whose sum is an operation of the array's own"
+
+
+def test_16_bits_are_rounded_less_often():
+    """A sum that is stored once, after the activation, is nearer to the truth than one that is stored thrice."""
+    block = layers.Residual(layers.BatchNorm2d(3), activation=layers.LeakyReLU(0.3)).to("cuda")
+    narrow = images("float16")
+    exact = device.to_cpu(block.fuse(False)(narrow.astype("float32")))
+    errors = []
+    for fused in (True, False):
+        y = device.to_cpu(block.fuse(fused)(narrow)).astype("float32")
+        errors.append(float(numpy.sqrt(numpy.mean((y - exact) ** 2))))
+        dx = block.backward(gradient_for(narrow).astype("float16"))
+        assert dx.dtype == "float16"
+    assert 0 < errors[0] < errors[1]
+
+
+@pytest.mark.parametrize("network", [norms, residuals, basic])
+def test_gradients(network):
+    manual_seed(3)
+    model = network().to("cuda", dtype="float64").train()
+    x = numpy.random.default_rng(5).standard_normal((3, 3, 12, 12))
+    check_gradients(model, device.to_device(x, "cuda"))
+
+
+def test_backward_by_hand():
+    """Each layer has saved what its own backward needs, whoever calls it."""
+    whole, apart = made(norms), made(norms)
+    y = whole(images())
+    apart(images())
+    dy = gradient_for(y)
+    expected, found = whole.backward(dy), dy
+    for layer in reversed(list(apart)):
+        found = layer.backward(found)
+    numpy.testing.assert_array_equal(device.to_cpu(found), device.to_cpu(expected))
+    with pytest.raises(StateError, match="backward needs a forward before it"):
+        whole.backward(dy)
+
+
+def test_backward_after_layers_called_by_hand():
+    whole, apart = made(norms), made(norms)
+    y = x = images()
+    for layer in apart:
+        x = layer(x)
+    y = whole(y)
+    numpy.testing.assert_array_equal(device.to_cpu(x), device.to_cpu(y))
+    dy = gradient_for(y)
+    numpy.testing.assert_array_equal(device.to_cpu(apart.backward(dy)), device.to_cpu(whole.backward(dy)))
+
+
+def test_a_copy_between_forward_and_backward():
+    model = made(norms)
+    y = model(images())
+    twin = copy.deepcopy(model)
+    dy = gradient_for(y)
+    numpy.testing.assert_array_equal(device.to_cpu(twin.backward(dy)), device.to_cpu(model.backward(dy)))
+
+
+class OwnReLU(layers.ReLU):
+    pass
+
+
+class OwnNorm(layers.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def recorded(layer, found):
+    forward = layer.forward
+    object.__setattr__(layer, "forward", lambda x: found.append(forward(x)) or found[-1])
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [OwnReLU(), layers.GELU(), layers.SiLU(), layers.LeakyReLU(0.0), layers.LeakyReLU(-0.5), layers.ReLU6()],
+    ids=lambda layer: repr(layer),
+)
+def test_other_activations_stay_apart(activation, started):
+    model = layers.Sequential(layers.BatchNorm2d(3), copy.deepcopy(activation)).to("cuda")
+    y = model(images())
+    assert started.count("activation_forward") == 1
+    model.backward(gradient_for(y))
+    assert "batch_norm_backward_whole" in started
+
+
+def test_other_norms_stay_apart(started):
+    model = layers.Sequential(OwnNorm(3), layers.ReLU()).to("cuda")
+    model(images())
+    assert started == ["batch_norm_whole", "activation_forward"]
+
+
+def test_a_forward_that_was_put_in_place_is_called():
+    for index in (0, 1):
+        model, found = layers.Sequential(layers.BatchNorm2d(3), layers.ReLU()).to("cuda"), []
+        recorded(model[index], found)
+        y = model(images())
+        assert len(found) == 1
+        model.backward(gradient_for(y))
+
+
+def test_a_class_that_was_changed_is_called(monkeypatch):
+    found, forward = [], layers.BatchNorm2d.forward
+    monkeypatch.setattr(layers.BatchNorm2d, "forward", lambda self, x: found.append(x) or forward(self, x))
+    layers.Sequential(layers.BatchNorm2d(3), layers.ReLU()).to("cuda")(images())
+    assert len(found) == 1
+
+
+def test_evaluation_and_frozen_statistics(started):
+    model = made(norms).eval()
+    y = model(images())
+    assert started.count("activation_forward") == 3
+    assert all(layer._saved is None for _, layer in model.named_layers())
+    numpy.testing.assert_array_equal(device.to_cpu(y), device.to_cpu(made(norms, False).eval()(images())))
+    results = []
+    for fused in (True, False):
+        model = made(norms, fused)
+        model[1].eval()  # its statistics are those of training
+        results.append(device.to_cpu(model(images())))
+    numpy.testing.assert_array_equal(*results)
+
+
+def test_frozen_parameters():
+    results = []
+    for fused in (True, False):
+        model = made(norms, fused)
+        model[1].weight.requires_grad = False
+        model[5].requires_grad_(False)
+        model.skip_input_gradient()
+        y = model(images())
+        assert model.backward(gradient_for(y)) is None
+        results.append([device.to_cpu(parameter.gradient) for parameter in model.parameters()])
+        assert not numpy.any(device.to_cpu(model[1].weight.gradient))
+        assert numpy.any(device.to_cpu(model[1].bias.gradient))
+    for ours, theirs in zip(*results, strict=True):
+        numpy.testing.assert_array_equal(ours, theirs)
+
+
+def test_parameters_of_a_flat_buffer_get_their_gradients_where_they_lie():
+    """A first gradient is computed there, and no pass copies it."""
+    model = made(norms)
+    optimizer = optimizers.SGD(model.parameters(), lr=0.1)
+    optimizer.zero_grad()
+    places = [parameter._gradient for parameter in model.parameters()]
+    y = model(images())
+    model.backward(gradient_for(y))
+    assert all(p.gradient is place for p, place in zip(model.parameters(), places, strict=True))
+    plain = made(norms, False)
+    plain(images())
+    plain.backward(gradient_for(y))
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        numpy.testing.assert_array_equal(device.to_cpu(ours.gradient), device.to_cpu(theirs.gradient))
+
+
+def test_errors_name_the_layer():
+    model = layers.Sequential(layers.Identity(), layers.BatchNorm2d(4), layers.ReLU()).to("cuda")
+    with pytest.raises(ShapeError, match=r"layer '1' .*expected 4 channels, got 3"):
+        model(images())
+    block = layers.Residual(layers.BatchNorm2d(3), layers.MaxPool2d(2)).to("cuda")
+    with pytest.raises(ShapeError, match="the body gives shape"):
+        block(images())
+    model = made(norms)
+    y = model(images())
+    with pytest.raises(ShapeError, match="the gradient has shape"):
+        model.backward(y[:2])
+
+
+def test_the_cpu_goes_layer_by_layer(monkeypatch):
+    def refuse(*given, **more):
+        raise AssertionError("fused")
+
+    monkeypatch.setattr(layers.BatchNorm2d, "forward_ending", refuse)
+    model = norms().train()
+    y = model(numpy.zeros((2, 3, 12, 12), "float32"))
+    model.backward(numpy.ones_like(y))
+
+
+def test_the_switch_reaches_every_container_and_is_part_of_a_copy():
+    model = made(basic, fused=False)
+    assert not any(layer.fuses_children for _, layer in copy.deepcopy(model).named_layers())
+    assert model.fuse() is model
+    assert all(layer.fuses_children for _, layer in model.named_layers())
+
+
+# ---------------------------------------------------------------- the graph of a step
+
+
+def nodes(name, channels, size, n, precision, monkeypatch, **options):
+    """How many nodes the graph of a training step has."""
+    found = []
+    launch = HostGraph.launch
+    monkeypatch.setattr(HostGraph, "launch", lambda graph: found.append(len(graph)) or launch(graph))
+    model = models.create(name, num_classes=4, in_channels=channels, image_size=size, **options).to("cuda")
+    model.compute_in(precision).train()
+    model.skip_input_gradient()
+    loss = losses.CrossEntropyLoss()
+    loss.check_targets = False
+    optimizer = optimizers.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    parts = StepParts(model, loss, optimizer, BufferCopy(model), RandomState(model), None, None, None)
+    step = make_step(parts, "on", n, lambda line: None)
+    x = numpy.random.default_rng(0).standard_normal((n, channels, size, size), numpy.float32)
+    labels = device.to_device(numpy.arange(n) % 4, "cuda")
+    for number in (1, 2):
+        step.take(device.to_device(x, "cuda"), labels, number)
+    return found[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "size", "n", "precision", "options", "most"),
+    [
+        ("lenet5", 1, 28, 8, "float32", {}, 48),
+        ("animalnet", 3, 63, 4, "float32", {}, 41),
+        ("vgg-small", 1, 16, 4, "float32", {"width": 16}, 63),
+        ("resnet18", 3, 8, 2, "float32", {"width": 8, "stem": "small"}, 159),
+    ],
+)
+def test_a_step_has_no_more_nodes_than(name, channels, size, n, precision, options, most, monkeypatch):
+    """Each waits for the one before it: of a small network they are most of the time. Fewer are welcome."""
+    assert nodes(name, channels, size, n, precision, monkeypatch, **options) <= most
