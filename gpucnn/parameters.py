@@ -156,6 +156,18 @@ class Parameter:
         else:
             self.add_gradient(operation(dy, *others, **options))
 
+    @property
+    def first_gradient_place(self) -> Array | None:
+        """Where the first gradient since it was cleared is to be written whole; None for any later one.
+
+        Who has written it says so by :meth:`first_gradient_is_there`.
+        """
+        return self._gradient if self._is_cleared and self.requires_grad else None
+
+    def first_gradient_is_there(self) -> None:
+        """What :attr:`first_gradient_place` gave has been written."""
+        self._is_cleared = False
+
     def zero_grad(self) -> None:
         """Set the gradient to zero."""
         self._is_cleared = True

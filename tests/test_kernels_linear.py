@@ -1,18 +1,22 @@
 """The fully connected layer and the matrix products beneath it, on the host runtime; cuBLAS's arguments played."""
 
+import dataclasses
 import itertools
+import math
 import sys
 import types
 
 import numpy
 import pytest
 
+import gpucnn_kernels
 from gpucnn_kernels import (
     ArgumentError,
     DeviceError,
     DtypeError,
     LayoutError,
     ProblemError,
+    linear_backward,
     linear_backward_bias,
     linear_backward_data,
     linear_backward_weight,
@@ -20,14 +24,19 @@ from gpucnn_kernels import (
     runtime,
 )
 from gpucnn_kernels.arrays import device_array, numpy_dtype
+from gpucnn_kernels.gpu import H200
+from gpucnn_kernels.launch import Call
+from gpucnn_kernels.linear_choice import DEPTHS, TILES, Product, choose
 from gpucnn_kernels.matmul import matmul, multiply_by_cublas
 from gpucnn_kernels.runtime.host import order_independent
 from gpucnn_kernels.runtime.host_launch import HostRuntime
 from tests.accuracy import awkward, max_error
-from tests.kernel_arrays import DTYPES, accumulated, cast, error_bound, wide
+from tests.kernel_arrays import DTYPES, EPSILON, accumulated, cast, error_bound, wide
+from tests.oracles import activations as activation_oracle
 from tests.oracles import linear as oracle
 from tests.played_cublas import PlayedCublas
 
+HALVES = ("float16", "bfloat16")
 SIZES = [(6, 11, 4), (1, 1, 1), (1, 300, 3), (7, 1, 2), (70, 9, 33), (0, 5, 2)]  # batch, inputs, outputs
 
 
@@ -42,6 +51,21 @@ def problem(dtype, count=6, inputs=11, outputs=4, seed=0):
     random = numpy.random.default_rng(seed)
     shapes = (count, inputs), (outputs, inputs), (outputs,), (count, outputs)
     return [cast(random.standard_normal(shape), dtype) for shape in shapes]
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The names of the kernels that are launched, and "matmul" for a product of cuBLAS's."""
+    names, launch = [], Call.launch
+    module = sys.modules["gpucnn_kernels.linear"]
+
+    def noted(self, source, kernel, *arguments, **options):
+        names.append(kernel)
+        launch(self, source, kernel, *arguments, **options)
+
+    monkeypatch.setattr(Call, "launch", noted)
+    monkeypatch.setattr(module, "matmul", lambda *a, **options: names.append("matmul") or matmul(*a, **options))
+    return names
 
 
 def part_of_a_larger(matrix):
@@ -81,6 +105,199 @@ def test_linear(dtype, sizes):
             assert max_error(wide(result), reference) <= 2 * error_bound(other, reference, dtype)
 
 
+WAYS = ("small", "large", "cublas")
+# Both tiles' stages once, twice and in part; tiles that end within a row of numbers, and one that is whole.
+SHAPES = [(5, 3, 2), (1, 300, 1), (33, 17, 40), (140, 70, 9), (16, 128, 16), (0, 3, 4), (4, 0, 3), (64, 32, 15)]
+ACTIVATIONS = ("identity", "relu", "leaky_relu", "sigmoid", "tanh")
+
+
+def activated(name, x):
+    function = {"identity": float, "tanh": math.tanh}.get(name) or getattr(activation_oracle, name)
+    return activation_oracle.elementwise(function, x)
+
+
+def gone_back(name, dy, x):
+    if name == "identity":
+        return dy
+    return dy * activation_oracle.elementwise(getattr(activation_oracle, f"{name}_derivative"), x)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_each_way_of_a_layer(dtype, way):
+    for sizes, activation in zip(SHAPES, itertools.cycle(ACTIVATIONS), strict=False):
+        x, weight, bias, dy = problem(dtype, *sizes)
+        sums = oracle.forward(wide(x), wide(weight), wide(bias))
+        expected = activated(activation, sums)
+        y_there = cast(expected, dtype)
+        gradient = gone_back(activation, wide(dy), sums)
+        wanted = oracle.backward(gradient, wide(x), wide(weight))
+        a, w, b = (array.astype(accumulated(dtype)) for array in (x, weight, bias))
+        g = gradient.astype(accumulated(dtype))
+        plain = (
+            activated(activation, (numpy.einsum("ni,ki->nk", a, w) + b).astype(numpy.float64)),
+            numpy.einsum("nk,ki->ni", g, w),
+            numpy.einsum("nk,ni->ki", g, a),
+            g.sum(0),
+        )
+        for arranged in (numpy.ascontiguousarray, numpy.asfortranarray):
+            where = f"{sizes} {activation} {arranged.__name__}"
+            given = [arranged(array) for array in (x, weight)]
+            y = linear_forward(*given, bias, activation=activation, algorithm=way)
+            results = linear_backward(
+                arranged(dy), *given, y=arranged(y_there), activation=activation, algorithm=way
+            )
+            dtypes = (dtype, dtype, *[accumulated(dtype)] * 2)
+            pairs = zip((y, *results), (expected, *wanted), plain, dtypes, strict=True)
+            for result, reference, other, own in pairs:
+                assert result.dtype == numpy_dtype(own), where
+                assert result.shape == reference.shape, where
+                # Where the slope is of the output rounded to 16 bits, or cuBLAS's sums are rounded before it.
+                more = 4 * EPSILON[dtype] * (1 + abs(reference).max(initial=0)) if dtype in HALVES else 0
+                assert max_error(wide(result), reference) <= 2 * error_bound(other, reference, own) + more, where
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_only_the_gradients_that_are_wanted_and_where_they_are_wanted(way):
+    for dtype in DTYPES:
+        x, weight, _, dy = problem(dtype, 20, 37, 18)
+        whole = linear_backward(dy, x, weight, algorithm=way)
+        for with_input, with_bias in itertools.product((False, True), repeat=2):
+            some = linear_backward(dy, x, weight, with_input=with_input, with_bias=with_bias, algorithm=way)
+            assert (some[0] is None, some[2] is None) == (not with_input, not with_bias)
+            for one, other in zip(some, whole, strict=True):
+                assert one is None or one.tobytes() == other.tobytes()
+        width = accumulated(dtype)
+        places = {
+            "out": numpy.full(x.shape, numpy.nan).astype(x.dtype),
+            "weight_gradient": numpy.full(weight.shape, numpy.nan, width, order="F"),
+            "bias_gradient": numpy.full(18, numpy.nan, width),
+        }
+        results = linear_backward(dy, x, weight, **places, algorithm=way)
+        for result, place, other in zip(results, places.values(), whole, strict=True):
+            assert result is place
+            assert result.tobytes() == other.tobytes()
+        narrow = {name: place.astype(x.dtype) for name, place in places.items() if name != "out"}
+        for result, other in zip(linear_backward(dy, x, weight, **narrow, algorithm=way), whole, strict=True):
+            assert result.tobytes() == cast(other, dtype).tobytes()  # rounded once
+
+
+@pytest.mark.parametrize("way", ["small", "large"])
+@pytest.mark.parametrize("activation", ACTIVATIONS[1:])
+def test_a_fused_activation_has_the_bits_of_one_by_itself(way, activation):
+    x, weight, bias, dy = problem("float32", 20, 37, 18)
+    sums = linear_forward(x, weight, bias, algorithm=way)
+    slope = {"negative_slope": 0.3} if activation == "leaky_relu" else {}
+    y = getattr(gpucnn_kernels, f"{activation}_forward")(sums, **slope)
+    assert linear_forward(x, weight, bias, activation=activation, **slope, algorithm=way).tobytes() == y.tobytes()
+    gradient = getattr(gpucnn_kernels, f"{activation}_backward")(dy, y, **slope)
+    fused = linear_backward(dy, x, weight, y=y, activation=activation, **slope, algorithm=way)
+    for one, other in zip(fused, linear_backward(gradient, x, weight, algorithm=way), strict=True):
+        assert one.tobytes() == other.tobytes()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_not_finite_stays_where_it_is(way):
+    x, weight, bias, dy = problem("float32", 20, 37, 18)
+    x[3, 5], weight[4, 6] = numpy.inf, numpy.nan
+    y = linear_forward(x, weight, bias, activation="relu", algorithm=way)
+    lost = numpy.zeros(y.shape, bool)
+    lost[:, 4] = True
+    assert numpy.array_equal(numpy.isnan(y), lost)
+    assert numpy.array_equal(numpy.isinf(y), (weight[:, 5] > 0) & ~lost & (numpy.arange(20) == 3)[:, None])
+    dy[2, 7] = numpy.inf
+    shut = numpy.ones(dy.shape, numpy.float32)
+    shut[2, 7] = 0  # ReLU lets nothing through, not even infinity
+    results = linear_backward(dy, x, weight, y=shut, activation="relu", algorithm=way)
+    assert numpy.isfinite(results[2]).all()
+    assert numpy.isfinite(numpy.delete(results[1], 5, 1)).all()
+
+
+def test_a_small_layer_is_one_launch_each_way(launched):
+    x, weight, bias, dy = problem("float32", 64, 84, 10)
+    for function, arguments, kernel in [
+        (linear_forward, {"bias": bias, "activation": "tanh"}, "linear_forward_small"),
+        (linear_backward, {"dy": dy, "y": dy, "activation": "relu"}, "linear_backward_small"),
+    ]:
+        launched.clear()
+        function(x=x, weight=weight, **arguments)
+        assert launched == [kernel]
+    launched.clear()
+    linear_forward(x, weight, bias, activation="tanh", algorithm="cublas")
+    assert launched == ["matmul", "conv2d_finish"]
+    launched.clear()
+    linear_backward(dy, x, weight, y=dy, activation="relu", algorithm="cublas")
+    assert launched == ["activation_backward", "channel_sums", "matmul", "matmul"]
+    launched.clear()
+    linear_forward(x, weight)  # nothing but a product
+    assert launched in (["matmul"], ["linear_forward_small"])
+
+
+def test_which_layers_are_one_launch():
+    def forward(count, inputs, outputs, dtype="float32"):
+        return choose(H200, dtype, (Product(count, outputs, inputs),), 2)
+
+    def backward(count, inputs, outputs, dtype="float32"):
+        return choose(H200, dtype, (Product(outputs, inputs + 1, count), Product(count, inputs, outputs)), 3)
+
+    for dtype in DTYPES:
+        for count in (32, 128, 512):
+            for sizes in ((400, 120), (120, 84), (84, 10)):
+                assert forward(count, *sizes, dtype) != "cublas"
+                assert backward(count, *sizes, dtype) != "cublas"
+        assert forward(4096, 4096, 4096, dtype) == backward(4096, 4096, 4096, dtype) == "cublas"
+        assert forward(2, 0, 0, dtype) != "cublas"
+    assert backward(512, 400, 120) == "large"
+    assert forward(64, 25088, 10) == "cublas"  # one tile would go through all of the sum
+    assert {tile.name for tile in TILES} == set(DEPTHS)
+
+
+def test_arrays_too_large_for_32_bits(monkeypatch, launched):
+    x, weight, bias, dy = problem("float32")
+    far = device_array(runtime.current(), numpy.ones((1, 1), numpy.float32), "x")
+    module = sys.modules["gpucnn_kernels.linear"]
+    for shape, strides in [((2, 2), (2**30, 1)), ((2**23, 128), (128, 1)), ((2, 2**22), (1, 2**8))]:
+        assert module._span(dataclasses.replace(far, shape=shape, strides=strides)) > module._MOST
+    assert module._span(dataclasses.replace(far, shape=(1, 8), strides=(2**40, 1))) < 1000
+    monkeypatch.setattr(module, "_MOST", 1000)
+    for arguments in ({"x": x, "weight": weight, "bias": bias}, {"dy": dy, "x": x, "weight": weight}):
+        function = linear_backward if "dy" in arguments else linear_forward
+        with pytest.raises(ArgumentError, match="'small' takes arrays of less than 2"):
+            function(**arguments, algorithm="small")
+        launched.clear()
+        function(**arguments)
+        assert "matmul" in launched
+
+
+def test_what_backward_does_not_take():
+    x, weight, _, dy = problem("float32")
+    with pytest.raises(ArgumentError, match=r"activation must be one of identity, relu.*got 'gelu'"):
+        linear_backward(dy, x, weight, y=dy, activation="gelu")
+    with pytest.raises(ArgumentError, match="going back through relu takes its output y"):
+        linear_backward(dy, x, weight, activation="relu")
+    with pytest.raises(ArgumentError, match="negative_slope > 0, got 0"):
+        linear_backward(dy, x, weight, y=dy, activation="leaky_relu", negative_slope=0)
+    with pytest.raises(ArgumentError, match="algorithm must be one of auto, small"):
+        linear_forward(x, weight, algorithm="fast")
+    with pytest.raises(ArgumentError, match=r"activation must be one of identity.*silu, got 'elu'"):
+        linear_forward(x, weight, activation="elu")
+    with pytest.raises(ProblemError, match="must lie as dy does"):
+        linear_backward(dy, x, weight, y=numpy.asfortranarray(dy), activation="relu")
+    with pytest.raises(ProblemError, match=r"it must have \(4, 11\)"):
+        linear_backward(dy, x, weight.T)
+    with pytest.raises(ProblemError, match="dy is of a batch of 6"):
+        linear_backward(dy, x[:3], weight)
+    with pytest.raises(DtypeError, match="weight_gradient must be float32, got float16"):
+        linear_backward(dy, x, weight, weight_gradient=numpy.zeros((4, 11), numpy.float16))
+    memory = numpy.zeros(300, numpy.float32)
+    with pytest.raises(ArgumentError, match="weight_gradient shares memory with out"):
+        linear_backward(
+            dy, x, weight, out=memory[:66].reshape(6, 11), weight_gradient=memory[60:104].reshape(4, 11)
+        )
+    with pytest.raises(ArgumentError, match="bias_gradient shares memory with dy"):
+        linear_backward(dy, x, weight, bias_gradient=dy[0])
+
+
 def test_without_bias_and_into_out():
     for dtype in DTYPES:
         x, weight, bias, dy = problem(dtype)
@@ -116,6 +333,13 @@ def test_half_precision_is_summed_in_single_and_rounded_once(dtype):
 def test_the_order_of_threads_changes_nothing():
     x, weight, bias, dy = problem("float32", 300, 20, 70)
     assert order_independent(lambda: [linear_forward(x, weight, bias), linear_backward_bias(dy)])
+    for way in ("small", "large"):
+        assert order_independent(
+            lambda way=way: [
+                linear_forward(x, weight, bias, activation="relu", algorithm=way),
+                *linear_backward(dy, x, weight, y=dy, activation="sigmoid", algorithm=way),
+            ]
+        )
 
 
 def test_what_does_not_fit():

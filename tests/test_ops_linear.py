@@ -5,7 +5,7 @@ import itertools
 import numpy
 import pytest
 
-from gpucnn.errors import DtypeError, ShapeError
+from gpucnn.errors import ArgumentError, DtypeError, ShapeError
 from gpucnn.ops import cpu
 from tests.accuracy import awkward, error_bound, max_error
 from tests.backends import BACKENDS
@@ -55,6 +55,53 @@ def test_without_bias_and_into_out(backend):
         out = awkward(numpy.zeros(shape, numpy.float32))
         assert call(out) is out
         assert max_error(out, call(None)) <= 1e-6
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_all_gradients_together(backend, dtype):
+    x, weight, bias, dy = problem(dtype, 6, 11, 4)
+    sums = oracle.forward(x, weight, bias)
+    functions = {"identity": (None, 1), "relu": (numpy.maximum(sums, 0), sums > 0)}
+    functions["leaky_relu"] = numpy.where(sums > 0, sums, 0.3 * sums), numpy.where(sums > 0, 1, 0.3)
+    functions["tanh"] = numpy.tanh(sums), 1 / numpy.cosh(sums) ** 2
+    functions["sigmoid"] = 1 / (1 + numpy.exp(-sums)), 1 / (2 + 2 * numpy.cosh(sums))
+    for layout in (numpy.ascontiguousarray, numpy.asfortranarray, awkward):
+        for activation, (y, slope) in functions.items():
+            options = {"activation": activation, "negative_slope": 0.3}
+            made = backend.linear_forward(layout(x), layout(weight), bias, **options)
+            assert max_error(made, sums if y is None else y) <= 1e-5
+            given = [layout(array) for array in (dy, x, weight)]
+            y_there = None if y is None else layout(y.astype(dtype))
+            expected = oracle.backward(dy * slope, x, weight)
+            results = backend.linear_backward(*given, y=y_there, **options)
+            for result, reference in zip(results, expected, strict=True):
+                assert result.dtype == x.dtype
+                assert max_error(result, reference) <= (1e-5 if dtype == "float32" else 1e-13)
+            places = [awkward(numpy.full(array.shape, numpy.nan, dtype)) for array in (weight, bias)]
+            into = backend.linear_backward(
+                *given, y=y_there, **options, with_input=False, weight_gradient=places[0], bias_gradient=places[1]
+            )
+            assert into[0] is None
+            for place, whole in zip(places, results[1:], strict=True):
+                assert max_error(place, whole) <= 1e-6
+            assert backend.linear_backward(*given, y=y_there, **options, with_bias=False)[2] is None
+            assert given[0] is not dy or numpy.array_equal(dy, problem(dtype, 6, 11, 4)[3])  # left as it was
+
+
+@BACKENDS
+def test_what_gradients_together_refuse(backend):
+    x, weight, _, dy = problem("float32")
+    with pytest.raises(ArgumentError, match=r"activation must be one of .*tanh.*'gelu'"):
+        backend.linear_backward(dy, x, weight, y=dy, activation="gelu")
+    with pytest.raises(ArgumentError, match="give it as y"):
+        backend.linear_backward(dy, x, weight, activation="relu")
+    with pytest.raises(ArgumentError, match="negative_slope is above 0"):
+        backend.linear_backward(dy, x, weight, y=dy, activation="leaky_relu", negative_slope=-1.0)
+    with pytest.raises(ShapeError, match="the result y"):
+        backend.linear_backward(dy, x, weight, y=dy[:, :2], activation="relu")
+    with pytest.raises(ArgumentError, match="activation must be one of"):
+        backend.linear_forward(x, weight, activation="elu")
 
 
 # Large enough that the work is split into parts: of rows in some products, of columns in others.

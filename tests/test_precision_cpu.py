@@ -62,6 +62,7 @@ CASES = {
     "softmax_forward": ((X,), {"axis": 1}),
     "dropout_forward": ((X,), {"probability": 0.3, "seed": 3, "offset": 5}),
     "linear_forward": ((image(5, 8), image(3, 8, seed=1), image(3, seed=2)), {}),
+    "linear_backward": ((image(5, 3), image(5, 8, seed=1), image(3, 8, seed=2)), {}),
     "linear_backward_weight": ((image(5, 3), image(5, 8, seed=1)), {}),
 }
 
@@ -239,3 +240,16 @@ def test_batch_norm_with_a_residual_and_an_activation():
     wanted = cpu.batch_norm_backward(before.astype("float32"), wide[0], None, mean, inverse_std)
     numpy.testing.assert_array_equal(dx, wanted[0].astype("float16"))
     numpy.testing.assert_array_equal(dbias, wanted[2])
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_gradients_of_parameters_stay_float32_unless_they_have_16_bits(dtype):
+    dy, x, weight = (array.astype(dtype) for array in CASES["linear_backward"][0])
+    dx, dweight, dbias = ops.backend_of(dy).linear_backward(dy, x, weight)
+    assert (dx.dtype, dweight.dtype, dbias.dtype) == (dy.dtype, numpy.float32, numpy.float32)
+    assert ops.backend_of(dy).linear_backward(dy, x, weight, with_input=False)[0] is None
+    places = {"weight_gradient": numpy.zeros_like(weight), "bias_gradient": numpy.zeros(3, dtype)}
+    given = ops.backend_of(dy).linear_backward(dy, x, weight, **places)
+    for result, place, wide in zip(given[1:], places.values(), (dweight, dbias), strict=True):
+        assert result is place
+        assert numpy.array_equal(place, wide.astype(dtype))

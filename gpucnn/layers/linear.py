@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy
 
@@ -45,13 +46,34 @@ class Linear(Layer):
         """The gradient for x; adds to ``weight.gradient`` and ``bias.gradient``."""
         (x,) = self._take_saved()
         check_gradient(dy, (x.shape[0], self.out_features), x)
-        ops = backend_of(dy)
+        ops, trained = backend_of(dy), [self.weight] if self.bias is None else [self.weight, self.bias]
+        if all(parameter.requires_grad for parameter in trained):
+            return self._backward_together(dy, x, trained)
         if self.bias is not None:
             self.bias.add_gradient_by(ops.linear_backward_bias, dy)
         self.weight.add_gradient_by(ops.linear_backward_weight, dy, x)
         if not self.input_needs_gradient:
             return None
         return ops.linear_backward_data(dy, self.weight.working)
+
+    def _backward_together(self, dy: Array, x: Array, trained: list[Parameter]) -> Array:
+        """All gradients by one operation, those for the parameters right where the first ones belong."""
+        places = [parameter.first_gradient_place for parameter in trained]
+        options: dict[str, Any] = dict(zip(("weight_gradient", "bias_gradient"), places, strict=False))
+        dx, *gradients = backend_of(dy).linear_backward(
+            dy,
+            x,
+            self.weight.working,
+            with_input=self.input_needs_gradient,
+            with_bias=self.bias is not None,
+            **options,
+        )
+        for parameter, place, gradient in zip(trained, places, gradients, strict=False):
+            if place is None:
+                parameter.add_gradient(gradient)
+            else:
+                parameter.first_gradient_is_there()
+        return dx
 
     def skip_input_gradient(self, skip: bool = True) -> None:
         """Leave the gradient for x out of backward (or, with False, compute it again)."""

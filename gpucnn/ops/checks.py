@@ -16,6 +16,7 @@ from gpucnn_kernels.problem import Conv2dProblem, IntOrPair, Padding, pair
 
 REDUCTIONS = ("mean", "sum", "none")
 ENDINGS = ("identity", "relu", "leaky_relu")
+LINEAR_ENDINGS = (*ENDINGS, "sigmoid", "tanh")
 """The activations that a batch norm in training can end with: gradients go back through them by their results."""
 
 
@@ -222,9 +223,11 @@ def check_batch_norm(x: Any, **per_channel: Any) -> None:
             require_shape(array, (x.shape[1],), name)
 
 
-def check_ending(activation: str, y: Any, shape: Sequence[int], negative_slope: float) -> None:
+def check_ending(
+    activation: str, y: Any, shape: Sequence[int], negative_slope: float, endings: Sequence[str] = ENDINGS
+) -> None:
     """Raise ArgumentError or ShapeError unless a gradient goes back through ``activation`` by its result y."""
-    require_choice(activation, ENDINGS, "activation")
+    require_choice(activation, endings, "activation")
     if activation == "identity":
         return
     if activation == "leaky_relu" and not negative_slope > 0:

@@ -411,9 +411,41 @@ class Operations(Protocol):
     # ---------------------------------------------------------------- linear
 
     def linear_forward(
-        self, x: Array, weight: Array, bias: Array | None = None, *, out: Array | None = None
+        self,
+        x: Array,
+        weight: Array,
+        bias: Array | None = None,
+        *,
+        activation: str = "identity",
+        negative_slope: float = 0.01,
+        out: Array | None = None,
     ) -> Array:
-        """X (N, in) @ weight.T (weight is (out, in)) + bias (out,): (N, out)."""
+        """activation(x (N, in) @ weight.T (weight is (out, in)) + bias (out,)): (N, out).
+
+        ``activation`` is one of those of :meth:`conv2d_inference`.
+        """
+
+    def linear_backward(
+        self,
+        dy: Array,
+        x: Array,
+        weight: Array,
+        *,
+        y: Array | None = None,
+        activation: str = "identity",
+        negative_slope: float = 0.01,
+        with_input: bool = True,
+        with_bias: bool = True,
+        weight_gradient: Array | None = None,
+        bias_gradient: Array | None = None,
+    ) -> tuple[Array | None, Array, Array | None]:
+        """(dx, dweight, dbias) of y = activation(x @ weight.T + bias), what the three operations below give.
+
+        dx is None unless ``with_input``, dbias unless ``with_bias``. dweight and dbias, which
+        ``weight_gradient`` and ``bias_gradient`` take, are float32 where dy has 16 bits. ``activation`` is
+        "identity", or one that the gradient goes back through by its result ``y``: "relu", "leaky_relu" with a
+        slope above 0, "sigmoid" or "tanh".
+        """
 
     def linear_backward_data(self, dy: Array, weight: Array, *, out: Array | None = None) -> Array:
         """Dy (N, out) @ weight: (N, in)."""

@@ -63,6 +63,7 @@ _MODULES = {
     ],
     "dropout": ["dropout_backward", "dropout_forward"],
     "linear": [
+        "linear_backward",
         "linear_backward_bias",
         "linear_backward_data",
         "linear_backward_weight",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from gpucnn_kernels.arrays import DeviceArray
 from gpucnn_kernels.launch import Call
 from gpucnn_kernels.source import SCALARS
@@ -21,7 +23,7 @@ Axis = tuple[int, int]
 def launch_channel_sums(
     call: Call, values: DeviceArray, sums: DeviceArray, *, images: Axis, pixels: Axis, channels: Axis
 ) -> None:
-    """Sum ``values`` over images and pixels into ``sums`` (channels,).
+    """Sum ``values`` over images and pixels into ``sums`` (channels,), of their dtype or the accumulating one.
 
     16-bit values are added up in float32 and rounded once. Nothing to sum gives zeros. The order of the additions
     depends on the shape and the layout alone.
@@ -39,6 +41,10 @@ def launch_channel_sums(
     parts = max(1, -(-positions // part))
     scalar, (_, wide) = values.dtype, SCALARS[values.dtype]
     partial = None if parts == 1 else call.scratch(parts * channels[0], wide)
+    # The kernel's ``partial`` has the accumulating dtype: sums of that dtype are stored as the only part's.
+    result: dict[str, Any] = (
+        {"partial": None, "sums": sums} if sums.dtype == scalar else {"partial": sums, "sums": None}
+    )
     call.launch(
         SOURCE,
         "channel_sums",
@@ -47,8 +53,7 @@ def launch_channel_sums(
         scalar=scalar,
         values=values,
         wide=None,
-        partial=partial,
-        sums=sums,
+        **({"partial": partial, "sums": None} if partial is not None else result),
         shape=_shape(images, pixels, channels, part),
     )
     if partial is not None:
@@ -62,8 +67,7 @@ def launch_channel_sums(
             scalar=scalar,
             values=None,
             wide=partial,
-            partial=None,
-            sums=sums,
+            **result,
             shape=_shape((1, 0), (parts, channels[0]), channels, parts),
         )
 

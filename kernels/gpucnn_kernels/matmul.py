@@ -111,9 +111,14 @@ def _check(a: DeviceArray, b: DeviceArray, out: DeviceArray, shape: tuple[int, .
     if out.shape != shape:
         raise ArgumentError(f"out must have shape {shape}, got {out.shape}")
     for array in (a, b, out):
-        if array.size:
-            _stored(array)
+        require_matrix(array)
     require_apart(out, a, b)
+
+
+def require_matrix(array: DeviceArray) -> None:
+    """Raise LayoutError unless it is a matrix, or a batch of them, stored by rows or by columns."""
+    if array.size:
+        _stored(array)
 
 
 # ---------------------------------------------------------------- NumPy

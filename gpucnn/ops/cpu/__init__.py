@@ -42,6 +42,7 @@ from gpucnn.ops.cpu.im2col import col2im, im2col
 from gpucnn.ops.cpu.images import images_to_float
 from gpucnn.ops.cpu.inference import conv2d_inference, conv2d_max_pool2d_inference
 from gpucnn.ops.cpu.linear import (
+    linear_backward,
     linear_backward_bias,
     linear_backward_data,
     linear_backward_weight,
@@ -91,6 +92,7 @@ __all__ = [
     "images_to_float",
     "leaky_relu_backward",
     "leaky_relu_forward",
+    "linear_backward",
     "linear_backward_bias",
     "linear_backward_data",
     "linear_backward_weight",

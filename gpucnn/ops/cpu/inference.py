@@ -25,7 +25,7 @@ from gpucnn.ops.cpu.max_pooling import max_pool2d_forward
 from gpucnn.ops.cpu.memory import FloatArray
 from gpucnn_kernels.problem import IntOrPair, Padding
 
-_ACTIVATIONS: dict[str, Callable[..., FloatArray] | None] = {
+ACTIVATIONS: dict[str, Callable[..., FloatArray] | None] = {
     "identity": None,
     "relu": relu_forward,
     "leaky_relu": leaky_relu_forward,
@@ -35,6 +35,8 @@ _ACTIVATIONS: dict[str, Callable[..., FloatArray] | None] = {
     "gelu_tanh": partial(gelu_forward, approximate="tanh"),
     "silu": silu_forward,
 }
+"""The activations that an operation may end with."""
+
 _RISING = ("relu", "leaky_relu", "sigmoid", "tanh")
 """Activations f with max(f(a), f(b)) = f(max(a, b)), leaky ReLU where its slope is not negative."""
 
@@ -55,7 +57,7 @@ def conv2d_inference(
     out: FloatArray | None = None,
 ) -> FloatArray:
     """activation(convolution + bias + residual), with residual (N, K, P, Q) or None."""
-    require_choice(activation, tuple(_ACTIVATIONS), "activation")
+    require_choice(activation, tuple(ACTIVATIONS), "activation")
     options: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     problem = forward_problem(x, weight, bias, **options)
     check_residual(residual, problem.output_shape)
@@ -66,7 +68,7 @@ def conv2d_inference(
     y = conv2d_forward(x, weight, bias, **options, algorithm=algorithm, out=out if apart else None)
     if residual is not None:
         y += residual
-    _activate(y, activation, negative_slope)
+    activate(y, activation, negative_slope)
     if out is None or apart:
         return y
     out[...] = y
@@ -115,12 +117,12 @@ def conv2d_max_pool2d_inference(
         out=out,
     )
     if after:
-        _activate(pooled, activation, negative_slope)
+        activate(pooled, activation, negative_slope)
     return pooled
 
 
-def _activate(y: FloatArray, activation: str, negative_slope: float) -> None:
-    """In place."""
-    function = _ACTIVATIONS[activation]
+def activate(y: FloatArray, activation: str, negative_slope: float) -> None:
+    """``y``'s numbers through the activation, in place."""
+    function = ACTIVATIONS[activation]
     if function is not None:
         function(y, **({"negative_slope": negative_slope} if activation == "leaky_relu" else {}), out=y)

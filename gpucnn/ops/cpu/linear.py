@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy
 
 from gpucnn.ops.checks import (
+    LINEAR_ENDINGS,
+    check_ending,
     check_linear_data,
     check_linear_forward,
     check_linear_gradient,
     check_linear_weight,
+    require_choice,
 )
 from gpucnn.ops.cpu import compiled
+from gpucnn.ops.cpu.activations import leaky_relu_backward, relu_backward, sigmoid_backward, tanh_backward
 from gpucnn.ops.cpu.blocks import ranges
 from gpucnn.ops.cpu.compiled.sums import column_sums
+from gpucnn.ops.cpu.inference import ACTIVATIONS, activate
 from gpucnn.ops.cpu.memory import FloatArray, calculation_dtype, result_array
 from gpucnn.ops.cpu.threads import parallel_for
 
@@ -54,16 +61,57 @@ def _product(a: FloatArray, b: FloatArray, out: FloatArray | None) -> FloatArray
 
 
 def linear_forward(
-    x: FloatArray, weight: FloatArray, bias: FloatArray | None = None, *, out: FloatArray | None = None
+    x: FloatArray,
+    weight: FloatArray,
+    bias: FloatArray | None = None,
+    *,
+    activation: str = "identity",
+    negative_slope: float = 0.01,
+    out: FloatArray | None = None,
 ) -> FloatArray:
-    """X (N, in) @ weight.T (weight is (out, in)) + bias (out,): (N, out)."""
+    """activation(x (N, in) @ weight.T (weight is (out, in)) + bias (out,)): (N, out)."""
     check_linear_forward(x, weight, bias)
+    require_choice(activation, tuple(ACTIVATIONS), "activation")
     if bias is not None and out is not None and numpy.may_share_memory(out, bias):
         bias = bias.copy()  # the product overwrites it before it is added
     result = _product(x, weight.T, out)
     if bias is not None:
         numpy.add(result, bias, out=result, casting="same_kind")
+    activate(result, activation, negative_slope)
     return result
+
+
+_BACK: dict[str, Callable[..., FloatArray]] = {
+    "relu": relu_backward,
+    "leaky_relu": leaky_relu_backward,  # by its result, which has the sign of what it was made of
+    "sigmoid": sigmoid_backward,
+    "tanh": tanh_backward,
+}
+
+
+def linear_backward(
+    dy: FloatArray,
+    x: FloatArray,
+    weight: FloatArray,
+    *,
+    y: FloatArray | None = None,
+    activation: str = "identity",
+    negative_slope: float = 0.01,
+    with_input: bool = True,
+    with_bias: bool = True,
+    weight_gradient: FloatArray | None = None,
+    bias_gradient: FloatArray | None = None,
+) -> tuple[FloatArray | None, FloatArray, FloatArray | None]:
+    """(dx, dweight, dbias) of y = activation(x @ weight.T + bias)."""
+    check_linear_weight(dy, x)
+    check_linear_data(dy, weight)
+    check_ending(activation, y, dy.shape, negative_slope, LINEAR_ENDINGS)
+    if activation != "identity":
+        slope = {"negative_slope": negative_slope} if activation == "leaky_relu" else {}
+        dy = _BACK[activation](dy, y, **slope)
+    dbias = linear_backward_bias(dy, out=bias_gradient) if with_bias else None
+    dweight = linear_backward_weight(dy, x, out=weight_gradient)
+    return linear_backward_data(dy, weight) if with_input else None, dweight, dbias
 
 
 def linear_backward_data(dy: FloatArray, weight: FloatArray, *, out: FloatArray | None = None) -> FloatArray:

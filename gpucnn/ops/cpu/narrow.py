@@ -46,6 +46,7 @@ _COMPUTED_IN_FLOAT32 = (
     "im2col",
     "leaky_relu_backward",
     "leaky_relu_forward",
+    "linear_backward",
     "linear_backward_bias",
     "linear_backward_data",
     "linear_backward_weight",
@@ -95,7 +96,7 @@ def _in_16_bits(operation: Callable[..., Any]) -> Callable[..., Any]:
     """``operation`` of cpu on a first array in 16 bits; the others may be so, too, or float32.
 
     Of several results the first is stored as that array is. The others are places and masks, or statistics and
-    gradients of parameters, which stay float32.
+    gradients of parameters, which stay float32 unless an option takes them in 16 bits.
     """
 
     @functools.wraps(operation)
@@ -104,7 +105,11 @@ def _in_16_bits(operation: Callable[..., Any]) -> Callable[..., Any]:
         result = operation(*map(_widened, (first, *others)), **named)
         if not isinstance(result, tuple):
             return _rounded(result, first.dtype, out)
-        return _rounded(result[0], first.dtype, out), *result[1:]
+        taken = {id(named[name]): array for name, array in options.items() if is_narrow(array)}
+        return None if result[0] is None else _rounded(result[0], first.dtype, out), *(
+            _rounded(part, taken[id(part)].dtype, taken[id(part)]) if id(part) in taken else part
+            for part in result[1:]
+        )
 
     return run
 

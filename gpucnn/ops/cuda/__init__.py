@@ -50,6 +50,7 @@ from gpucnn.ops.cuda.inference import (
     conv2d_max_pool2d_inference,
 )
 from gpucnn.ops.cuda.linear import (
+    linear_backward,
     linear_backward_bias,
     linear_backward_data,
     linear_backward_weight,
@@ -116,6 +117,7 @@ __all__ = [
     "images_to_float",
     "leaky_relu_backward",
     "leaky_relu_forward",
+    "linear_backward",
     "linear_backward_bias",
     "linear_backward_data",
     "linear_backward_weight",
