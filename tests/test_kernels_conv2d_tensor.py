@@ -16,7 +16,14 @@ from gpucnn_kernels import (
     conv2d_tensor,
     conv_transpose2d_forward,
 )
-from gpucnn_kernels.conv2d_tiles import TENSOR_FILTER_TILES, TENSOR_TILES, tensor_filter_tile, tensor_tile
+from gpucnn_kernels.conv2d_tiles import (
+    TENSOR_FILTER_TILES,
+    TENSOR_TILES,
+    THREE_PRODUCT_FILTER_TILES,
+    THREE_PRODUCT_TILES,
+    tensor_filter_tile,
+    tensor_tile,
+)
 from gpucnn_kernels.gpu import H200
 from gpucnn_kernels.runtime.host import order_independent
 from tests.accuracy import max_error
@@ -119,10 +126,11 @@ def test_every_problem(form, direction):
             assert_right(run(problem, form, direction, arrange), problem, form, direction, f"{name}, {layout}")
 
 
-@pytest.mark.parametrize("tile", ["large", "medium", "small"])
+@pytest.mark.parametrize("tile", ["wide", "large", "medium", "small"])
 @EVERY_FORM
 def test_every_tile(form, tile, monkeypatch):
-    forced = {each.name: each for each in TENSOR_TILES}[f"conv2d_tensor_{tile}"]
+    tiles = THREE_PRODUCT_TILES if form == "3xtf32" else TENSOR_TILES
+    forced = {each.name: each for each in tiles}[f"conv2d_tensor_{tile}"]
     monkeypatch.setattr(conv2d_tensor, "tensor_tile", lambda *given: forced)
     for name, problem in WIDE.items():
         for layout, arrange in LAYOUTS.items():
@@ -132,10 +140,11 @@ def test_every_tile(form, tile, monkeypatch):
                 )
 
 
-@pytest.mark.parametrize("tile", ["large", "small"])
+@pytest.mark.parametrize("tile", ["large", "medium", "small"])
 @EVERY_FORM
 def test_every_tile_of_the_filters_gradient(form, tile, monkeypatch):
-    forced = {each.name: each for each in TENSOR_FILTER_TILES}[f"filter_gradient_tensor_{tile}"]
+    tiles = THREE_PRODUCT_FILTER_TILES if form == "3xtf32" else TENSOR_FILTER_TILES
+    forced = {each.name: each for each in tiles}[f"filter_gradient_tensor_{tile}"]
     monkeypatch.setattr(conv2d_tensor, "tensor_filter_tile", lambda *given: forced)
     monkeypatch.setattr(conv2d_tensor, "_LEAST_POSITIONS", 40)  # several parts, also of few positions
     for name, problem in WIDE.items():
@@ -150,13 +159,16 @@ def test_the_tile_is_large_where_it_is_filled_and_there_are_enough():
         def tile(channels, positions, dtype=dtype, precision=precision):
             return tensor_tile(H200, dtype, precision, channels, positions, 1).name.rpartition("_")[2]
 
-        assert tile(128, 64 * 56 * 56) == "large"
-        assert tile(64, 64 * 56 * 56) == "medium"
+        three = (dtype, precision) == ("float32", None)  # whose tiles are half as many channels wide
+        assert tile(128, 64 * 56 * 56) == "wide"
+        assert tile(64, 64 * 56 * 56) == ("wide" if three else "medium")
+        assert tile(32, 64 * 56 * 56) == "medium"
         assert tile(512, 49) == "small"
-        assert tile(32, 64 * 56 * 56) == "small"
         tile = tensor_filter_tile(H200, dtype, precision, 128, 1152, 1, 256 * 28 * 28)
         assert tile.name == "filter_gradient_tensor_large"
         tile = tensor_filter_tile(H200, dtype, precision, 64, 576, 1, 256 * 56 * 56)
+        assert tile.name == "filter_gradient_tensor_medium"
+        tile = tensor_filter_tile(H200, dtype, precision, 64, 27, 1, 256 * 56 * 56)
         assert tile.name == "filter_gradient_tensor_small"
 
 
@@ -225,6 +237,32 @@ def test_infinities_and_nans_reach_only_the_windows_that_hold_them(form, value):
     met[1, :, 2:5, 1:4] = True
     assert not numpy.isfinite(y[met]).any()
     assert numpy.isfinite(y[~met]).all()
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_three_products_of_infinities_are_those_of_float32(direction):
+    """An infinity times the parts of a number is one of either sign; 3.4e38 rounded to tf32 is infinity itself."""
+
+    def by_name(algorithm, arrange, x, weight, bias, dy):
+        more = {"algorithm": algorithm, **options(problem)}
+        if direction == "forward":
+            return conv2d_forward(arrange(x), arrange(weight), bias, activation="leaky_relu", **more)
+        if direction == "backward_filter":
+            return conv2d_backward_filter(arrange(dy), arrange(x), kernel_size=3, **more)
+        return conv2d_backward_data(arrange(dy), arrange(weight), input_size=(problem.H, problem.W), **more)
+
+    problem = WIDE["outputs-70"]
+    for name, arrange in LAYOUTS.items():
+        for value in (numpy.inf, -numpy.inf, numpy.nan, 3.4e38):
+            x, weight, bias, dy = (array.copy() for array in inputs(problem, "float32"))
+            x[1, 3, 2, 4] = dy[1, 3, 2, 3] = value
+            weight[5, 2, 1, 1] = 0  # times an infinity it is no number
+            weight[6, 2, 1, 1] = value
+            given = arrange, x, weight * numpy.float32(0.5), bias, dy
+            expected = by_name("phases" if direction == "backward_data" else "implicit_gemm", *given)
+            result = by_name("tensor", *given)
+            assert not numpy.isfinite(expected).all() or abs(value) < numpy.inf
+            numpy.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-4, err_msg=f"{name}, {value}")
 
 
 def test_phases_leave_out_the_zeros_between_rows():
@@ -313,15 +351,13 @@ def test_the_order_of_threads_does_not_matter(form):
                 assert order_independent(lambda: run(problem, form, direction, arrange)), f"{name}, {direction}"  # noqa: B023
 
 
-def test_more_units_than_blocks(monkeypatch):
-    """Phases and groups beyond a grid's 65,535 blocks along z are done by the blocks that there are."""
-    for name in ("groups-3-s2", "stride-larger-than-image", "k3-s2-same-size"):
-        for direction in ("forward", "backward_data"):
-            expected = run(ALL[name], "float16", direction)
-            for most in (1, 2):
-                monkeypatch.setattr(conv2d_tensor, "_MOST_UNITS", most)
-                numpy.testing.assert_array_equal(run(ALL[name], "float16", direction), expected, name)
-                monkeypatch.undo()
+def test_more_units_than_a_grid_has_blocks_along_y_or_z():
+    """Each group of each phase is a unit, and 65,535 is not the end."""
+    groups = 17_000
+    x = numpy.arange(groups, dtype=numpy.float16).reshape(1, groups, 1, 1) % 100
+    weight = numpy.full((groups, 1, 2, 2), 2, numpy.float16)
+    dx = conv2d_backward_data(x, weight, input_size=2, stride=2, groups=groups, algorithm="tensor")
+    numpy.testing.assert_array_equal(dx, numpy.broadcast_to(2 * x, dx.shape))
 
 
 @EVERY_FORM

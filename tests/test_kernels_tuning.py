@@ -170,7 +170,7 @@ def test_only_what_gives_the_same_bits_every_time_is_tried(tuned: Path) -> None:
             ("phases", "conv2d_implicit_gemm_large"), ("phases", "conv2d_implicit_gemm_small"), ("col2im", ""),
         ]  # fmt: skip
         found = tuning.candidates(call, "forward", problem, "float32", "tf32")
-        assert found[0] == ("tensor", "conv2d_tensor_large")  # what is usual is tried first
+        assert found[0] == ("tensor", "conv2d_tensor_wide")  # what is usual is tried first
         assert ("im2col", "") in found
 
 
@@ -190,7 +190,7 @@ def test_a_hopeless_way_is_not_measured_further() -> None:
 def test_a_forced_tile_is_taken_where_there_is_such_a_one() -> None:
     with conv2d_tiles.forced("conv2d_implicit_gemm_small"):
         assert conv2d_tiles.implicit_tile(H200, "float32", 512, 1 << 20, 1).name == "conv2d_implicit_gemm_small"
-        assert conv2d_tiles.tensor_tile(H200, "float16", None, 512, 1 << 20, 1).name == "conv2d_tensor_large"
+        assert conv2d_tiles.tensor_tile(H200, "float16", None, 512, 1 << 20, 1).name == "conv2d_tensor_wide"
     assert conv2d_tiles.implicit_tile(H200, "float32", 512, 1 << 20, 1).name == "conv2d_implicit_gemm_large"
 
 

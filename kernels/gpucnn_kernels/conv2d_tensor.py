@@ -9,8 +9,10 @@ float16     float16 (or None)   exact
 bfloat16    bfloat16 (or None)  exact
 ==========  ==================  ==========================================================================
 
-Sums are float32, rounded once to the arrays' dtype. In 3xTF32 an infinite factor, or one so near to 3.4e38 that it
-rounds to infinity, makes NaN where other algorithms make infinities; what of a factor lies below 1e-38 is lost.
+Sums are float32, rounded once to the arrays' dtype. Rounding to tf32 is to nearest, ties to even from compute
+capability 9.0 on and away from zero before. 3xTF32 gives what float32 gives of infinities and of numbers up to
+3.4e38, too: where its sum is NaN, it is taken again in float32. Of a number below 2e-35 digits are lost, as what
+is left of it beside its tf32 part is below 1e-38.
 
 The kernels read channels-last arrays in pieces of 16 bytes. What does not lie so is copied by one launch into a
 workspace of the same size, filled up with zeros to whole pieces: arrays that are contiguous, or whose channels a
@@ -28,7 +30,7 @@ from typing import Any
 
 from gpucnn_kernels.arrays import DeviceArray, image_layout
 from gpucnn_kernels.conv2d_forward_paths import Epilogue, axes, channel_counts, strides
-from gpucnn_kernels.conv2d_tiles import tensor_filter_tile, tensor_tile
+from gpucnn_kernels.conv2d_tiles import TENSOR_FILTER_TILES, TENSOR_TILES, tensor_filter_tile, tensor_tile
 from gpucnn_kernels.errors import ArgumentError, DeviceError, DtypeError
 from gpucnn_kernels.launch import Call
 from gpucnn_kernels.problem import Conv2dProblem
@@ -49,24 +51,17 @@ SOURCES: dict[str, tuple[dict[str, Any], ...]] = {
     "conv2d_tensor_pack": tuple({"SCALAR": dtype} for dtype in DTYPES),
 }
 
-# Positions, channels and threads of a block; of the filter's gradient sums along either side, and threads.
-_TILES = {"large": (128, 128, 256), "medium": (128, 64, 128), "small": (64, 32, 128)}
-_FILTER_TILES = {"large": (128, 256), "small": (64, 128)}
 _STAGES, _LINE = 4, 64  # of the ring in shared memory, and bytes that a row of each holds
 SHARED_BYTES = {
     **{
-        f"conv2d_tensor_{tile}": _STAGES * (positions + channels) * _LINE
-        for tile, (positions, channels, _) in _TILES.items()
+        tile.name: _STAGES * (tile.positions + tile.channels) * _LINE
+        for tile in TENSOR_TILES  # of three products less
     },
     # Rows of positions, padded: 32 by 2 * side + 16 bytes in 16 bits, 16 by 4 * side + 32 in float32.
-    **{
-        f"filter_gradient_tensor_{tile}": _STAGES * 2 * 32 * (2 * side + 16)
-        for tile, (side, _) in _FILTER_TILES.items()
-    },
+    **{tile.name: _STAGES * 32 * (2 * (tile.positions + tile.channels) + 32) for tile in TENSOR_FILTER_TILES},
 }
 """Dynamic shared memory of a block, in bytes."""
 
-_MOST_UNITS = 65535  # blocks along z
 _PACK_TILE = 32
 _FILTER_BLOCKS = 512  # that the positions of a filter gradient are split for
 _LEAST_POSITIONS = 256  # of a part: below, adding up the parts costs more than the parts save
@@ -126,19 +121,18 @@ def convolve(
         height, width = -(-height // problem.stride[0]), -(-width // problem.stride[1])
     units, positions = phases * problem.groups, problem.N * height * width
     made = tensor_tile(call.gpu, source.dtype, precision, channels["output"], positions, units)
-    tile = made.name.removeprefix("conv2d_tensor_")
-    rows, columns, threads = _TILES[tile]
+    tiles = -(-positions // made.positions)
     image = _packed_image(call, source, problem.groups)
     filters, filter_strides = _packed_filter(call, problem, weight, transposed)
     chunk = _chunk(source.dtype)
     call.launch(
         "conv2d_tensor",
-        f"conv2d_tensor_{tile}",
-        (-(-positions // rows), -(-channels["output"] // columns), min(units, _MOST_UNITS)),
-        threads,
+        made.name,
+        -(-channels["output"] // made.channels) * tiles * units,
+        32 * made.warps,
         scalar=source.dtype,
         definitions=_definitions(source.dtype, precision),
-        shared_bytes=SHARED_BYTES[f"conv2d_tensor_{tile}"],
+        shared_bytes=SHARED_BYTES[made.name],
         input=image,
         input_strides=strides(image),
         filter=filters,
@@ -151,8 +145,8 @@ def convolve(
         horizontal=horizontal,
         transposed=int(transposed),
         epilogue=epilogue.fields,
-        vectors=int(channels["output"] % chunk == 0 and _in_pieces(output) and _in_pieces(epilogue.residual)),
-        units=units,
+        vectors=int(_in_vectors(output, epilogue.residual, channels["output"], chunk, phases)),
+        tiles=tiles,
     )
 
 
@@ -170,9 +164,7 @@ def filter_sums(
     columns = problem.R * problem.S * x_chunks * chunk
     positions = problem.N * problem.P * problem.Q
     made = tensor_filter_tile(call.gpu, x.dtype, precision, dy_chunks * chunk, columns, problem.groups, positions)
-    tile = made.name.removeprefix("filter_gradient_tensor_")
-    side, threads = _FILTER_TILES[tile]
-    blocks = problem.groups * -(-dy_chunks * chunk // side) * -(-columns // side)
+    blocks = made.blocks(dy_chunks * chunk, columns, problem.groups)
     elements = problem.K * depth * problem.R * problem.S
     most = max(1, _PARTIAL_BYTES // (4 * elements))
     parts = max(1, min(-(-_FILTER_BLOCKS // blocks), -(-positions // _LEAST_POSITIONS), most))
@@ -185,12 +177,12 @@ def filter_sums(
     partial = call.scratch(parts * elements, "float32")
     call.launch(
         "conv2d_tensor_filter",
-        f"filter_gradient_tensor_{tile}",
+        made.name,
         blocks * parts,
-        threads,
+        32 * made.warps,
         scalar=x.dtype,
         definitions=_definitions(x.dtype, precision),
-        shared_bytes=SHARED_BYTES[f"filter_gradient_tensor_{tile}"],
+        shared_bytes=SHARED_BYTES[made.name],
         x=image,
         dy=slopes,
         partial=partial,
@@ -229,6 +221,13 @@ def _chunk(dtype: str) -> int:
 def _in_pieces(image: DeviceArray | None) -> bool:
     """Whether channels lie side by side from a multiple of 16 bytes on; of no image, yes."""
     return image is None or (image.channels_last and image.address % 16 == 0)
+
+
+def _in_vectors(output: DeviceArray, residual: DeviceArray | None, channels: int, chunk: int, phases: int) -> bool:
+    """Whether the result's neighbours, ``channels`` of a group or an image's pixels, are in pieces of 16 bytes."""
+    steps, (_, _, height, width) = strides(output), output.shape
+    whole = channels % chunk == 0 if steps["c"] < steps["w"] else phases == 1 and height * width % chunk == 0
+    return whole and all(image is None or image.address % 16 == 0 for image in (output, residual))
 
 
 def _packed_image(call: Call, image: DeviceArray, groups: int) -> DeviceArray:

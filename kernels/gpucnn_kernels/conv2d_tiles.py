@@ -66,12 +66,16 @@ FILTER_TILES_FLOAT64 = (
 # cuBLAS's: the shares are 47 to 52 of 67 TFLOP/s and 720 to 798 of 1070 [P], the tiles a guess [E].
 CUBLAS_TILES = tuple(Tile("cuBLAS", high, wide, 8, 2, 0.75) for high, wide in ((128, 64), (64, 128)))
 CUBLAS_TENSOR_TILES = tuple(Tile("cuBLAS", high, wide, 8, 2, 0.70) for high, wide in ((128, 64), (64, 128)))
-# Shares of the tensor cores: mma.sync tops out at 63 % of the datasheet's rate, which is for 1.83 of an H200's
-# 1.98 GHz [P]; a warp of a small tile reads as much from shared memory for half as many products [E].
+# Shares of the tensor cores: the least of three. mma.sync tops out at 63 % of the datasheet's rate, which is for
+# 1.83 of an H200's 1.98 GHz [P]. A product of 16 x 8 by two chunks takes 4 clocks at the peak, and as many as it
+# has instructions, counted in the main loop compiled for sm_90: 2.1 to 5.1, less than the 6.9 at 63 %, but for the
+# small tile's 9 (8 of three products). And fragments come from shared memory at 128 bytes a clock, which it is
+# filled by, too: that is 22 % of the peak in the small tile, and 44 and 33 % in the filter's medium and small.
 TENSOR_TILES = (
-    Tile("conv2d_tensor_large", 128, 128, 8, 2, 0.58),
-    Tile("conv2d_tensor_medium", 64, 128, 4, 4, 0.58),
-    Tile("conv2d_tensor_small", 32, 64, 4, 7, 0.40),
+    Tile("conv2d_tensor_wide", 128, 256, 8, 1, 0.58),
+    Tile("conv2d_tensor_large", 128, 128, 4, 2, 0.58),
+    Tile("conv2d_tensor_medium", 64, 256, 4, 2, 0.58),
+    Tile("conv2d_tensor_small", 32, 64, 4, 5, 0.22),
 )
 # CUTLASS's matrix products with this instruction are published to reach 0.7 to 0.8 of the datasheet's rate [P];
 # narrower tiles read more of shared memory, and fetch more, for a product [E].
@@ -81,17 +85,20 @@ WGMMA_TILES = (
     Tile("conv2d_wgmma_narrow", 64, 128, 8, 2, 0.55),
 )
 THREE_PRODUCT_TILES = (
-    Tile("conv2d_tensor_large", 128, 128, 8, 1, 0.58),
-    Tile("conv2d_tensor_medium", 64, 128, 4, 2, 0.58),
-    Tile("conv2d_tensor_small", 32, 64, 4, 5, 0.40),
+    Tile("conv2d_tensor_wide", 64, 256, 8, 1, 0.58),
+    Tile("conv2d_tensor_large", 64, 128, 4, 2, 0.58),
+    Tile("conv2d_tensor_medium", 32, 256, 4, 2, 0.58),
+    Tile("conv2d_tensor_small", 32, 64, 4, 4, 0.49),
 )
 TENSOR_FILTER_TILES = (
-    Tile("filter_gradient_tensor_large", 128, 128, 8, 2, 0.58),
-    Tile("filter_gradient_tensor_small", 64, 64, 4, 5, 0.50),
+    Tile("filter_gradient_tensor_large", 128, 128, 4, 2, 0.58),
+    Tile("filter_gradient_tensor_medium", 64, 128, 4, 3, 0.44),
+    Tile("filter_gradient_tensor_small", 64, 64, 4, 5, 0.33),
 )
 THREE_PRODUCT_FILTER_TILES = (
-    Tile("filter_gradient_tensor_large", 128, 128, 8, 1, 0.58),
-    Tile("filter_gradient_tensor_small", 64, 64, 4, 3, 0.50),
+    Tile("filter_gradient_tensor_large", 128, 64, 4, 2, 0.58),
+    Tile("filter_gradient_tensor_medium", 64, 128, 4, 2, 0.58),
+    Tile("filter_gradient_tensor_small", 64, 64, 4, 5, 0.58),
 )
 
 

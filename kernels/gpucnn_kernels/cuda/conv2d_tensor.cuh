@@ -7,9 +7,10 @@
 // multiply() differs:
 //
 //   float16, bfloat16   one product, summed in float32
-//   PRODUCTS 1          float32 rounded to tf32 (to nearest, ties away), one product, summed in float32
+//   PRODUCTS 1          float32 rounded to tf32 (to nearest), one product, summed in float32
 //   PRODUCTS 3          float32 as the sum of two tf32 numbers: big * small, small * big and big * big; small *
-//                       small is below float32's rounding. Tensor cores cut sums off where float32 arithmetic
+//                       small is below float32's rounding, and so is what the tensor core cuts off of small, as
+//                       big is rounded to nearest. Tensor cores cut sums off where float32 arithmetic
 //                       rounds them, an error that grows with their number; so each product of 8 channels
 //                       starts from zero and is added outside the tensor core. Both are the method of Ootomo
 //                       and Yokota, "Recovering single precision accuracy from Tensor Cores while surpassing
@@ -29,16 +30,20 @@ struct Left { unsigned word[4], rest[4]; };
 struct Right { unsigned word[2], rest[2]; };
 
 __device__ __forceinline__ void prepare(unsigned &word, unsigned &rest) {
+    rest = 0u;
 #if defined(SCALAR_FLOAT32)
     const float number = __uint_as_float(word);
-    word = round_to_tf32(number);
 #if PRODUCTS == 3
-    rest = round_to_tf32(number - __uint_as_float(word));  // of infinity no number, and so is the result
+#if __CUDA_ARCH__ >= 900
+    word = round_to_tf32(number);
 #else
-    rest = 0u;
+    word = (word + 0x1000u) & 0xffffe000u;  // of some NaN no NaN, but then what is left is one
 #endif
+    // At most 12 bits: that the tensor core drops the last is the error of a number rounded to float32.
+    rest = __float_as_uint(number - __uint_as_float(word));
 #else
-    rest = 0u;
+    word = round_to_tf32(number);
+#endif
 #endif
 }
 
@@ -59,23 +64,19 @@ __device__ __forceinline__ void multiply(float (&sums)[4], const Left &left, con
 #endif
 }
 
-template <int DOWN, int ACROSS>
-__device__ __forceinline__ void multiply_tiles(
-    float (&sums)[DOWN][ACROSS][4], Left (&left)[DOWN], Right (&right)[ACROSS]
-) {
+// One row of tiles of sums at a time: what is prepared of the left factor is not needed longer.
+template <int ACROSS>
+__device__ __forceinline__ void multiply_row(float (&sums)[ACROSS][4], Left &left, const Right (&right)[ACROSS]) {
 #pragma unroll
-    for (int i = 0; i < DOWN; ++i) {
+    for (int word = 0; word < 4; ++word) prepare(left.word[word], left.rest[word]);
 #pragma unroll
-        for (int word = 0; word < 4; ++word) prepare(left[i].word[word], left[i].rest[word]);
-    }
+    for (int j = 0; j < ACROSS; ++j) multiply(sums[j], left, right[j]);
+}
+
+template <int ACROSS> __device__ __forceinline__ void prepare_all(Right (&right)[ACROSS]) {
 #pragma unroll
     for (int j = 0; j < ACROSS; ++j) {
 #pragma unroll
         for (int word = 0; word < 2; ++word) prepare(right[j].word[word], right[j].rest[word]);
-    }
-#pragma unroll
-    for (int i = 0; i < DOWN; ++i) {
-#pragma unroll
-        for (int j = 0; j < ACROSS; ++j) multiply(sums[i][j], left[i], right[j]);
     }
 }

@@ -13,6 +13,19 @@
 #include <gpucnn_host_ptx.h>
 #else
 
+// A place in shared memory, which integers are added to: half as wide as a pointer.
+typedef unsigned SharedPlace;
+__device__ __forceinline__ SharedPlace shared_place(void *pointer) {
+    return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+}
+
+// Has ``value`` made here and kept in a register: what loops need is otherwise made again in every turn, from
+// other numbers that are at hand, which costs instructions where registers are free.
+__device__ __forceinline__ void keep(unsigned &value) { asm volatile("" : "+r"(value)); }
+__device__ __forceinline__ void keep(int &value) { asm volatile("" : "+r"(value)); }
+__device__ __forceinline__ void keep(long long &value) { asm volatile("" : "+l"(value)); }
+__device__ __forceinline__ void keep(const char *&value) { asm volatile("" : "+l"(value)); }
+
 // One matrix of 8 x 8 numbers of 16 bits a word of ``fragment``: lanes 8 m to 8 m + 7 give the addresses of matrix
 // m's rows, in shared memory, multiples of 16 bytes. Lane l receives numbers 2 t and 2 t + 1 of row g of each.
 // With fewer than four matrices the other lanes' addresses must be valid too on sm_75.
@@ -28,11 +41,14 @@ __device__ __forceinline__ void load_matrix(unsigned (&fragment)[2], const void 
                  : "r"(static_cast<unsigned>(__cvta_generic_to_shared(row)))
                  : "memory");
 }
-__device__ __forceinline__ void load_matrix(unsigned (&fragment)[4], const void *row) {
+__device__ __forceinline__ void load_matrix(unsigned (&fragment)[4], SharedPlace row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
-                 : "r"(static_cast<unsigned>(__cvta_generic_to_shared(row)))
+                 : "r"(row)
                  : "memory");
+}
+__device__ __forceinline__ void load_matrix(unsigned (&fragment)[4], const void *row) {
+    load_matrix(fragment, static_cast<unsigned>(__cvta_generic_to_shared(row)));
 }
 
 // The same of the transposed matrices: numbers 2 t and 2 t + 1 of column g.
@@ -48,11 +64,14 @@ __device__ __forceinline__ void load_matrix_transposed(unsigned (&fragment)[2], 
                  : "r"(static_cast<unsigned>(__cvta_generic_to_shared(row)))
                  : "memory");
 }
-__device__ __forceinline__ void load_matrix_transposed(unsigned (&fragment)[4], const void *row) {
+__device__ __forceinline__ void load_matrix_transposed(unsigned (&fragment)[4], SharedPlace row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
-                 : "r"(static_cast<unsigned>(__cvta_generic_to_shared(row)))
+                 : "r"(row)
                  : "memory");
+}
+__device__ __forceinline__ void load_matrix_transposed(unsigned (&fragment)[4], const void *row) {
+    load_matrix_transposed(fragment, static_cast<unsigned>(__cvta_generic_to_shared(row)));
 }
 
 // accumulator += A B by the whole warp, all 32 lanes together; sums are float32.
@@ -85,6 +104,23 @@ __device__ __forceinline__ void copy_async(void *shared, const void *global, int
     }
 }
 
+// The same of 16 bytes to ``to`` where ``there`` is not 0, and of zeros where it is: what is read is then not
+// looked at, so ``global`` may be any address.
+__device__ __forceinline__ void copy_async_or_zero(SharedPlace to, const void *global, unsigned there) {
+    const size_t from = __cvta_generic_to_global(global);
+    asm volatile(
+        "{.reg .pred nothing; setp.eq.u32 nothing, %2, 0;"
+        " cp.async.cg.shared.global [%0], [%1], 16, nothing;}" ::"r"(to), "l"(from), "r"(there)
+        : "memory");
+}
+
+// Where a comparison says it, not a bit, it is a predicate from the start.
+__device__ __forceinline__ void copy_async_or_zero(SharedPlace to, const void *global, bool there) {
+    const size_t from = __cvta_generic_to_global(global);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0)
+                 : "memory");
+}
+
 // Makes one group of this thread's copies since the last commit.
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
@@ -97,11 +133,16 @@ template <int GROUPS_LEFT> __device__ __forceinline__ void copy_async_wait() {
 // Waits for all of this thread's copies, committed or not.
 __device__ __forceinline__ void copy_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// The bits of ``value`` rounded to tf32 (10 fraction bits), to nearest, ties away from zero. Without it the tensor
-// core drops the lower 13 bits.
+// The bits of ``value`` rounded to tf32 (10 fraction bits), to nearest: ties away from zero before sm_90, which
+// takes three instructions, and from there on to even, which takes one. Without it the tensor core drops the
+// lower 13 bits.
 __device__ __forceinline__ unsigned round_to_tf32(float value) {
     unsigned bits;
+#if __CUDA_ARCH__ >= 900
+    asm("cvt.rn.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+#else
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+#endif
     return bits;
 }
 

@@ -6,10 +6,24 @@
 
 namespace {
 
+// A place in shared memory. On the host it is a pointer: integers are added to either.
+typedef unsigned char *SharedPlace;
+inline SharedPlace shared_place(void *pointer) { return static_cast<unsigned char *>(pointer); }
+
+template <typename Value> inline void keep(Value &) {}
+
 template <int BYTES>
 inline void copy_async(void *shared, const void *global, int source_bytes = BYTES, int line = __builtin_LINE()) {
     static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "cp.async copies 4, 8 or 16 bytes");
     gpucnn_host::copy_async(shared, global, BYTES, source_bytes, line);
+}
+inline void copy_async_or_zero(
+    SharedPlace to, const void *global, unsigned there, int line = __builtin_LINE()
+) {
+    gpucnn_host::copy_async(to, global, 16, there != 0 ? 16 : 0, line);
+}
+inline void copy_async_or_zero(SharedPlace to, const void *global, bool there, int line = __builtin_LINE()) {
+    gpucnn_host::copy_async(to, global, 16, there ? 16 : 0, line);
 }
 inline void copy_async_commit() { gpucnn_host::commit_copies(); }
 template <int GROUPS_LEFT> inline void copy_async_wait(int line = __builtin_LINE()) {
