@@ -18,11 +18,16 @@ import os
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 # In place of this script's folder, whose modules are other programs' parts.
 sys.path[:1] = [str(ROOT), str(ROOT / "kernels")]
+for _name in ("scripts", "tests"):  # no packages: one of that name that a library has installed would be taken
+    if str(ROOT / _name) not in list(getattr(sys.modules.get(_name), "__path__", [])):
+        sys.modules[_name] = ModuleType(_name)
+        sys.modules[_name].__path__ = [str(ROOT / _name)]
 _FOR_TRAINING_SECONDS = 90.0
 _FOR_SANITIZER_SECONDS = 90.0
 
@@ -40,6 +45,7 @@ def options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--families", help="some families by name, with commas (default: all; ? lists them)")
     parser.add_argument("--no-training", action="store_true", help="leave the training runs out")
     parser.add_argument("--no-sanitizer", action="store_true", help="leave compute-sanitizer out")
+    parser.add_argument("--parts", help=argparse.SUPPRESS)  # what the process of the checks is started with
     parser.add_argument("--one-process", action="store_true", help="check in this very process, which may break")
     parser.add_argument("--exact-allocations", action="store_true", help="no memory pool: for compute-sanitizer")
     return parser.parse_args(arguments)
@@ -206,6 +212,10 @@ def keep(found: dict[str, Any], path: Path | None) -> None:
 def main(arguments: list[str]) -> int:
     """Validate; the exit status."""
     given = options(arguments)
+    if given.parts is not None:
+        from scripts.gpu_validation import parts
+
+        return parts.main(given.parts)
     os.environ["GPUCNN_KERNELS_RUNTIME"] = given.runtime
     missing = requirements(given.runtime)
     if missing is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -197,3 +199,18 @@ def test_a_kernel_that_does_not_compile_is_a_failure_and_no_end(monkeypatch: pyt
     ]
     monkeypatch.setattr(catalog, "warm_up", lambda dtypes, processes: len(dtypes))
     assert validate_gpu.compile_ahead(["float32"], found)["modules"] == 1
+
+
+def test_packages_of_others_named_tests_and_scripts_do_not_stand_for_ours(tmp_path: Path) -> None:
+    for name in ("tests", "scripts"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise ImportError('not this one')\n")
+    script = Path(validate_gpu.__file__).resolve()
+    arguments = ["--runtime", "host", "--families", "softmax", "--dtypes", "float32", "--no-training"]
+    answer = subprocess.run(
+        [sys.executable, str(script), *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )
+    assert answer.returncode == 0, answer.stdout + answer.stderr

@@ -347,7 +347,7 @@ class OursOnGpu(Ours):
         """The GPU, its driver and CUDA's parts."""
         if self._host:
             return {"gpu": "none: the host runtime", "driver": "none"}
-        from scripts.gpu_validation.machine import facts
+        from gpu_validation.machine import facts  # beside this folder, on whose path the worker is started
 
         return facts("cuda")
 

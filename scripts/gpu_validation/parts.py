@@ -170,7 +170,3 @@ def main(text: str) -> int:
 def as_text(settings: Settings) -> str:
     """For the command line of such a process."""
     return json.dumps(dataclasses.asdict(settings))
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))

@@ -100,8 +100,8 @@ class Supervisor:
     """
 
     def __init__(self, settings: Settings, found: Found, command: Sequence[str] | None = None) -> None:
-        module = "scripts.gpu_validation.parts"
-        self._command = [sys.executable, "-m", module, as_text(settings)] if command is None else list(command)
+        program = str(ROOT / "scripts" / "validate_gpu.py")
+        self._command = list(command or [sys.executable, program, "--parts", as_text(settings)])
         self._found = found
         self._process: subprocess.Popen[str] | None = None
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
