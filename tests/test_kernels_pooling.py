@@ -166,6 +166,38 @@ def test_small_windows(dtype, form, started, monkeypatch):
         numpy.testing.assert_array_equal(out.astype(float), expected, case.name)
 
 
+@EVERY_DTYPE
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["relu", "leaky_relu", "sigmoid", "tanh"])
+def test_back_through_pooling_and_the_activation_before(dtype, layout, name):
+    """The bits of two launches, as every pixel that several windows chose has one result."""
+    slope = (
+        {"negative_slope": 0.25} if name == "leaky_relu" else {}
+    )  # exact, so that sums may be rounded before it
+    arrange = LAYOUTS[layout]
+    for number, case in enumerate(POOL_PROBLEMS):
+        apart = all(s >= d * (k - 1) + 1 for s, d, k in zip(case.stride, case.dilation, case.kernel, strict=True))
+        if not apart and name in ("sigmoid", "tanh"):
+            continue
+        x = arrange(getattr(kernels, f"{name}_forward")(normal(case.shape, number, dtype), **slope))
+        y, argmax = max_forward(x, case)
+        dy = arrange(normal(y.shape, number + 1, dtype))
+        before = max_backward(dy, argmax, case, out=poisoned(case.shape, dtype, layout))
+        wanted = getattr(kernels, f"{name}_backward")(before, x, **slope)
+        for out in (None, poisoned(case.shape, dtype, OTHER[layout])):
+            dx = max_backward(dy, argmax, case, y=y, activation=name, **slope, out=out)
+            numpy.testing.assert_array_equal(dx, wanted, case.name)
+
+
+def test_relu_before_pooling_stops_infinities():
+    case = next(case for case in POOL_PROBLEMS if case.name == "halves")
+    y, argmax = max_forward(normal(case.shape, 0, numpy.float32) - 1, case)
+    relu = numpy.maximum(y, 0)
+    assert (relu == 0).any()
+    dy = numpy.where(relu > 0, numpy.float32(1), numpy.float32(numpy.inf))
+    assert numpy.isfinite(max_backward(dy, argmax, case, y=relu, activation="relu")).all()
+
+
 def test_max_pool_backward_keeps_infinities_where_they_belong():
     x = normal((1, 2, 7, 7), 7, numpy.float32)
     for stride in (1, 2, 3):
@@ -429,6 +461,19 @@ def test_errors():
         kernels.adaptive_avg_pool2d_backward(x[:, :, :, :0], input_size=(3, 3))
     with pytest.raises(ProblemError, match="output_size"):
         kernels.adaptive_avg_pool2d_forward(x, output_size=0)
+
+
+def test_activations_that_pooling_does_not_go_back_through():
+    dy, argmax = numpy.zeros((1, 1, 2, 2), numpy.float32), numpy.zeros((1, 1, 2, 2), numpy.uint8)
+    options = {"input_size": (4, 4), "kernel_size": 2}
+    with pytest.raises(ArgumentError, match=r"back through identity, relu, .*, got activation='gelu'"):
+        kernels.max_pool2d_backward(dy, argmax, **options, y=dy, activation="gelu")
+    with pytest.raises(ArgumentError, match="by the pooled result: give it as y"):
+        kernels.max_pool2d_backward(dy, argmax, **options, activation="relu")
+    with pytest.raises(ArgumentError, match="where negative_slope is above 0, got -1"):
+        kernels.max_pool2d_backward(dy, argmax, **options, y=dy, activation="leaky_relu", negative_slope=-1)
+    with pytest.raises(ArgumentError, match=r"y has shape \(1, 1, 2, 1\), but dy has shape \(1, 1, 2, 2\)"):
+        kernels.max_pool2d_backward(dy, argmax, **options, y=dy[..., :1].copy(), activation="relu")
 
 
 def test_one_channel_is_both_layouts():

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpucnn.errors import DtypeError, ShapeError
+from gpucnn.errors import ArgumentError, DtypeError, ShapeError
 from gpucnn.ops import cpu
 from gpucnn.ops.cpu import blocks
 from gpucnn_kernels import ProblemError
@@ -260,6 +260,33 @@ def test_adaptive_avg_pool(backend, size, output_size, dtype):
 def test_adaptive_pooling_of_no_images(backend):
     assert backend.adaptive_avg_pool2d_forward(numpy.zeros((0, 2, 4, 4)), output_size=2).shape == (0, 2, 2, 2)
     assert backend.adaptive_avg_pool2d_backward(numpy.zeros((0, 2, 2, 2)), input_size=(4, 4)).shape == (0, 2, 4, 4)
+
+
+@BACKENDS
+@pytest.mark.parametrize("name", ["relu", "leaky_relu", "sigmoid", "tanh"])
+def test_back_through_the_activation_before(backend, name):
+    """As the two operations one after another: an activation's slope at a winner is that of the pooled result."""
+    slope = {"negative_slope": 0.25} if name == "leaky_relu" else {}
+    case = next(case for case in POOL_PROBLEMS if case.name == "halves of an odd image")
+    x = getattr(backend, f"{name}_forward")(numbers(case.shape, dtype=numpy.float32), **slope)
+    y, argmax = max_pool(backend, x, case)
+    dy = numbers(y.shape, 1, numpy.float32)
+    options = {"input_size": case.shape[2:], **case.options}
+    plain = backend.max_pool2d_backward(dy, argmax, **options)
+    wanted = getattr(backend, f"{name}_backward")(plain, x, **slope)
+    for layout in (numpy.ascontiguousarray, channels_last, awkward):
+        more = {"y": layout(y), "activation": name, **slope}
+        dx = backend.max_pool2d_backward(layout(dy), argmax, **options, **more)
+        numpy.testing.assert_array_equal(dx, wanted)
+        out = layout(poisoned(case.shape, numpy.float32))
+        assert backend.max_pool2d_backward(dy, argmax, **options, **more, out=out) is out
+        numpy.testing.assert_array_equal(out, wanted)
+    with pytest.raises(ArgumentError, match="give it as y"):
+        backend.max_pool2d_backward(dy, argmax, **options, activation=name, **slope)
+    with pytest.raises(ArgumentError, match="activation must be one of"):
+        backend.max_pool2d_backward(dy, argmax, **options, y=y, activation="gelu")
+    with pytest.raises(ShapeError, match="the result y must have shape"):
+        backend.max_pool2d_backward(dy, argmax, **options, y=y[:1], activation=name, **slope)
 
 
 @BACKENDS

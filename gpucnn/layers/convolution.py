@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy
 
 from gpucnn import initializers
+from gpucnn.device import is_device_array
 from gpucnn.errors import ArgumentError, ShapeError
 from gpucnn.layers.layer import Layer, check_gradient, check_input
 from gpucnn.ops import Array, backend_of
@@ -14,6 +17,7 @@ from gpucnn_kernels.problem import (
     Conv2dProblem,
     IntOrPair,
     Padding,
+    Pool2dProblem,
     conv_transpose2d_problem,
     pair,
     resolve_padding,
@@ -109,22 +113,67 @@ class Conv2d(Layer):
 
     def forward(self, x: Array) -> Array:
         """Convolve x (N, in_channels, H, W)."""
-        check_input(x, 4, f"(N, {self.in_channels}, H, W)", self.weight.working)
-        if x.shape[1] != self.in_channels:
-            raise ShapeError(f"expected {self.in_channels} input channels, got {x.shape[1]} (shape {x.shape})")
+        self._check(x)
         y = backend_of(x).conv2d_forward(
             x,
             self.weight.working,
             None if self.bias is None else self.bias.working,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            groups=self.groups,
+            **self._geometry(),
             algorithm=self.algorithm["forward"],
             out=self._result_for(x),
         )
         self._save(x, y.shape)
         return y
+
+    def forward_ending(self, x: Array, **activation: Any) -> Array:
+        """activation(forward(x)) by one operation, which takes ``activation`` so."""
+        self._check(x)
+        y = backend_of(x).conv2d_inference(
+            x,
+            self.weight.working,
+            None if self.bias is None else self.bias.working,
+            **self._geometry(),
+            **activation,
+            algorithm=self.algorithm["forward"],
+            out=self._result_for(x),
+        )
+        self._save(x, y.shape)
+        return y
+
+    def forward_pooled(self, x: Array, pool: Pool2dProblem, **activation: Any) -> tuple[Array, Array]:
+        """(y, argmax) of the max pooling ``pool`` of activation(forward(x)), by one operation."""
+        self._check(x)
+        out = None
+        if self.channels_last and not is_channels_last(x):
+            out = result_for(pool.output_shape, x, channels_last=True)
+        y, argmax = backend_of(x).conv2d_max_pool2d_forward(
+            x,
+            self.weight.working,
+            None if self.bias is None else self.bias.working,
+            pool_size=(pool.R, pool.S),
+            pool_stride=pool.stride,
+            pool_padding=pool.padding,
+            pool_dilation=pool.dilation,
+            ceil_mode=pool.ceil_mode,
+            **self._geometry(),
+            **activation,
+            out=out,
+        )
+        self._save(x, pool.input_shape)
+        return y, argmax
+
+    def _check(self, x: Array) -> None:
+        check_input(x, 4, f"(N, {self.in_channels}, H, W)", self.weight.working)
+        if x.shape[1] != self.in_channels:
+            raise ShapeError(f"expected {self.in_channels} input channels, got {x.shape[1]} (shape {x.shape})")
+
+    def _geometry(self) -> dict[str, Any]:
+        return {
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation,
+            "groups": self.groups,
+        }
 
     def _problem(self, x: Array) -> Conv2dProblem:
         return Conv2dProblem.from_shapes(
@@ -147,19 +196,24 @@ class Conv2d(Layer):
         x, output_shape = self._take_saved()
         check_gradient(dy, output_shape, x)
         ops = backend_of(dy)
+        more: dict[str, Any] = {}
         if self.bias is not None:
-            self.bias.add_gradient_by(ops.conv2d_backward_bias, dy)
+            place = self.bias.cleared_gradient(dy.dtype)
+            if place is not None and self.weight.requires_grad and is_device_array(dy):
+                more["out_bias"] = place  # by the pass over dy that the weight's gradient makes, if it can
+            else:
+                self.bias.add_gradient_by(ops.conv2d_backward_bias, dy)
         self.weight.add_gradient_by(
             ops.conv2d_backward_filter,
             dy,
             x,
             kernel_size=self.kernel_size,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            groups=self.groups,
+            **self._geometry(),
             algorithm=self.algorithm["backward_filter"],
+            **more,
         )
+        if self.bias is not None and more:
+            self.bias.gradient = more["out_bias"]
         if not self.input_needs_gradient:
             return None
         return ops.conv2d_backward_data(

@@ -1,9 +1,14 @@
 """Neighbouring layers that train as one on a GPU: fewer launches, and fewer passes through memory.
 
 A batch norm adds the shortcut of a residual block and applies ReLU, or leaky ReLU, as it stores what it has
-normalized; back, it takes the gradient through the activation by the sign of the result. What the layers are stays
-as it is: each has its own parameters and modes, and saves what its own ``backward`` needs, which may be called by
-itself. In float32 the results are the bits of the layers one by one; in 16 bits there are fewer roundings.
+normalized; back, it takes the gradient through the activation by the sign of the result. A convolution applies
+these, sigmoid or tanh, whose slopes their results say. Where :func:`gpucnn_kernels.conv2d_max_pool2d_pays` says so
+it also pools: its own result, several times larger, is then stored nowhere, and the gradient goes back through
+pooling and activation at once.
+
+What the layers are stays as it is: each has its own parameters and modes, and saves what its own ``backward``
+needs, which may be called by itself. In float32 the results are the bits of the layers one by one, but for the
+order in which a convolution that pools adds up its products; in 16 bits there are fewer roundings.
 
 It is done in training, on a GPU, by containers that call layers one after another, where these are of this
 package's own types and nobody has given one of them another ``forward`` or ``backward``. ``layer.fuse(False)``
@@ -15,14 +20,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import gpucnn_kernels as kernels
 from gpucnn.device import is_device_array
-from gpucnn.layers.activations import LeakyReLU, ReLU
+from gpucnn.layers.activations import LeakyReLU, ReLU, Sigmoid, Tanh
+from gpucnn.layers.convolution import Conv2d
 from gpucnn.layers.layer import Layer
 from gpucnn.layers.normalization import BatchNorm1d, BatchNorm2d
+from gpucnn.layers.pooling import MaxPool2d
 from gpucnn.ops import Array, array_module
+from gpucnn.ops.memory_format import is_channels_last
+from gpucnn_kernels.problem import Pool2dProblem, ProblemError
 
 _OWN: dict[type[Layer], Any] = {
-    kind: (kind.forward, kind.backward) for kind in (BatchNorm1d, BatchNorm2d, LeakyReLU, ReLU)
+    kind: (kind.forward, kind.backward)
+    for kind in (BatchNorm1d, BatchNorm2d, Conv2d, LeakyReLU, MaxPool2d, ReLU, Sigmoid, Tanh)
 }
 
 
@@ -34,12 +45,14 @@ def forward_through(owner: Layer, layers: Sequence[Layer], x: Array) -> Array:
         return x
     position = 0
     while position < len(layers):
-        layer = layers[position]
-        activation = layers[position + 1] if position + 1 < len(layers) else None
-        ending = _ending(activation)
-        if activation is not None and ending is not None and _is_norm(layer):
-            x = _normalized(layer, x, None, activation, ending)
+        layer, *after = layers[position : position + 3]
+        activation = after[0] if after and _ending(after[0]) is not None else None
+        if activation is not None and _is_norm(layer):
+            x = _normalized(layer, x, None, activation, _ending(activation) or {})
             position += 2
+        elif after and _is_own(layer, Conv2d):
+            x, done = _convolved(layer, after, x)
+            position += done
         else:
             x = layer(x)
             position += 1
@@ -51,10 +64,13 @@ def backward_through(owner: Layer, layers: Sequence[Layer], dy: Array) -> Array:
     position = len(layers)
     while position > 0:
         layer = layers[position - 1]
-        norm = layers[position - 2] if position > 1 else None
-        if norm is not None and _may_go_back(owner, norm, layer, dy):
+        before = layers[position - 2] if position > 1 else None
+        if before is not None and _may_go_back(owner, before, layer, dy):
             (y,) = layer._take_saved()
-            dy = _denormalized(norm, dy, y, layer)
+            dy = _denormalized(before, dy, y, layer)
+            position -= 2
+        elif before is not None and _may_unpool(owner, before, layer, dy):
+            dy = _unpooled(layer, before, dy)
             position -= 2
         else:
             dy = layer.backward(dy)
@@ -99,6 +115,80 @@ def _denormalized(norm: Any, dy: Array, y: Array, activation: Layer, **more: Any
     return dx
 
 
+def _convolved(convolution: Any, after: Sequence[Layer], x: Array) -> tuple[Array, int]:
+    """What a convolution makes of x together with the layers after it, and how many layers have had their turn."""
+    ending = _by_result(after[0])
+    activation, rest = (None, after) if ending is None else (after[0], after[1:])
+    if rest and _is_own(rest[0], MaxPool2d):
+        pool = _paying_pool(convolution, rest[0], x)
+        if pool is not None:
+            return _convolved_and_pooled(convolution, activation, rest[0], pool, x), len(after) - len(rest) + 2
+    if activation is None or ending is None:
+        return convolution(x), 1
+    y: Array = convolution._located(convolution.forward_ending, x, **ending)
+    activation._save(y)
+    return y, 2
+
+
+def _paying_pool(convolution: Any, pool: Any, x: Array) -> Pool2dProblem | None:
+    """The pooling of what the convolution makes of x, where one kernel for both pays."""
+    if convolution.algorithm["forward"] != "auto" or x.ndim != 4 or x.shape[1] != convolution.in_channels:
+        return None
+    try:
+        problem = convolution._problem(x)
+        pooling: Pool2dProblem = pool.problem(problem.output_shape)
+    except ProblemError:  # the layer whose error it is will say it
+        return None
+    return pooling if kernels.conv2d_max_pool2d_pays(problem, pooling) else None
+
+
+def _convolved_and_pooled(
+    convolution: Any, activation: Layer | None, pool: Layer, problem: Pool2dProblem, x: Array
+) -> Array:
+    """The convolution's result is stored nowhere: the activation has what its winners give, to go back with."""
+    ending = {} if activation is None else _by_result(activation) or {}
+    y, argmax = convolution._located(convolution.forward_pooled, x, problem, **ending)
+    if activation is not None:
+        vars(activation)["_saved"] = PooledResult(y, convolution, x, ending)
+    several = problem.C > 1 and problem.H * problem.W > 1
+    pool._save(argmax, problem.input_shape, several and (convolution.channels_last or is_channels_last(x)))
+    return y
+
+
+class PooledResult:
+    """What an activation saves whose result was pooled before it was stored.
+
+    Where its backward is called by itself, the result is computed then.
+
+    Attributes:
+        y: the pooled result.
+    """
+
+    def __init__(self, y: Array, convolution: Conv2d, x: Array, ending: dict[str, Any]) -> None:
+        self.y = y
+        self._convolution, self._x, self._ending = convolution, x, ending
+
+    def __call__(self) -> tuple[Array]:
+        """What the activation saves when it is called by itself."""
+        convolution, saved = self._convolution, self._convolution._saved
+        y = convolution.forward_ending(self._x, **self._ending)
+        vars(convolution)["_saved"] = saved
+        return (y,)
+
+
+def _may_unpool(owner: Layer, activation: Layer, pool: Layer, dy: Array) -> bool:
+    if not _may_fuse(owner, dy) or not _is_own(pool, MaxPool2d) or pool._saved is None:
+        return False
+    return isinstance(activation._saved, PooledResult) and _by_result(activation) is not None
+
+
+def _unpooled(pool: Any, activation: Layer, dy: Array) -> Array:
+    y = activation._saved.y
+    vars(activation)["_saved"] = None
+    dx: Array = pool.backward_beginning(dy, y=y, **(_by_result(activation) or {}))
+    return dx
+
+
 def _may_fuse(owner: Layer, array: Array) -> bool:
     return owner.fuses_children and owner.training and is_device_array(array)
 
@@ -124,3 +214,12 @@ def _ending(layer: Layer | None) -> dict[str, Any] | None:
     if isinstance(layer, LeakyReLU) and _is_own(layer, LeakyReLU) and layer.negative_slope > 0:
         return {"activation": "leaky_relu", "negative_slope": layer.negative_slope}
     return None
+
+
+def _by_result(layer: Layer) -> dict[str, Any] | None:
+    """What operations take for an activation whose slope its result says; None for other layers."""
+    if _is_own(layer, Sigmoid):
+        return {"activation": "sigmoid"}
+    if _is_own(layer, Tanh):
+        return {"activation": "tanh"}
+    return _ending(layer)

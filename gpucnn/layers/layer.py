@@ -128,7 +128,7 @@ class Layer:
                 "train() first); each forward serves one backward, so a layer can stand in one place only"
             )
         vars(self)["_saved"] = None
-        return saved
+        return saved() if callable(saved) else saved  # what a fused forward left to be made where it is asked for
 
     # ------------------------------------------------------------ structure
 

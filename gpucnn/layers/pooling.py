@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from gpucnn.layers.layer import Layer, check_gradient, check_input
 from gpucnn.ops import Array, backend_of
 from gpucnn.ops.memory_format import is_channels_last, result_for
-from gpucnn_kernels.problem import IntOrPair, pair
+from gpucnn_kernels.problem import IntOrPair, Pool2dProblem, pair
 
 
 class MaxPool2d(Layer):
@@ -48,6 +51,13 @@ class MaxPool2d(Layer):
 
     def backward(self, dy: Array) -> Array:
         """The gradient for x: each dy goes to its window's winner."""
+        return self.backward_beginning(dy)
+
+    def backward_beginning(self, dy: Array, **activation: Any) -> Array:
+        """The gradient for what an activation before the pooling read, by one operation.
+
+        ``activation`` is what that takes: y, which the pooling gave, and the activation.
+        """
         argmax, input_shape, channels_last = self._take_saved()
         check_gradient(dy, argmax.shape, argmax)
         return backend_of(dy).max_pool2d_backward(
@@ -60,6 +70,18 @@ class MaxPool2d(Layer):
             dilation=self.dilation,
             ceil_mode=self.ceil_mode,
             out=result_for(input_shape, dy, channels_last),
+            **activation,
+        )
+
+    def problem(self, shape: Sequence[int]) -> Pool2dProblem:
+        """The pooling of images of this shape, (N, C, H, W). Raises ProblemError where the window does not fit."""
+        return Pool2dProblem.from_shapes(
+            shape,
+            self.kernel_size,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            ceil_mode=self.ceil_mode,
         )
 
     def extra_repr(self) -> str:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from gpucnn import initializers
 from gpucnn.device import to_cpu, to_device
-from gpucnn.errors import ShapeError, StateError
+from gpucnn.errors import StateError
 from gpucnn.layers import (
     GELU,
     BatchNorm1d,
@@ -26,7 +26,6 @@ from gpucnn.layers import (
     SiLU,
     Tanh,
 )
-from gpucnn.layers.layer import check_input
 from gpucnn.ops import Array, backend_of
 from gpucnn.ops.memory_format import is_channels_last, result_for
 from gpucnn.parameters import Parameter
@@ -82,11 +81,6 @@ class FoldedConv2d(Conv2d):
             out=self._result_for(x),
             **self._options(),
         )
-
-    def _check(self, x: Array) -> None:
-        check_input(x, 4, f"(N, {self.in_channels}, H, W)", self.weight.working)
-        if x.shape[1] != self.in_channels:
-            raise ShapeError(f"expected {self.in_channels} input channels, got {x.shape[1]} (shape {x.shape})")
 
     def _options(self) -> dict[str, Any]:
         return {

@@ -16,8 +16,9 @@ from gpucnn_kernels.problem import Conv2dProblem, IntOrPair, Padding, pair
 
 REDUCTIONS = ("mean", "sum", "none")
 ENDINGS = ("identity", "relu", "leaky_relu")
-LINEAR_ENDINGS = (*ENDINGS, "sigmoid", "tanh")
 """The activations that a batch norm in training can end with: gradients go back through them by their results."""
+BY_RESULT = (*ENDINGS, "sigmoid", "tanh")
+"""Those that a gradient goes back through by the result alone."""
 
 
 # ---------------------------------------------------------------- one array, one value

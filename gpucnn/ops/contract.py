@@ -73,8 +73,12 @@ class Operations(Protocol):
         groups: int = 1,
         algorithm: str = "auto",
         out: Array | None = None,
+        out_bias: Array | None = None,
     ) -> Array:
-        """The gradient for the weight, (K, C / groups, R, S), summed over the batch."""
+        """The gradient for the weight, (K, C / groups, R, S), summed over the batch.
+
+        The gradient for the bias, (K,), goes to ``out_bias``, in C order and of dy's dtype, where it is given.
+        """
 
     def conv2d_backward_bias(self, dy: Array, *, out: Array | None = None) -> Array:
         """The gradient for the bias, (K,): the sum of dy (N, K, P, Q) over N, P and Q."""
@@ -131,6 +135,27 @@ class Operations(Protocol):
         What begins with ``pool_``, and ``ceil_mode``, are :meth:`max_pool2d_forward`'s, the rest
         :meth:`conv2d_inference`'s.
         """
+
+    def conv2d_max_pool2d_forward(
+        self,
+        x: Array,
+        weight: Array,
+        bias: Array | None = None,
+        *,
+        pool_size: IntOrPair,
+        pool_stride: IntOrPair | None = None,
+        pool_padding: IntOrPair = 0,
+        pool_dilation: IntOrPair = 1,
+        ceil_mode: bool = False,
+        stride: IntOrPair = 1,
+        padding: Padding = 0,
+        dilation: IntOrPair = 1,
+        groups: int = 1,
+        activation: str = "identity",
+        negative_slope: float = 0.01,
+        out: Array | None = None,
+    ) -> tuple[Array, Array]:
+        """(y, argmax) of :meth:`conv2d_max_pool2d_inference`'s y, as :meth:`max_pool2d_forward` gives them."""
 
     def conv_transpose2d_forward(
         self,
@@ -236,9 +261,16 @@ class Operations(Protocol):
         padding: IntOrPair = 0,
         dilation: IntOrPair = 1,
         ceil_mode: bool = False,
+        y: Array | None = None,
+        activation: str = "identity",
+        negative_slope: float = 0.01,
         out: Array | None = None,
     ) -> Array:
-        """The gradient for x, (N, C, H, W): each dy added at its window's argmax."""
+        """The gradient for x, (N, C, H, W): each dy added at its window's argmax.
+
+        With ``y``, the pooled result, and the ``activation`` that x was the result of ("relu", "sigmoid", "tanh",
+        or "leaky_relu" with a ``negative_slope`` above 0), it is the gradient for what the activation read.
+        """
 
     def avg_pool2d_forward(
         self,

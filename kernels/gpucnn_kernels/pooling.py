@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from gpucnn_kernels.activations import FUNCTIONS
 from gpucnn_kernels.arrays import DeviceArray, image_layout
 from gpucnn_kernels.errors import ArgumentError
 from gpucnn_kernels.launch import THREADS, Call, blocks_for
@@ -19,6 +20,9 @@ from gpucnn_kernels.problem import IntOrPair, Pool2dProblem, ProblemError, pair
 from gpucnn_kernels.runtime import ITEM_SIZES
 
 SOURCES: dict[str, tuple[dict[str, str], ...]] = {"max_pooling": ({},), "average_pooling": ({},)}
+
+BY_RESULT = ("identity", "relu", "leaky_relu", "sigmoid", "tanh")
+"""The activations that :func:`max_pool2d_backward` goes back through: their results say their slopes."""
 
 _MOST_BYTE_PLACES = 256  # places of a window that an argmax of one byte can tell apart
 _WARP_PLACES = 32  # from here on a window of a contiguous image keeps a warp busy
@@ -81,17 +85,26 @@ def max_pool2d_backward(
     padding: IntOrPair = 0,
     dilation: IntOrPair = 1,
     ceil_mode: bool = False,
+    y: Any = None,
+    activation: str = "identity",
+    negative_slope: float = 0.01,
     out: Any = None,
     stream: Any = None,
 ) -> Any:
     """The gradient for x, (N, C, H, W): each dy (N, C, P, Q) added at its window's argmax.
 
-    ``argmax`` is what :func:`max_pool2d_forward` gave, and ``input_size`` is (H, W). Raises ProblemError where
-    they do not fit together, ArgumentError or DtypeError where dy or argmax is not of the output's shape and
-    dtype.
+    ``argmax`` is what :func:`max_pool2d_forward` gave, and ``input_size`` is (H, W). With ``y``, the pooled
+    result, laid out as dy, and the ``activation`` that x was the result of, it is the gradient for what the
+    activation read: "relu", "sigmoid", "tanh", or "leaky_relu" with a ``negative_slope`` above 0, whose slopes
+    their results say.
+
+    Raises ProblemError where argmax and the sizes do not fit together, ArgumentError or DtypeError where dy,
+    argmax or y is not of the output's shape and dtype, ArgumentError for another activation, or one without y.
     """
-    with Call(stream, dy=dy, argmax=argmax, out=out) as call:
-        dtype = call.floating("dy", "out")
+    function = _function(activation, y, negative_slope)
+    with Call(stream, dy=dy, argmax=argmax, y=y, out=out) as call:
+        dtype = call.floating("dy", "y", "out")
+        call.elementwise("dy", "y")
         image_layout(call["dy"])
         problem = Pool2dProblem.from_shapes(
             (*call["dy"].shape[:2], *input_size),
@@ -107,11 +120,18 @@ def max_pool2d_backward(
         require_apart(dx, call["dy"], call["argmax"])
         arrays: dict[str, Any] = {"dy": call["dy"], "argmax": call["argmax"], "dx": dx}
         size = _pairs(problem, planes=dx.contiguous)
+        before: dict[str, Any] = {"function": function, "negative_slope": negative_slope}
+        if function:
+            arrays["y"] = call["y"]
+        else:
+            before["y"] = None
         if not (
             _small(problem)
             and problem.stride == (2, 2)
-            and _launch_one_layout(call, "max_pooling", "max_pool_backward", problem, size, arrays)
+            and not (function and problem.R > 2)
+            and _launch_one_layout(call, "max_pooling", "max_pool_backward", problem, size, arrays, **before)
         ):
+            before["y"] = arrays.pop("y", None)
             _launch(
                 call,
                 "max_pooling",
@@ -119,9 +139,24 @@ def max_pool2d_backward(
                 problem,
                 order=dx,
                 size=(problem.H, problem.W),
+                **before,
                 **_with_strides(arrays),
             )
         return call.give(dx)
+
+
+def _function(activation: str, y: Any, negative_slope: float) -> int:
+    """The number of an activation whose result says its slope. Raises ArgumentError for what cannot be."""
+    if activation not in BY_RESULT:
+        raise ArgumentError(f"max pooling goes back through {', '.join(BY_RESULT)}, got activation={activation!r}")
+    if activation != "identity" and y is None:
+        raise ArgumentError(f"the gradient goes back through {activation} by the pooled result: give it as y")
+    if activation == "leaky_relu" and not negative_slope > 0:
+        raise ArgumentError(
+            "the result of leaky_relu says which of its inputs were positive where negative_slope is above 0, "
+            f"got {negative_slope}"
+        )
+    return FUNCTIONS[activation]
 
 
 def avg_pool2d_forward(

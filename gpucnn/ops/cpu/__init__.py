@@ -40,7 +40,7 @@ from gpucnn.ops.cpu.dropout import dropout_backward, dropout_forward
 from gpucnn.ops.cpu.gelu import gelu_backward, gelu_forward
 from gpucnn.ops.cpu.im2col import col2im, im2col
 from gpucnn.ops.cpu.images import images_to_float
-from gpucnn.ops.cpu.inference import conv2d_inference, conv2d_max_pool2d_inference
+from gpucnn.ops.cpu.inference import conv2d_inference, conv2d_max_pool2d_forward, conv2d_max_pool2d_inference
 from gpucnn.ops.cpu.linear import (
     linear_backward,
     linear_backward_bias,
@@ -80,6 +80,7 @@ __all__ = [
     "conv2d_choose",
     "conv2d_forward",
     "conv2d_inference",
+    "conv2d_max_pool2d_forward",
     "conv2d_max_pool2d_inference",
     "conv_transpose2d_backward_data",
     "conv_transpose2d_backward_filter",

@@ -262,8 +262,11 @@ def conv2d_backward_filter(
     groups: int = 1,
     algorithm: str = "auto",
     out: NDArray[Any] | None = None,
+    out_bias: NDArray[Any] | None = None,
 ) -> NDArray[Any]:
     """The gradient for the weight, (K, C / groups, R, S), summed over the batch.
+
+    The gradient for the bias goes to ``out_bias`` where that is given: a pass of its own here.
 
     dw[k, c, r, s] is the sum over n, p, q of dy[n, k, p, q] times the input that weight[k, c, r, s] met there.
     Whether it is a mean over the batch is for the loss to say, through dy. Raises what :func:`conv2d_forward`
@@ -272,6 +275,8 @@ def conv2d_backward_filter(
     problem = backward_filter_problem(
         dy, x, kernel_size, groups, stride=stride, padding=padding, dilation=dilation
     )
+    if out_bias is not None:
+        conv2d_backward_bias(dy, out=out_bias)
     if algorithm == tf32.ALGORITHM:
         dy, x, algorithm = tf32.rounded(dy), tf32.rounded(x), "auto"
     dtype = _common_dtype(dy, x)

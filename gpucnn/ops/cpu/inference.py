@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import numpy
+from numpy.typing import NDArray
 
 from gpucnn.ops.checks import check_out, check_residual, forward_problem, require_choice
 from gpucnn.ops.cpu.activations import (
@@ -119,6 +120,47 @@ def conv2d_max_pool2d_inference(
     if after:
         activate(pooled, activation, negative_slope)
     return pooled
+
+
+def conv2d_max_pool2d_forward(
+    x: FloatArray,
+    weight: FloatArray,
+    bias: FloatArray | None = None,
+    *,
+    pool_size: IntOrPair,
+    pool_stride: IntOrPair | None = None,
+    pool_padding: IntOrPair = 0,
+    pool_dilation: IntOrPair = 1,
+    ceil_mode: bool = False,
+    stride: IntOrPair = 1,
+    padding: Padding = 0,
+    dilation: IntOrPair = 1,
+    groups: int = 1,
+    activation: str = "identity",
+    negative_slope: float = 0.01,
+    out: FloatArray | None = None,
+) -> tuple[FloatArray, NDArray[Any]]:
+    """(y, argmax), both (N, K, P', Q'): the largest values of windows, and their places."""
+    y = conv2d_inference(
+        x,
+        weight,
+        bias,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        activation=activation,
+        negative_slope=negative_slope,
+    )
+    return max_pool2d_forward(
+        y,
+        kernel_size=pool_size,
+        stride=pool_stride,
+        padding=pool_padding,
+        dilation=pool_dilation,
+        ceil_mode=ceil_mode,
+        out=out,
+    )
 
 
 def activate(y: FloatArray, activation: str, negative_slope: float) -> None:

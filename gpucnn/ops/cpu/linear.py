@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy
 
 from gpucnn.ops.checks import (
-    LINEAR_ENDINGS,
+    BY_RESULT,
     check_ending,
     check_linear_data,
     check_linear_forward,
@@ -105,7 +105,7 @@ def linear_backward(
     """(dx, dweight, dbias) of y = activation(x @ weight.T + bias)."""
     check_linear_weight(dy, x)
     check_linear_data(dy, weight)
-    check_ending(activation, y, dy.shape, negative_slope, LINEAR_ENDINGS)
+    check_ending(activation, y, dy.shape, negative_slope, BY_RESULT)
     if activation != "identity":
         slope = {"negative_slope": negative_slope} if activation == "leaky_relu" else {}
         dy = _BACK[activation](dy, y, **slope)

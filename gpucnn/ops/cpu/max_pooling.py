@@ -13,8 +13,9 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from gpucnn.ops.checks import check_argmax, require_floating, require_shape
+from gpucnn.ops.checks import BY_RESULT, check_argmax, check_ending, require_floating, require_shape
 from gpucnn.ops.cpu import compiled
+from gpucnn.ops.cpu.activations import leaky_relu_backward, relu_backward, sigmoid_backward, tanh_backward
 from gpucnn.ops.cpu.blocks import SMALL, image_blocks
 from gpucnn.ops.cpu.compiled import pooling
 from gpucnn.ops.cpu.memory import FloatArray, calculation_dtype, is_channels_last, result_array
@@ -23,6 +24,8 @@ from gpucnn.ops.cpu.threads import parallel_for
 from gpucnn.ops.cpu.window_maxima import WindowMaxima
 from gpucnn.ops.cpu.windows import Reach, first_inside, readers, rows_and_columns
 from gpucnn_kernels.problem import IntOrPair, Pool2dProblem
+
+_BACKWARD = {"relu": relu_backward, "sigmoid": sigmoid_backward, "tanh": tanh_backward}
 
 
 def argmax_dtype(problem: Pool2dProblem) -> numpy.dtype[Any]:
@@ -111,9 +114,12 @@ def max_pool2d_backward(
     padding: IntOrPair = 0,
     dilation: IntOrPair = 1,
     ceil_mode: bool = False,
+    y: FloatArray | None = None,
+    activation: str = "identity",
+    negative_slope: float = 0.01,
     out: FloatArray | None = None,
 ) -> FloatArray:
-    """The gradient for x, (N, C, H, W): each dy added at its window's argmax."""
+    """The gradient for x, (N, C, H, W): each dy, through the activation before, added at its window's argmax."""
     require_floating(dy, "the output gradient")
     problem = Pool2dProblem.from_shapes(
         (*dy.shape[:2], *input_size),
@@ -124,6 +130,11 @@ def max_pool2d_backward(
         ceil_mode=ceil_mode,
     )
     require_shape(dy, problem.output_shape, "the output gradient")
+    check_ending(activation, y, problem.output_shape, negative_slope, BY_RESULT)
+    if y is not None and activation == "leaky_relu":
+        dy = leaky_relu_backward(dy, y, negative_slope=negative_slope)
+    elif y is not None and activation != "identity":
+        dy = _BACKWARD[activation](dy, y)
     check_argmax(argmax, problem.output_shape, argmax_dtype(problem))
     dx = result_array(out, problem.input_shape, dy.dtype, like=dy)
     if compiled.usable(dy) and pooling.usable_places(argmax):

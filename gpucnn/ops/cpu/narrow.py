@@ -35,6 +35,7 @@ _COMPUTED_IN_FLOAT32 = (
     "conv2d_backward_filter",
     "conv2d_forward",
     "conv2d_inference",
+    "conv2d_max_pool2d_forward",
     "conv2d_max_pool2d_inference",
     "conv_transpose2d_backward_data",
     "conv_transpose2d_backward_filter",
@@ -103,6 +104,9 @@ def _in_16_bits(operation: Callable[..., Any]) -> Callable[..., Any]:
     def run(first: Any, *others: Any, out: Any = None, **options: Any) -> Any:
         named = {name: _widened(value) for name, value in options.items()}
         result = operation(*map(_widened, (first, *others)), **named)
+        for name, value in options.items():
+            if name.startswith("out_") and is_narrow(value):
+                _rounded(named[name], value.dtype, value)
         if not isinstance(result, tuple):
             return _rounded(result, first.dtype, out)
         taken = {id(named[name]): array for name, array in options.items() if is_narrow(array)}

@@ -47,6 +47,7 @@ from gpucnn.ops.cuda.images import (
 )
 from gpucnn.ops.cuda.inference import (
     conv2d_inference,
+    conv2d_max_pool2d_forward,
     conv2d_max_pool2d_inference,
 )
 from gpucnn.ops.cuda.linear import (
@@ -105,6 +106,7 @@ __all__ = [
     "conv2d_choose",
     "conv2d_forward",
     "conv2d_inference",
+    "conv2d_max_pool2d_forward",
     "conv2d_max_pool2d_inference",
     "conv_transpose2d_backward_data",
     "conv_transpose2d_backward_filter",

@@ -134,9 +134,10 @@ def conv2d_backward_filter(
     groups: int = 1,
     algorithm: str = "auto",
     out: Array | None = None,
+    out_bias: Array | None = None,
 ) -> Array:
-    """The gradient for the weight, (K, C / groups, R, S), summed over the batch."""
-    check_devices(dy=dy, x=x, out=out)
+    """The gradient for the weight, (K, C / groups, R, S), summed over the batch, and that for the bias."""
+    check_devices(dy=dy, x=x, out=out, out_bias=out_bias)
     options: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
     problem = backward_filter_problem(dy, x, kernel_size, groups, **options)
     dtype = common_dtype(x, dy)
@@ -144,7 +145,11 @@ def conv2d_backward_filter(
     gradient, given = image(dy, dtype), image(x, dtype)
     options |= {"kernel_size": kernel_size, "groups": groups, **way}
     target = usable(out, problem.weight_shape, x.dtype, dtype, gradient, given, layout=is_image)
-    return finish(call(kernels.conv2d_backward_filter, gradient, given, **options, out=target), out, x.dtype)
+    bias = usable(out_bias, dy.shape[1:2], dy.dtype, dtype, gradient, given)
+    dw = call(kernels.conv2d_backward_filter, gradient, given, **options, out=target, bias_out=bias)
+    if out_bias is not None and bias is None:
+        conv2d_backward_bias(dy, out=out_bias)
+    return finish(dw, out, x.dtype)
 
 
 def conv2d_backward_bias(dy: Array, *, out: Array | None = None) -> Array:

@@ -81,38 +81,89 @@ def conv2d_max_pool2d_inference(
 
     One launch where :func:`gpucnn_kernels.conv2d_max_pool2d_pays` says so, otherwise two.
     """
+    y, _ = _pooled(
+        x,
+        weight,
+        bias,
+        {"pool_size": pool_size, "pool_stride": pool_stride, "pool_padding": pool_padding}
+        | {"pool_dilation": pool_dilation, "ceil_mode": ceil_mode},
+        {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups},
+        {"activation": activation, "negative_slope": negative_slope},
+        out,
+        with_argmax=False,
+    )
+    return y
+
+
+def conv2d_max_pool2d_forward(
+    x: Array,
+    weight: Array,
+    bias: Array | None = None,
+    *,
+    pool_size: IntOrPair,
+    pool_stride: IntOrPair | None = None,
+    pool_padding: IntOrPair = 0,
+    pool_dilation: IntOrPair = 1,
+    ceil_mode: bool = False,
+    stride: IntOrPair = 1,
+    padding: Padding = 0,
+    dilation: IntOrPair = 1,
+    groups: int = 1,
+    activation: str = "identity",
+    negative_slope: float = 0.01,
+    out: Array | None = None,
+) -> tuple[Array, Array]:
+    """(y, argmax), both (N, K, P', Q'): that and the place r * S + s of each in its window."""
+    return _pooled(
+        x,
+        weight,
+        bias,
+        {"pool_size": pool_size, "pool_stride": pool_stride, "pool_padding": pool_padding}
+        | {"pool_dilation": pool_dilation, "ceil_mode": ceil_mode},
+        {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups},
+        {"activation": activation, "negative_slope": negative_slope},
+        out,
+        with_argmax=True,
+    )
+
+
+def _pooled(
+    x: Array,
+    weight: Array,
+    bias: Array | None,
+    pooling: dict[str, Any],
+    options: dict[str, Any],
+    epilogue: dict[str, Any],
+    out: Array | None,
+    *,
+    with_argmax: bool,
+) -> tuple[Array, Any]:
     check_devices(x=x, weight=weight, bias=bias, out=out)
-    require_choice(activation, tuple(FUNCTIONS), "activation")
-    options: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    require_choice(epilogue["activation"], tuple(FUNCTIONS), "activation")
     problem = forward_problem(x, weight, bias, **options)
-    pooling: dict[str, Any] = {"stride": pool_stride, "padding": pool_padding, "dilation": pool_dilation}
-    pooling["ceil_mode"] = ceil_mode
-    pool = Pool2dProblem.from_shapes(problem.output_shape, pool_size, **pooling)
-    epilogue: dict[str, Any] = {"activation": activation, "negative_slope": negative_slope}
+    apart = {name.removeprefix("pool_"): value for name, value in pooling.items() if name != "pool_size"}
+    pool = Pool2dProblem.from_shapes(problem.output_shape, pooling["pool_size"], **apart)
     if not call(kernels.conv2d_max_pool2d_pays, problem, pool):
         between = None if out is None else result_for(problem.output_shape, x, is_channels_last(out))
         y = conv2d_inference(x, weight, bias, **options, **epilogue, out=between)
-        return max_pool2d_forward(y, kernel_size=pool_size, **pooling, out=out)[0]
+        return max_pool2d_forward(y, kernel_size=pooling["pool_size"], **apart, out=out)
     dtype = common_dtype(x, weight)
     given, filters = image(x, dtype), image(weight, dtype)
     offset = None if bias is None else contiguous(bias, dtype)
     target = usable(out, pool.output_shape, x.dtype, dtype, given, filters, offset, layout=is_image)
-    y = call(
+    result = call(
         kernels.conv2d_max_pool2d_forward,
         given,
         filters,
         offset,
-        pool_size=pool_size,
-        pool_stride=pool_stride,
-        pool_padding=pool_padding,
-        pool_dilation=pool_dilation,
-        ceil_mode=ceil_mode,
+        **pooling,
         **options,
         **epilogue,
-        with_argmax=False,
+        with_argmax=with_argmax,
         out=target,
     )
-    return finish(y, out, x.dtype)
+    y, argmax = result if with_argmax else (result, None)
+    return finish(y, out, x.dtype), argmax
 
 
 def _ordered_as(model: Array, array: Array, dtype: Any) -> Array:

@@ -7,7 +7,7 @@ from typing import Any
 
 import gpucnn_kernels as kernels
 from gpucnn.ops.checks import (
-    LINEAR_ENDINGS,
+    BY_RESULT,
     check_ending,
     check_linear_data,
     check_linear_forward,
@@ -72,7 +72,7 @@ def linear_backward(
     check_devices(dy=dy, x=x, weight=weight, y=y, weight_gradient=weight_gradient, bias_gradient=bias_gradient)
     check_linear_weight(dy, x)
     check_linear_data(dy, weight)
-    check_ending(activation, y, dy.shape, negative_slope, LINEAR_ENDINGS)
+    check_ending(activation, y, dy.shape, negative_slope, BY_RESULT)
     dtype = common_dtype(dy, x, weight)
     gradient, given, factor = (matrix(array, dtype) for array in (dy, x, weight))
     reads = gradient, given, factor

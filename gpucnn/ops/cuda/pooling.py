@@ -6,9 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import gpucnn_kernels as kernels
-from gpucnn.ops.checks import check_adaptive, check_argmax, check_pixels, require_floating, require_shape
+from gpucnn.ops.checks import (
+    BY_RESULT,
+    check_adaptive,
+    check_argmax,
+    check_ending,
+    check_pixels,
+    require_floating,
+    require_shape,
+)
 from gpucnn.ops.contract import Array
-from gpucnn.ops.cuda.arrays import call, check_devices, finish, image, is_image, usable
+from gpucnn.ops.cuda.arrays import call, check_devices, finish, image, is_image, laid_out_as, usable
 from gpucnn_kernels.problem import IntOrPair, Pool2dProblem, pair
 
 
@@ -44,19 +52,25 @@ def max_pool2d_backward(
     padding: IntOrPair = 0,
     dilation: IntOrPair = 1,
     ceil_mode: bool = False,
+    y: Array | None = None,
+    activation: str = "identity",
+    negative_slope: float = 0.01,
     out: Array | None = None,
 ) -> Array:
-    """The gradient for x, (N, C, H, W): each dy added at its window's argmax."""
-    check_devices(dy=dy, argmax=argmax, out=out)
+    """The gradient for x, (N, C, H, W): each dy, through the activation before, added at its window's argmax."""
+    check_devices(dy=dy, argmax=argmax, y=y, out=out)
     require_floating(dy, "the output gradient")
     options: dict[str, Any] = {"kernel_size": kernel_size, "stride": stride, "padding": padding}
     options |= {"dilation": dilation, "ceil_mode": ceil_mode}
     problem = Pool2dProblem.from_shapes((*dy.shape[:2], *input_size), **options)
     require_shape(dy, problem.output_shape, "the output gradient")
     check_argmax(argmax, problem.output_shape, "uint8" if problem.R * problem.S <= 256 else "int32")
+    check_ending(activation, y, problem.output_shape, negative_slope, BY_RESULT)
     gradient, places = image(dy, dy.dtype), image(argmax, argmax.dtype)
-    target = usable(out, problem.input_shape, dy.dtype, dy.dtype, gradient, places, layout=is_image)
-    options["input_size"] = (problem.H, problem.W)
+    result = None if y is None else laid_out_as(gradient, y, dy.dtype)
+    target = usable(out, problem.input_shape, dy.dtype, dy.dtype, gradient, places, result, layout=is_image)
+    options |= {"input_size": (problem.H, problem.W), "y": result, "activation": activation}
+    options["negative_slope"] = negative_slope
     return finish(call(kernels.max_pool2d_backward, gradient, places, **options, out=target), out, dy.dtype)
 
 

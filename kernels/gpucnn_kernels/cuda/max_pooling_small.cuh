@@ -12,6 +12,7 @@
 //
 // "Time for" is how many an H200 can start while its memory moves the element's bytes. The kernels for windows of any
 // size have loops of some 400 (an output) and 600 (a pixel), parts of which are gone through several times.
+#include "activation.cuh"
 #include "packs.cuh"
 #include "pooling.cuh"
 
@@ -179,11 +180,29 @@ struct PairOfPixels {
 
 __device__ __forceinline__ int pairs_of_rows(const Pooling &pooling) { return (pooling.H + pooling.padding_h + 1) / 2; }
 
+// The activation before the pooling, of which y is the pooled result; without one, y is null.
+struct Before {
+    const scalar_t *y;
+    int function;
+    accumulate_t negative_slope;
+
+    // A gradient for the result, as activation_backward has it before the activation.
+    __device__ __forceinline__ scalar_t through(scalar_t gradient, scalar_t result) const {
+        const accumulate_t value = load(result), given = load(gradient);
+        switch (function) {
+            case RELU: return value > NUMBER(0) ? gradient : store(NUMBER(0));
+            case LEAKY_RELU: return value > NUMBER(0) ? gradient : store(given * negative_slope);
+            case SIGMOID: return store(given * (value * (NUMBER(1) - value)));
+            default: return store(given * ((NUMBER(1) - value) * (NUMBER(1) + value)));
+        }
+    }
+};
+
 constexpr unsigned char NO_PLACE = 255;  // of no window of up to 3 x 3
 
 template <int size>
 __device__ __forceinline__ void gradients_of_planes(
-    const scalar_t *dy, const unsigned char *argmax, scalar_t *dx, const Pooling &pooling
+    const scalar_t *dy, const unsigned char *argmax, scalar_t *dx, const Pooling &pooling, const Before &before
 ) {
     const int pixels = pooling.H * pooling.W, outputs = pooling.P * pooling.Q;
     const unsigned position = blockIdx.x * blockDim.x + threadIdx.x;
@@ -206,6 +225,13 @@ __device__ __forceinline__ void gradients_of_planes(
             places[k] = pixel.offsets[k] >= 0 ? chosen[pixel.offsets[k]] : NO_PLACE;
             gradients[k] = pixel.offsets[k] >= 0 ? given[pixel.offsets[k]] : store(NUMBER(0));
         }
+        if (size == 2 && before.y) {
+            const scalar_t *results = before.y + (given - dy);
+#pragma unroll
+            for (int k = 0; k < windows; ++k) {
+                if (pixel.offsets[k] >= 0) gradients[k] = before.through(gradients[k], results[pixel.offsets[k]]);
+            }
+        }
         accumulate_t upper = NUMBER(0), lower = NUMBER(0);
 #pragma unroll
         for (int k = 0; k < windows; ++k) pixel.add(k, places[k], load(gradients[k]), upper, lower);
@@ -221,7 +247,7 @@ __device__ __forceinline__ void gradients_of_planes(
 // the compiler then knows.
 template <int size>
 __device__ __forceinline__ void gradients_of_packs(
-    const scalar_t *dy, const unsigned char *argmax, scalar_t *dx, const Pooling &pooling
+    const scalar_t *dy, const unsigned char *argmax, scalar_t *dx, const Pooling &pooling, const Before &before
 ) {
     constexpr int reach = (size + 1) / 2, windows = reach * reach;
     const int packs = pooling.C / PACK, pairs = pairs_of_rows(pooling);
@@ -243,6 +269,14 @@ __device__ __forceinline__ void gradients_of_packs(
             const long long at = first + (there ? (long long)(p * pooling.Q + q) * pooling.C : 0);
             places[k] = load_pack<PACK>(argmax + at);
             gradients[k] = load_pack<PACK>(dy + at);
+            if (size == 2 && before.y) {  // windows that overlap have no registers for it
+                const Pack<scalar_t, PACK> results = load_pack<PACK>(before.y + at);
+#pragma unroll
+                for (int number = 0; number < PACK; ++number) {
+                    gradients[k].number[number] =
+                        before.through(gradients[k].number[number], results.number[number]);
+                }
+            }
             if (!there) {
 #pragma unroll
                 for (int number = 0; number < PACK; ++number) places[k].number[number] = NO_PLACE;
