@@ -4,9 +4,11 @@ import numpy
 import pytest
 
 from gpucnn_kernels import ArgumentError, DtypeError, LayoutError, ProblemError, col2im, im2col, runtime
+from gpucnn_kernels import columns as module
 from gpucnn_kernels.arrays import device_array
 from gpucnn_kernels.columns import columns_shape, images, launch_col2im, launch_im2col
 from gpucnn_kernels.launch import Call
+from gpucnn_kernels.problem import Conv2dProblem
 from gpucnn_kernels.runtime.host import order_independent
 from tests.accuracy import awkward, channels_last, max_error
 from tests.kernel_arrays import DTYPES, EPSILON, LAYOUTS, accumulated, cast, wide
@@ -55,6 +57,29 @@ def test_im2col_is_the_loops(dtype, by_loops):
             assert columns.flags.c_contiguous
             assert columns.shape == expected.shape, name
             assert columns.tobytes() == expected.tobytes(), f"{name}, {layout}"
+
+
+def test_a_window_that_has_kernels_of_its_own(monkeypatch):
+    started = set()
+    launch = Call.launch
+
+    def record(self, source, kernel, *given, **more):
+        started.add(kernel)
+        return launch(self, source, kernel, *given, **more)
+
+    monkeypatch.setattr(Call, "launch", record)
+    monkeypatch.setattr(module, "_ENOUGH_BLOCKS", 1)  # threads go on to further planes
+    for options in ({}, {"stride": 2, "padding": 1}, {"stride": (1, 3), "padding": (1, 0), "dilation": (2, 1)}):
+        problem = Conv2dProblem.from_shapes((3, 5, 14, 11), (1, 5, 3, 3), **options)
+        sources = sources_by_loops(problem.input_shape, (3, 3), (problem.P, problem.Q), geometry(problem))
+        x = numpy.random.default_rng(1).integers(-9, 10, problem.input_shape).astype(numpy.float32)
+        columns = im2col(x, **window_options(problem))
+        numpy.testing.assert_array_equal(columns, numpy.append(x.ravel(), 0)[sources])
+        # Small integers, whose sums are exact.
+        expected = numpy.bincount(sources[sources >= 0], columns[sources >= 0], x.size).reshape(x.shape)
+        image = col2im(columns, input_size=x.shape[2:], **window_options(problem))
+        numpy.testing.assert_array_equal(image, expected)
+    assert started == {"im2col_planes", "col2im_gather_planes"}
 
 
 @pytest.mark.parametrize("algorithm", ["gather", "scatter"])

@@ -26,6 +26,8 @@ ALGORITHMS = ("gather", "scatter")
 
 _TILED_CHANNELS = 16  # from here on the tiles of the channels-last kernels are at least half full
 _MOST_BLOCKS = 65535  # of a grid's y axis
+_ENOUGH_BLOCKS = 4096  # several for every multiprocessor of the largest GPUs
+_PLANES_WINDOW = (3, 3)  # that has kernels of its own for contiguous images
 
 
 def im2col(
@@ -129,9 +131,9 @@ def launch_im2col(call: Call, x: DeviceArray, columns: DeviceArray, problem: Con
 
     x has problem.C channels and any number of images, in either layout.
     """
-    window, tiled = _window(x, problem)
-    grid, block = _grid(problem.P * problem.Q, x.shape[0], problem.C, tiled)
-    kernel = "im2col_channels_last" if tiled else "im2col"
+    window, form = _window(x, problem)
+    grid, block = _grid(problem.P * problem.Q, x.shape[0], problem.C, form)
+    kernel = "im2col" + form
     call.launch(SOURCE, kernel, grid, block, scalar=x.dtype, x=x, columns=columns, window=window)
 
 
@@ -143,12 +145,12 @@ def launch_col2im(
     The columns are of x's dtype or, for 16-bit images, float32: then only x is rounded. "scatter" of 16-bit images
     takes a float32 workspace of the size of x.
     """
-    window, tiled = _window(x, problem)
+    window, form = _window(x, problem)
     dtype, (_, wide) = x.dtype, SCALARS[x.dtype]
     narrow_columns, wide_columns = (columns, None) if columns.dtype == dtype else (None, columns)
     if algorithm == "gather":
-        grid, block = _grid(problem.H * problem.W, x.shape[0], problem.C, tiled)
-        kernel = "col2im_gather_channels_last" if tiled else "col2im_gather"
+        grid, block = _grid(problem.H * problem.W, x.shape[0], problem.C, form)
+        kernel = "col2im_gather" + form
         call.launch(
             SOURCE,
             kernel,
@@ -163,7 +165,7 @@ def launch_col2im(
         return
     total = x if wide == dtype else call.scratch(x.size, wide)
     call.launch(SOURCE, "col2im_clear", blocks_for(x.size), scalar=dtype, image=total, count=x.size)
-    grid, block = _grid(problem.P * problem.Q, x.shape[0], problem.C, tiled=False)
+    grid, block = _grid(problem.P * problem.Q, x.shape[0], problem.C, "")
     call.launch(
         SOURCE,
         "col2im_scatter",
@@ -179,9 +181,13 @@ def launch_col2im(
         call.launch(SOURCE, "col2im_round", blocks_for(x.size), scalar=dtype, image=total, x=x, count=x.size)
 
 
-def _window(x: DeviceArray, problem: Conv2dProblem) -> tuple[dict[str, int], bool]:
-    """(the kernels' struct for images laid out as x, whether the channels-last kernels are to be used)."""
-    tiled = image_layout(x) == "channels_last" and problem.C >= _TILED_CHANNELS
+def _window(x: DeviceArray, problem: Conv2dProblem) -> tuple[dict[str, int], str]:
+    """(the kernels' struct for images laid out as x, what the names of the kernels to be used end with)."""
+    form = ""
+    if image_layout(x) == "channels_last" and problem.C >= _TILED_CHANNELS:
+        form = "_channels_last"
+    elif x.contiguous and (problem.R, problem.S) == _PLANES_WINDOW:
+        form = "_planes" if problem.R * problem.S * problem.P * problem.Q < 2**31 else ""
     for positions, what in ((problem.P * problem.Q, "windows"), (problem.H * problem.W, "pixels")):
         if positions >= 2**31:
             raise ArgumentError(
@@ -192,13 +198,16 @@ def _window(x: DeviceArray, problem: Conv2dProblem) -> tuple[dict[str, int], boo
     fields["top"], fields["left"] = problem.padding[0], problem.padding[2]
     fields["stride_h"], fields["stride_w"] = problem.stride
     fields["dilation_h"], fields["dilation_w"] = problem.dilation
-    return fields, tiled
+    return fields, form
 
 
-def _grid(positions: int, batch: int, channels: int, tiled: bool) -> tuple[tuple[int, int], tuple[int, int]]:
+def _grid(positions: int, batch: int, channels: int, form: str) -> tuple[tuple[int, int], tuple[int, int]]:
     """(blocks, threads): positions of a plane along x, planes along y; a block takes several small planes."""
-    if tiled:
+    if form == "_channels_last":
         return (-(-positions // 32), min(batch * -(-channels // 32), _MOST_BLOCKS)), (32, 8)
     width = min(256, 1 << (positions - 1).bit_length())
     height = 256 // width
-    return (-(-positions // width), min(-(-batch * channels // height), _MOST_BLOCKS)), (width, height)
+    blocks = -(-positions // width)
+    # What a thread works out once serves several planes, as long as the blocks are enough for any GPU.
+    most = min(-(-_ENOUGH_BLOCKS // blocks), _MOST_BLOCKS) if form == "_planes" else _MOST_BLOCKS
+    return (blocks, min(-(-batch * channels // height), most)), (width, height)
