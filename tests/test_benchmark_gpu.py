@@ -481,6 +481,34 @@ def test_results_of_another_machine_or_other_kernels_are_not_mixed(
     assert "is no file of results" in capsys.readouterr().err
 
 
+def test_a_call_without_a_library_goes_on_with_the_file(
+    fakes: type[_Fake], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that was not asked for, or hangs as it is imported; but not with another version of one."""
+    path = tmp_path / "x.json"
+    assert gpu_run.main(_options(path, rows="lenet c1", precisions="tf32"), []) == 0
+    plain = _Fake.start
+
+    def start(self: Any, deadline: float) -> None:
+        if self.name == "torch" and hangs:
+            _Fake.now = deadline
+            raise TooLateError
+        plain(self, deadline)
+
+    monkeypatch.setattr(_Fake, "start", start)
+    for hangs in (True, False):
+        options = _options(path, rows="lenet c2" if hangs else "vgg 3", precisions="tf32")
+        assert gpu_run.main(options, ["torch", "jax"]) == 0
+        results = json.loads(path.read_text())
+        assert set(results["versions"]) == {"gpucnn"} | (set() if hangs else {"torch"})
+        assert results["missing"] == {"jax": "no module"} | ({"torch": "not there after 150 s"} if hangs else {})
+    assert {tuple(entry["seconds"]) for entry in results["rows"].values()} == {("gpucnn",), ("gpucnn", "torch")}
+    results["versions"]["torch"] = "0.9"
+    path.write_text(json.dumps(results))
+    assert gpu_run.main(_options(path), ["torch"]) == 2
+    assert "holds results of another torch: 0.9, now 1" in capsys.readouterr().err
+
+
 def test_a_process_is_asked_told_to_hurry_and_replaced(tmp_path: Path) -> None:
     """The real process, with a worker that answers, hangs and dies."""
     import time

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -14,7 +15,7 @@ import pytest
 
 from gpucnn_kernels import runtime
 from scripts import validate_gpu
-from scripts.gpu_validation import supervisor
+from scripts.gpu_validation import machine, supervisor
 from scripts.gpu_validation.bench import Bench, ContextLostError
 from scripts.gpu_validation.parts import CAPTURED, FAMILY, TRAINING, Part, Settings, as_text, runs
 from scripts.gpu_validation.supervisor import Found, Supervisor, run_here
@@ -214,3 +215,29 @@ def test_packages_of_others_named_tests_and_scripts_do_not_stand_for_ours(tmp_pa
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
     )
     assert answer.returncode == 0, answer.stdout + answer.stderr
+
+
+def test_a_fact_that_cannot_be_had_is_no_reason_not_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_handle() -> int:
+        raise RuntimeError("CUBLAS_STATUS_NOT_INITIALIZED")
+
+    cuda_runtime = SimpleNamespace(
+        getDevice=lambda: 0,
+        getDeviceProperties=lambda number: {"name": b"GPU X", "major": 9, "minor": 0},
+        memGetInfo=lambda: (3 << 30, 4 << 30),
+        getDeviceCount=lambda: 1,
+        driverGetVersion=lambda: 13000,
+        runtimeGetVersion=lambda: 12090,
+    )
+    cuda = SimpleNamespace(
+        runtime=cuda_runtime,
+        nvrtc=SimpleNamespace(getVersion=lambda: (12, 9)),
+        cublas=SimpleNamespace(getVersion=lambda handle: 1),
+        device=SimpleNamespace(get_cublas_handle=no_handle),
+    )
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda, __version__="14.2"))
+    found = machine.facts("cuda")
+    assert (found["gpu"], found["memory_gib"], found["free_gib"]) == ("GPU X", 4.0, 3.0)
+    assert (found["compute_capability"], found["cuda_of_driver"], found["nvrtc"]) == ("9.0", "13.0", "12.9")
+    assert found["cublas"] == "not known (RuntimeError: CUBLAS_STATUS_NOT_INITIALIZED)"
+    assert found["multiprocessors"] == "not known (KeyError: 'multiProcessorCount')"

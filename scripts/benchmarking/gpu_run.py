@@ -33,7 +33,7 @@ _TINY_CEILINGS = {"copy": 1 << 16, "float32": 64, "tf32": 64, "bfloat16": 64, "f
 # The relative error that a convolution of 576 terms may have against float64: float32's is some 3e-7, tf32's 3e-4;
 # in 16 bits it is the rounding of the result.
 _PROOFS = {"float32": 5e-6, "tf32": 2e-3, "bfloat16": 5e-3, "float16": 1e-3}
-_SAME = ("gpu", "driver", "format", "runtime", "kernels", "versions")
+_SAME = ("gpu", "driver", "format", "runtime", "kernels")
 
 
 class Mismatch(Exception):
@@ -54,7 +54,9 @@ def read(path: Path | None, about: dict[str, Any]) -> dict[str, Any]:
         return {**about, "calls": [], "rows": {}}
     try:
         results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        different = [name for name in _SAME if results[name] != about[name]]
+        before, now = ({**{name: each[name] for name in _SAME}, **each["versions"]} for each in (results, about))
+        # A library that is missing in one call, or was not asked for, is no other one.
+        different = [name for name in before if name in now and before[name] != now[name]]
         if not isinstance(results["calls"], list) or not isinstance(results["rows"], dict):
             raise TypeError("no calls and rows")
     except (ValueError, KeyError, TypeError) as error:
@@ -62,10 +64,14 @@ def read(path: Path | None, about: dict[str, Any]) -> dict[str, Any]:
     if different:
         name = different[0]
         raise Mismatch(
-            f"{path} holds results of another {name}: {results[name]}, now {about[name]}; name another file, or "
+            f"{path} holds results of another {name}: {before[name]}, now {now[name]}; name another file, or "
             "delete it to begin anew"
         )
-    return results
+    missing = {name: why for name, why in results["missing"].items() if name not in about["libraries"]}
+    versions = results["versions"] | about["versions"]
+    return results | {
+        "versions": versions, "missing": missing | about["missing"], "libraries": about["libraries"]
+    }  # fmt: skip
 
 
 def write(path: Path, results: dict[str, Any]) -> None:
@@ -262,7 +268,12 @@ def _fill(options: argparse.Namespace, started: list[Library], deadline: float) 
         library.launch()
     compile_ahead(options)
     for library in started:
-        library.start(deadline)
+        try:
+            library.start(min(deadline, time.monotonic() + PATIENCE_SECONDS))
+        except TooLateError:
+            if time.monotonic() >= deadline:
+                raise
+            library.hello = {"error": f"not there after {PATIENCE_SECONDS:.0f} s"}
     ours = started[0]
     if not ours.works:
         return _refuse(f"gpucnn cannot run here: {ours.hello['error']}")
@@ -275,6 +286,7 @@ def _fill(options: argparse.Namespace, started: list[Library], deadline: float) 
         "machine": facts,
         "kernels": fingerprint(),
         "versions": {name: version for each in libraries for name, version in each.hello["versions"].items()},
+        "libraries": [each.name for each in libraries],
         "missing": {each.name: each.hello["error"] for each in started if not each.works},
         "rounds": options.rounds,
     }

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,22 +40,31 @@ def facts(runtime: str) -> dict[str, Any]:
         return found | {"gpu": "none: the host runtime"}
     import cupy
 
-    properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())
-    free, total = cupy.cuda.runtime.memGetInfo()
-    return found | {
-        "gpu": properties["name"].decode(),
-        "compute_capability": f"{properties['major']}.{properties['minor']}",
-        "multiprocessors": properties["multiProcessorCount"],
-        "memory_gib": round(total / 2**30, 1),
-        "free_gib": round(free / 2**30, 1),
-        "gpus": cupy.cuda.runtime.getDeviceCount(),
-        "driver": driver_version(),
-        "cuda_of_driver": version(cupy.cuda.runtime.driverGetVersion()),
-        "cuda_of_cupy": version(cupy.cuda.runtime.runtimeGetVersion()),
-        "nvrtc": ".".join(map(str, cupy.cuda.nvrtc.getVersion())),
-        "cublas": cupy.cuda.cublas.getVersion(cupy.cuda.device.get_cublas_handle()),
-        "cupy": cupy.__version__,
+    cuda, runtime = cupy.cuda, cupy.cuda.runtime
+    properties = runtime.getDeviceProperties(runtime.getDevice())
+    known: dict[str, Callable[[], Any]] = {
+        "gpu": lambda: properties["name"].decode(),
+        "compute_capability": lambda: f"{properties['major']}.{properties['minor']}",
+        "multiprocessors": lambda: properties["multiProcessorCount"],
+        "memory_gib": lambda: round(runtime.memGetInfo()[1] / 2**30, 1),
+        "free_gib": lambda: round(runtime.memGetInfo()[0] / 2**30, 1),
+        "gpus": runtime.getDeviceCount,
+        "driver": driver_version,
+        "cuda_of_driver": lambda: version(runtime.driverGetVersion()),
+        "cuda_of_cupy": lambda: version(runtime.runtimeGetVersion()),
+        "nvrtc": lambda: ".".join(map(str, cuda.nvrtc.getVersion())),
+        "cublas": lambda: cuda.cublas.getVersion(cuda.device.get_cublas_handle()),
+        "cupy": lambda: cupy.__version__,
     }
+    return found | {name: _told(tell) for name, tell in known.items()}
+
+
+def _told(tell: Callable[[], Any]) -> Any:
+    """A fact; where it cannot be had, that: no reason not to run."""
+    try:
+        return tell()
+    except Exception as error:
+        return f"not known ({type(error).__name__}: {error})"
 
 
 def version(number: int) -> str:
