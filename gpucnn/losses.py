@@ -125,11 +125,15 @@ class CrossEntropyLoss(Loss):
         """The class weights as they were given."""
         return None if self._weight is None else self._weight.values
 
+    def weight_like(self, prediction: Array) -> Array | None:
+        """The class weights in the dtype and on the device of ``prediction``."""
+        return None if self._weight is None else self._weight.like(prediction)
+
     def forward(self, prediction: Array, target: Array) -> Any:
         """The loss of logits (N, C) against ``target``."""
         ops = backend_of(prediction)
         _check_target(prediction, target)
-        weight = None if self._weight is None else self._weight.like(prediction)
+        weight = self.weight_like(prediction)
         loss, probabilities = ops.softmax_cross_entropy_forward(
             prediction,
             target,

@@ -17,12 +17,15 @@ from resume_worker import make_data, make_model
 from gpucnn import layers
 from gpucnn.device import to_device
 from gpucnn.errors import ArgumentError, NonFiniteError
+from gpucnn.losses import CrossEntropyLoss
 from gpucnn.random import manual_seed
 from gpucnn.training import Callback, Progress, RunFolder, Trainer, TrainingOptions
 from gpucnn.training import captured_step as module
+from gpucnn.training import trainer as trainer_module
 from gpucnn.training.loss_scaling import LossScaler
 from gpucnn.training.replay import reason_against
 from gpucnn.training.scheduled_step import ScheduledTrainingStep
+from gpucnn_kernels.launch import Call
 from gpucnn_kernels.runtime import using
 from gpucnn_kernels.runtime.host_graph import HostGraph
 
@@ -166,6 +169,35 @@ def test_a_number_that_stays_behind_shows(stale: str, monkeypatch: pytest.Monkey
     captured, plain = both(ema_decay=0.9)
     with pytest.raises(AssertionError):
         assert_same(captured, plain)
+
+
+class OwnLoss(CrossEntropyLoss):
+    """A loss of one's own: it may be anything, so it is computed by its own operations."""
+
+
+def test_a_loss_of_ones_own_goes_its_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+    launch = Call.launch
+
+    def noted(call: Call, source: Any, kernel: str, *arguments: Any, **options: Any) -> None:
+        names.append(kernel)
+        launch(call, source, kernel, *arguments, **options)
+
+    monkeypatch.setattr(Call, "launch", noted)
+    ends = []
+    for own in (False, True):
+        if own:
+            monkeypatch.setattr(trainer_module, "CrossEntropyLoss", OwnLoss)
+        names.clear()
+        captured = trainer("on")
+        captured.fit()
+        assert captured.progress.said == [SAID]
+        assert ("cross_entropy_step" in names, "cross_entropy_backward" in names) == (not own, own)
+        # Weights that decay and others are two parts; each is one launch.
+        assert names.count("judge_gradient") == names.count("sgd_step") + names.count("adam_step") > 0
+        assert not {"judge_step", "squares_by_block", "sum_of_blocks"} & set(names)
+        ends.append(captured)
+    assert_same(*ends)
 
 
 def test_an_array_that_nothing_keeps_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

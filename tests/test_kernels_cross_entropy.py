@@ -10,7 +10,9 @@ import pytest
 
 import gpucnn_kernels as kernels
 from gpucnn_kernels import runtime
+from gpucnn_kernels.cross_entropy import softmax_cross_entropy_step
 from gpucnn_kernels.errors import ArgumentError, DtypeError, LayoutError
+from gpucnn_kernels.launch import Call
 from gpucnn_kernels.problem import ProblemError
 from gpucnn_kernels.runtime import host
 from gpucnn_kernels.runtime.host_array import HostArray
@@ -240,6 +242,107 @@ def test_unchecked_labels_in_range_give_the_same():
         )
         for one, other in zip(checked, unchecked, strict=True):
             numpy.testing.assert_array_equal(one, other)
+
+
+# ---------------------------------------------------------------- all of a training step
+
+
+def step(*arguments, **options):
+    """(loss, gradient, correct), and the counter of blocks is as it was."""
+    done = numpy.zeros(1, numpy.int32)
+    results = softmax_cross_entropy_step(*arguments, **options, done=done)
+    assert done.tolist() == [0]
+    return results
+
+
+@pytest.mark.parametrize("labels", LABELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_steps_numbers_have_the_bits_of_those_made_one_by_one(dtype, labels):
+    for size, weighted, smoothing in product([*SIZES, (2100, 3)], (False, True), (0.0, 0.1)):
+        logits, targets, weight = in_dtypes(dtype, *classification("labels", weighted, *size), labels)
+        for reduction in ("mean", "sum"):
+            where = f"{size} weighted {weighted} smoothing {smoothing} {reduction}"
+            options = {"weight": weight, "label_smoothing": smoothing, "reduction": reduction}
+            expected_loss, probabilities = kernels.softmax_cross_entropy_forward(logits, targets, **options)
+            expected = kernels.softmax_cross_entropy_backward(probabilities, targets, **options)
+            loss, gradient, correct = step(logits, targets, **options)
+            assert (loss.shape, loss.dtype, correct.shape, correct.dtype) == ((), logits.dtype, (), numpy.int64)
+            assert loss.tobytes() == expected_loss.tobytes(), where
+            assert gradient.tobytes() == expected.tobytes(), where
+            assert correct == (wide(logits).argmax(axis=1) == targets).sum(), where
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_steps_gradient_is_scaled_as_by_itself(dtype):
+    logits, targets, _ = in_dtypes(dtype, *classification("labels", False, 70, 10))
+    scaling = numpy.array([1024.7])
+    expected = step(logits, targets)[1]
+    kernels.scale(expected, scaling)
+    out = numpy.full_like(logits, 7)
+    assert step(logits, targets, scaling=scaling, out=out)[1] is out
+    assert out.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("classes", [5, 1100])
+def test_which_labels_count_as_right(classes):
+    rows = numpy.zeros((9, classes), numpy.float32)
+    rows[:, 4] = -1
+    rows[2, [1, 3]] = 2  # equals: the first
+    rows[3, [1, 3]] = 2
+    rows[4, 2] = numpy.nan  # larger than any number
+    rows[5, [0, 2, 3]] = numpy.inf, numpy.nan, numpy.nan  # and the first of them
+    rows[6, [0, 2, 3]] = numpy.inf, numpy.nan, numpy.nan
+    rows[7:, 2] = numpy.inf
+    labels = numpy.array([0, 1, 1, 3, 2, 2, 3, 2, 0])
+    right = rows.argmax(axis=1) == labels
+    assert right.tolist() == [True, False, True, False, True, True, False, True, False]
+    for number in range(9):
+        assert step(rows[number : number + 1], labels[number : number + 1])[2] == right[number], number
+    assert step(rows, labels)[2] == 5
+    assert step(numpy.repeat(rows, 300, axis=0), numpy.repeat(labels, 300))[2] == 1500
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_steps_labels_out_of_range_are_wrong_and_make_nan(reduction):
+    logits = numpy.random.default_rng(0).standard_normal((20, 3)).astype(numpy.float32)
+    targets = logits.argmax(axis=1)
+    targets[[3, 17]] = -1, 3
+    loss, gradient, correct = step(logits, targets, reduction=reduction)
+    assert numpy.isnan(loss)
+    assert correct == 18
+    assert numpy.isnan(gradient).all(axis=1).tolist() == [number in (3, 17) for number in range(20)]
+
+
+def test_a_step_is_one_launch_in_any_order(monkeypatch):
+    names, launch = [], Call.launch
+
+    def noted(self, source, kernel, *arguments, **options):
+        names.append(kernel)
+        launch(self, source, kernel, *arguments, **options)
+
+    monkeypatch.setattr(Call, "launch", noted)
+    logits, targets, weight = in_dtypes("float32", *classification("labels", True, 70, 10))
+    step(logits, targets)
+    step(logits, targets, weight=weight, reduction="sum")
+    assert names == ["cross_entropy_step"] * 2
+    assert host.order_independent(lambda: list(step(logits, targets)))
+    nothing = step(logits[:0], targets[:0])
+    assert numpy.isnan(nothing[0])
+    assert (nothing[1].shape, nothing[2]) == ((0, 10), 0)
+
+
+def test_what_a_step_does_not_take():
+    logits, targets, _ = in_dtypes("float32", *classification("labels", False))
+    with pytest.raises(ArgumentError, match="reduction must be 'mean' or 'sum', got 'none'"):
+        step(logits, targets, reduction="none")
+    with pytest.raises(ArgumentError, match=r"targets must be class numbers \(N,\), got shape \(7, 5\)"):
+        step(logits, logits)
+    with pytest.raises(ArgumentError, match="shares memory with logits"):
+        step(logits, targets, out=logits)
+    with pytest.raises(DtypeError, match="done must be int32"):
+        softmax_cross_entropy_step(logits, targets, done=numpy.zeros(1))
+    with pytest.raises(ArgumentError, match=r"scaling must have shape \(1,\)"):
+        step(logits, targets, scaling=numpy.ones(2))
 
 
 def test_cross_entropy_of_nothing():

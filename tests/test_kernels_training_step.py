@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 import gpucnn_kernels as kernels
 from gpucnn_kernels import ArgumentError, DtypeError
+from gpucnn_kernels.launch import Call
 from gpucnn_kernels.optimizer_step import adam_schedule, rmsprop_schedule, sgd_schedule
-from gpucnn_kernels.training_step import average_step, clip_by_total, judge_step
+from gpucnn_kernels.runtime.host import order_independent
+from gpucnn_kernels.training_step import average_step, clip_by_total, judge_gradient, judge_step
 from tests.kernel_accuracy import EVERY_DTYPE, normal, on_the_host, wide
 
 __all__ = ["on_the_host"]
@@ -208,3 +210,62 @@ def test_dropout_from_a_start_in_memory(per_channel, start):
         assert ours.tobytes() == theirs.tobytes()
     with pytest.raises(DtypeError, match="start must be uint64, got int64"):
         kernels.dropout_forward(x, offset=16, start=one(start, "int64"), **options)
+
+
+@FLOATS
+@pytest.mark.parametrize("count", [0, 1, 300, 5000, 9001])
+def test_a_gradient_is_judged_with_the_bits_of_its_sum(dtype, count, monkeypatch):
+    names, launch = [], Call.launch
+
+    def noted(self, source, kernel, *arguments, **options):
+        names.append(kernel)
+        launch(self, source, kernel, *arguments, **options)
+
+    gradient, correct = normal(count, 3, numpy.dtype(dtype)), numpy.array(17)
+    for bad, value in ((None, 0.7), (None, numpy.nan), (numpy.inf, 0.7), (numpy.nan, 0.7)):
+        if bad is not None and count:
+            gradient[count // 2] = bad
+        loss = numpy.array(value, dtype)
+        expected, verdict, squares = numpy.zeros(5), numpy.full(5, 9.0), numpy.array([0.3, 0.0, 1e-30])
+        kernels.sum_of_squares(gradient, out=squares[1:2])
+        judge_step(squares, loss, correct, verdict=expected)
+        done, ours = numpy.zeros(1, "int32"), numpy.array([0.3, 9.0, 1e-30])
+        with monkeypatch.context() as patch:
+            patch.setattr(Call, "launch", noted)
+            names.clear()
+            judge_gradient(gradient, ours, 1, done=done)
+            assert ours.tobytes() == squares.tobytes()
+            assert verdict.tolist() == [9.0] * 5
+            ours[1] = 9
+            judge_gradient(gradient, ours, 1, done=done, loss=loss, correct=correct, verdict=verdict)
+        assert names == ["judge_gradient"] * 2
+        assert done.tolist() == [0]
+        assert ours.tobytes() == squares.tobytes()
+        assert verdict.tobytes() == expected.tobytes()
+
+
+def test_a_gradient_is_judged_alike_in_any_order_of_blocks():
+    gradient, loss, correct = normal(30000, 5, numpy.dtype("float32")), numpy.array(1, "f4"), numpy.array(3)
+
+    def run():
+        squares, verdict, done = numpy.zeros(2), numpy.zeros(5), numpy.zeros(1, "int32")
+        judge_gradient(gradient[:17000], squares, 0, done=done)
+        judge_gradient(gradient[17000:], squares, 1, done=done, loss=loss, correct=correct, verdict=verdict)
+        return [squares, verdict]
+
+    assert order_independent(run)
+
+
+def test_what_is_not_judged():
+    squares, done, gradient = numpy.zeros(2), numpy.zeros(1, "int32"), numpy.zeros(3, "f4")
+    given = {"loss": numpy.array(1, "f4"), "correct": numpy.array(3), "verdict": numpy.zeros(5)}
+    with pytest.raises(DtypeError, match="loss is float32, but gradient is float64"):
+        judge_gradient(numpy.zeros(3), squares, 0, done=done, **given)
+    with pytest.raises(DtypeError, match="done must be int32"):
+        judge_gradient(gradient, squares, 0, done=numpy.zeros(1))
+    with pytest.raises(ArgumentError, match=r"verdict must have shape \(5,\)"):
+        judge_gradient(gradient, squares, 0, done=done, **given | {"verdict": numpy.zeros(4)})
+    with pytest.raises(ArgumentError, match="give all or none"):
+        judge_gradient(gradient, squares, 0, done=done, loss=given["loss"])
+    with pytest.raises(ArgumentError, match="have no place 2"):
+        judge_gradient(gradient, squares, 2, done=done)

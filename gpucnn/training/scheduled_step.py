@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import numpy
 
 from gpucnn.device import on_device, to_cpu
 from gpucnn.layers.precision import backward_pass, forward_pass
+from gpucnn.losses import CrossEntropyLoss
 from gpucnn.ops import Array, array_module
 from gpucnn.optimizers.scheduled import ScheduledStep
 from gpucnn.training.replay import model_arrays
@@ -39,6 +41,7 @@ class ScheduledTrainingStep:
             self._numbers = self._device[:reals].view("float64")
             self._squares = module.zeros(len(self._update.gradients()), "float64")
             self._verdict = module.zeros(5, "float64")
+            self._done = module.zeros(1, "int32")  # the blocks of a launch that have ended, as it counts them
         self._starts = [self._device[reals + place : reals + place + 1] for place in range(len(self.generators))]
 
     def prepare(self, number: int) -> None:
@@ -63,18 +66,13 @@ class ScheduledTrainingStep:
             parts.buffers.take()
             parts.optimizer.zero_grad()
             logits = forward_pass(parts.model, images)
-            loss = parts.loss.forward(logits, labels)
-            correct = (logits.argmax(axis=1) == labels).sum()
-            gradient = parts.loss.backward()
-            if parts.scaler is not None:
-                scheduled.scale(gradient, self._number(_SCALE_UP))
+            loss, gradient, correct = self._loss(logits, labels)
             backward_pass(parts.model, gradient)
         gradients = self._update.gradients()  # after the pass: those that it gave nothing to are now zero
-        for place, part in enumerate(gradients):
-            if parts.scaler is not None:
+        if parts.scaler is not None:
+            for part in gradients:
                 scheduled.scale(part, self._number(_SCALE_DOWN))
-            scheduled.sum_of_squares(part, self._squares[place : place + 1])
-        scheduled.judge_step(self._squares, loss, correct, self._verdict)
+        self._judge(gradients, loss, correct)
         proceed, total = self._found("proceed"), self._found("total")
         if parts.clip_norm is not None:
             for part in gradients:
@@ -82,6 +80,39 @@ class ScheduledTrainingStep:
         self._update.start(self._numbers[_SCHEDULE:], proceed)
         if parts.average is not None:
             parts.average.start(self._number(_SHARE), proceed)
+
+    def _loss(self, logits: Array, labels: Array) -> tuple[Array, Array, Array]:
+        """(loss, its gradient, scaled, how many are classified rightly), in one launch where it can be."""
+        from gpucnn.ops.cuda import scheduled
+
+        loss = self._parts.loss
+        scaling = None if self._parts.scaler is None else self._number(_SCALE_UP)
+        # Whether labels are in range is not looked at, and a loss of one's own may be anything.
+        if type(loss) is CrossEntropyLoss and not loss.check_targets and loss.reduction != "none":
+            options: dict[str, Any] = {"label_smoothing": loss.label_smoothing, "reduction": loss.reduction}
+            weight = loss.weight_like(logits)
+            return scheduled.cross_entropy_step(
+                logits, labels, weight=weight, scaling=scaling, done=self._done, **options
+            )
+        value = loss.forward(logits, labels)
+        correct = (logits.argmax(axis=1) == labels).sum()
+        gradient = loss.backward()
+        if scaling is not None:
+            scheduled.scale(gradient, scaling)
+        return value, gradient, correct
+
+    def _judge(self, gradients: list[Array], loss: Array, correct: Array) -> None:
+        """Have the verdict written, from the gradients' norm and the loss."""
+        from gpucnn.ops.cuda import scheduled
+
+        verdict = {"loss": loss, "correct": correct, "verdict": self._verdict}
+        together = bool(gradients) and gradients[-1].dtype == loss.dtype
+        for place, part in enumerate(gradients):
+            last = place == len(gradients) - 1
+            judged = verdict if together and last else {}
+            scheduled.judge_gradient(part, self._squares, place, self._done, **judged)
+        if not together:
+            scheduled.judge_step(self._squares, **verdict)
 
     def finish(self) -> StepResult:
         """Wait for the step, and count it where the weights have moved."""
@@ -98,7 +129,7 @@ class ScheduledTrainingStep:
         found = [*model_arrays(parts.model), *self._update.arrays(), *parts.buffers.arrays(), *parts.loss.arrays()]
         if parts.average is not None:
             found += parts.average.arrays()
-        return [*found, self._device, self._squares, self._verdict]
+        return [*found, self._device, self._squares, self._verdict, self._done]
 
     def _number(self, place: int) -> Array:
         return self._numbers[place : place + 1]

@@ -208,6 +208,66 @@ def softmax_cross_entropy_backward(
         return call.give(gradient)
 
 
+def softmax_cross_entropy_step(
+    logits: Any,
+    targets: Any,
+    *,
+    done: Any,
+    weight: Any = None,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    scaling: Any = None,
+    out: Any = None,
+    stream: Any = None,
+) -> Any:
+    """(loss, gradient, correct) of a training step, for class numbers: one launch, two or three with weights.
+
+    Loss and gradient have the bits of :func:`softmax_cross_entropy_forward` with ``check_targets=False`` and
+    :func:`softmax_cross_entropy_backward`, correct (0-d, int64) counts the samples whose label is the first class
+    with the largest logit, a NaN being larger than any number. ``scaling``, an array of one float64, multiplies
+    the gradient. ``reduction`` is "mean" or "sum". ``done`` (1,), int32, is zero, and zero again afterwards: one
+    array for launches that do not overlap.
+
+    Raises ArgumentError for the reduction "none" and for targets that are probabilities.
+    """
+    check_reduction(reduction)
+    if reduction == "none":
+        raise ArgumentError("a training step's loss is reduced: reduction must be 'mean' or 'sum', got 'none'")
+    with Call(stream, logits=logits, targets=targets, weight=weight, scaling=scaling, done=done, out=out) as call:
+        given = _Targets(call, "logits", label_smoothing)
+        if not given.labels:
+            raise ArgumentError(f"targets must be class numbers (N,), got shape {call['targets'].shape}")
+        call.floating("logits", "out")
+        call.contiguous("out")
+        call.require("scaling", "float64", (1,))
+        call.require("done", "int32", (1,))
+        gradient = call.output(call["logits"].shape, given.dtype)
+        require_apart(gradient, call["logits"], call["targets"])
+        loss, correct = call.empty((), given.dtype), call.empty((), "int64")
+        blocks = max(1, min(blocks_for(given.samples, given.threads[1]), MAX_PARTS))
+        arguments = {name: value for name, value in given.arguments.items() if name != "targets"}
+        call.launch(
+            SOURCE,
+            "cross_entropy_step",
+            blocks,
+            given.threads,
+            scalar=given.dtype,
+            logits=call["logits"],
+            weights=_sum_of_weights(call, given) if reduction == "mean" and given.weighted else None,
+            scaling=call.get("scaling"),
+            gradient=gradient,
+            loss=loss,
+            correct=correct,
+            block_losses=call.scratch(blocks, "float64"),
+            block_weights=call.scratch(blocks, "float64"),
+            block_correct=call.scratch(blocks, "int64"),
+            done=call["done"],
+            divisor=given.samples if reduction == "mean" else 1,
+            **arguments,
+        )
+        return call.give(loss, gradient, correct)
+
+
 def _sum_of_weights(call: Call, given: _Targets) -> DeviceArray:
     """The sum of the labels' weights, in one number on the device."""
     blocks = max(1, min(blocks_for(given.samples), MAX_PARTS))

@@ -280,11 +280,16 @@ def clip_by_norm(x: Any, *, max_norm: float, stream: Any = None) -> float:
 
 def _sum_of_squares(call: Call, x: DeviceArray, out: DeviceArray | None = None) -> DeviceArray:
     """An array of one float64, still on the device: ``out`` where it is given."""
-    blocks = min(max(blocks_for(x.size, per_thread=_ELEMENTS_A_THREAD), 1), _MOST_SUMS)
+    blocks = blocks_of_squares(x.size)
     partial, total = call.scratch(blocks, "float64"), out or call.scratch(1, "float64")
     call.launch(SUM_SOURCE, "squares_by_block", blocks, scalar=x.dtype, x=x, partial=partial, count=x.size)
     call.launch(SUM_SOURCE, "sum_of_blocks", 1, scalar=x.dtype, partial=partial, sum=total, count=blocks)
     return total
+
+
+def blocks_of_squares(count: int) -> int:
+    """How many blocks sum the squares of ``count`` elements: by them alone, so that the sum has the same bits."""
+    return min(max(blocks_for(count, per_thread=_ELEMENTS_A_THREAD), 1), _MOST_SUMS)
 
 
 def _number(array: DeviceArray) -> float:

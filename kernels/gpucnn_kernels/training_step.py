@@ -9,7 +9,7 @@ from typing import Any
 
 from gpucnn_kernels.errors import ArgumentError, DtypeError
 from gpucnn_kernels.launch import Call, blocks_for
-from gpucnn_kernels.optimizer_step import CLIP_EPSILON, SUM_SOURCE
+from gpucnn_kernels.optimizer_step import CLIP_EPSILON, SUM_SOURCE, blocks_of_squares
 
 SOURCE = "training_step"
 DTYPES = ("float32", "float64")
@@ -49,6 +49,58 @@ def judge_step(squares: Any, loss: Any, correct: Any, *, verdict: Any, stream: A
             verdict=call["verdict"],
         )
         return verdict
+
+
+def judge_gradient(
+    gradient: Any,
+    squares: Any,
+    place: int,
+    *,
+    done: Any,
+    loss: Any = None,
+    correct: Any = None,
+    verdict: Any = None,
+    stream: Any = None,
+) -> None:
+    """The sum of squares of one part of a gradient, a dense array, into ``squares[place]``: one launch.
+
+    With ``verdict``, ``loss`` (of the gradient's dtype) and ``correct``, for the last of the parts, it then is
+    what :func:`judge_step` makes of all ``squares``, in the same launch. The bits are those of
+    :func:`gpucnn_kernels.sum_of_squares` and :func:`judge_step`. ``done`` (1,), int32, is zero, and zero again
+    afterwards: one array for launches that do not overlap. Raises ArgumentError for a place that there is not.
+    """
+    arrays = {"loss": loss, "correct": correct, "verdict": verdict, "done": done}
+    with Call(stream, gradient=gradient, squares=squares, **arrays) as call:
+        dtype = _dtype(call, "gradient", "loss")
+        call.elementwise("gradient")
+        call.require("squares", "float64")
+        parts = call["squares"].size
+        if len(call["squares"].shape) != 1 or not 0 <= place < parts:
+            raise ArgumentError(f"squares of shape {call['squares'].shape} have no place {place}")
+        call.require("loss", shape=())
+        call.require("correct", "int64", ())
+        call.require("verdict", "float64", (len(VERDICT),))
+        if len({array is None for array in (loss, correct, verdict)}) != 1:
+            raise ArgumentError("a verdict takes the loss and how many were classified rightly: give all or none")
+        call.require("done", "int32", (1,))
+        call.contiguous("squares", "verdict")
+        blocks = blocks_of_squares(call["gradient"].size)
+        call.launch(
+            SOURCE,
+            "judge_gradient",
+            blocks,
+            scalar=dtype,
+            gradient=call["gradient"],
+            count=call["gradient"].size,
+            partial=call.scratch(blocks, "float64"),
+            done=call["done"],
+            squares=call["squares"],
+            place=place,
+            parts=parts,
+            loss=call.get("loss"),
+            correct=call.get("correct"),
+            verdict=call.get("verdict"),
+        )
 
 
 def clip_by_total(x: Any, total: Any, *, max_norm: float, stream: Any = None) -> None:

@@ -31,7 +31,8 @@ _LABELS = ("uint8", "int32", "int64")
 # ---------------------------------------------------------------- softmax cross-entropy
 
 
-def _classification(scores: Array, targets: Array, weight: Array | None) -> tuple[Array, Array, Array | None]:
+def classification(scores: Array, targets: Array, weight: Array | None) -> tuple[Array, Array, Array | None]:
+    """The arguments of a classification's loss as the kernels take them."""
     labels = targets.ndim == 1
     dtype = scores.dtype if labels else common_dtype(scores, targets)
     wanted = (targets.dtype if str(targets.dtype) in _LABELS else "int64") if labels else dtype
@@ -53,7 +54,7 @@ def softmax_cross_entropy_forward(
     check_classification(logits, "the logits", targets, weight, label_smoothing, reduction)
     if logits.shape[1] == 0:
         raise ShapeError(f"the logits must have at least one class, got shape {logits.shape}")
-    scores, wanted, weights = _classification(logits, targets, weight)
+    scores, wanted, weights = classification(logits, targets, weight)
     loss, probabilities = call(
         kernels.softmax_cross_entropy_forward,
         scores,
@@ -81,7 +82,7 @@ def softmax_cross_entropy_backward(
     """
     check_devices(probabilities=probabilities, targets=targets, weight=weight, out=out)
     check_classification(probabilities, "the probabilities", targets, weight, label_smoothing, reduction)
-    scores, wanted, weights = _classification(probabilities, targets, weight)
+    scores, wanted, weights = classification(probabilities, targets, weight)
     gradient = call(
         kernels.softmax_cross_entropy_backward,
         scores,

@@ -10,10 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 import gpucnn_kernels as kernels
+from gpucnn.ops.checks import check_classification
 from gpucnn.ops.contract import Array
-from gpucnn.ops.cuda.arrays import call, contiguous, is_contiguous, is_image
+from gpucnn.ops.cuda.arrays import call, check_devices, contiguous, finish, is_contiguous, is_image
+from gpucnn.ops.cuda.losses import classification
 from gpucnn.ops.cuda.optimizers import update
 from gpucnn_kernels import training_step
+from gpucnn_kernels.cross_entropy import softmax_cross_entropy_step
 from gpucnn_kernels.training_step import VERDICT
 
 __all__ = [
@@ -21,12 +24,13 @@ __all__ = [
     "adam_step",
     "average_step",
     "clip",
+    "cross_entropy_step",
     "dropout_forward",
+    "judge_gradient",
     "judge_step",
     "rmsprop_step",
     "scale",
     "sgd_step",
-    "sum_of_squares",
 ]
 
 
@@ -79,19 +83,47 @@ def rmsprop_step(
     update(kernels.rmsprop_step, parameter, gradient, state, schedule=schedule, proceed=proceed, **options)
 
 
+def cross_entropy_step(
+    logits: Array,
+    labels: Array,
+    *,
+    done: Array,
+    weight: Array | None = None,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    scaling: Array | None = None,
+) -> tuple[Array, Array, Array]:
+    """(loss, its gradient times ``scaling``, how many logits are largest at their label) of class numbers (N,).
+
+    What the contract's two operations give, unchecked labels, and ``done``: see
+    :func:`gpucnn_kernels.cross_entropy.softmax_cross_entropy_step`.
+    """
+    check_devices(logits=logits, labels=labels, weight=weight)
+    check_classification(logits, "the logits", labels, weight, label_smoothing, reduction)
+    scores, wanted, weights = classification(logits, labels, weight)
+    options: dict[str, Any] = {"label_smoothing": label_smoothing, "reduction": reduction, "scaling": scaling}
+    loss, gradient, correct = call(
+        softmax_cross_entropy_step, scores, wanted, weight=weights, done=done, **options
+    )
+    return finish(loss, None, logits.dtype), finish(gradient, None, logits.dtype), correct
+
+
 def scale(x: Array, factor: Array) -> None:
     """X *= factor, in place: an array of one float64."""
     call(kernels.scale, x, factor)
 
 
-def sum_of_squares(x: Array, out: Array) -> None:
-    """The sum of x * x into ``out``, an array of one float64."""
-    call(kernels.sum_of_squares, x, out=out)
-
-
 def judge_step(squares: Array, loss: Array, correct: Array, verdict: Array) -> None:
     """``verdict`` (5,) of a step, as VERDICT names them: see :func:`gpucnn_kernels.training_step.judge_step`."""
     call(training_step.judge_step, squares, loss, correct, verdict=verdict)
+
+
+def judge_gradient(gradient: Array, squares: Array, place: int, done: Array, **verdict: Array) -> None:
+    """The sum of squares of a part of the gradient, and perhaps the verdict, in one launch.
+
+    See :func:`gpucnn_kernels.training_step.judge_gradient`.
+    """
+    call(training_step.judge_gradient, gradient, squares, place, done=done, **verdict)
 
 
 def clip(x: Array, total: Array, max_norm: float) -> None:

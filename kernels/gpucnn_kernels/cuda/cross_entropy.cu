@@ -14,6 +14,7 @@
 // Memory is the limit: forward reads the logits and writes the probabilities, backward reads the probabilities and
 // writes the gradient.
 #include "activation.cuh"
+#include "last_block.cuh"
 #include "reduce.cuh"
 
 // Labels are of one of three types; the pointers to the two others are null. With no labels at all, the targets
@@ -151,6 +152,104 @@ extern "C" __global__ void __launch_bounds__(256) cross_entropy_divisor(
     }
     sum = block_sum(sum, shared);
     if (threadIdx.x == 0) block_sums[blockIdx.x] = sum;
+}
+
+// Whether the label's logit is the first of the largest; a NaN is larger than any number, and the first one counts.
+// ``outdone`` says so of one class against the label's.
+__device__ __forceinline__ bool outdone(
+    accumulate_t value, long long c, accumulate_t labelled, long long label
+) {
+    if (labelled != labelled) return value != value && c < label;
+    return value != value || value > labelled || (value == labelled && c < label);
+}
+
+// All that a training step wants of class numbers, in one launch: the loss, divided as by cross_entropy_finish, the
+// gradient of cross_entropy_backward, and how many labels have the largest logit. Each with the bits of the kernel
+// that makes it alone: the sums have the same order, the probabilities are rounded where they would be stored, and
+// the gradient before it is multiplied by the number that ``scaling`` points to, where it is not null. ``weights``
+// is as for cross_entropy_backward.
+//
+// Limit: memory, which is read and written once; for a training step's few thousand numbers the launch itself.
+extern "C" __global__ void __launch_bounds__(256, 3) cross_entropy_step(
+    const scalar_t *logits, const unsigned char *labels_uint8, const int *labels_int32,
+    const long long *labels_int64, const accumulate_t *weight, const double *weights, const double *scaling,
+    scalar_t *gradient, scalar_t *loss, long long *correct, double *block_losses, double *block_weights,
+    long long *block_correct, int *done, CrossEntropyTargets shape, double divisor
+) {
+    __shared__ accumulate_t shared[32];
+    __shared__ double shared_sums[32];
+    __shared__ long long shared_counts[32];
+    __shared__ int last;
+    const accumulate_t divided_by = weights ? (accumulate_t)weights[0] : (accumulate_t)divisor;
+    double loss_sum = 0, weight_sum = 0;
+    long long right = 0;
+    const long long step = (long long)gridDim.x * blockDim.y;
+    for (long long n = (long long)blockIdx.x * blockDim.y + threadIdx.y; n < shape.samples; n += step) {
+        const scalar_t *row = logits + n * shape.classes;
+        const long long label = label_of(labels_uint8, labels_int32, labels_int64, n);
+        const bool valid = label >= 0 && label < shape.classes;
+        const accumulate_t labelled = valid ? load(row[label]) : NUMBER(0);
+        accumulate_t largest = load(row[0]), wrong = NUMBER(0), targets = NUMBER(0);
+#pragma unroll 1
+        for (long long c = threadIdx.x; c < shape.classes; c += blockDim.x) {
+            const accumulate_t value = load(row[c]);
+            largest = value > largest ? value : largest;
+            if (outdone(value, c, labelled, label)) wrong = NUMBER(1);
+            targets += target_of(shape, label, nullptr, weight, c);
+        }
+        largest = row_maximum(largest, shared);
+        wrong = row_maximum(wrong, shared);
+        targets = row_sum(targets, shared);
+        accumulate_t total = NUMBER(0);
+#pragma unroll 1
+        for (long long c = threadIdx.x; c < shape.classes; c += blockDim.x) {
+            total += exponential(load(row[c]) - largest);
+        }
+        total = row_sum(total, shared);
+        const accumulate_t log_total = logarithm(total);
+        accumulate_t sum = NUMBER(0);
+#pragma unroll 1
+        for (long long c = threadIdx.x; c < shape.classes; c += blockDim.x) {
+            const accumulate_t shifted = load(row[c]) - largest;
+            const accumulate_t probability = load(store(exponential(shifted) / total));
+            const accumulate_t target = target_of(shape, label, nullptr, weight, c);
+            if (target != NUMBER(0)) sum -= target * (shifted - log_total);
+            const accumulate_t value = (probability * targets - target) / divided_by;
+            scalar_t made = store(valid ? value : not_a_number());
+            if (scaling) made = store(load(made) * (accumulate_t)*scaling);
+            gradient[n * shape.classes + c] = made;
+        }
+        sum = row_sum(sum, shared);
+        if (threadIdx.x == 0) {
+            loss_sum += valid ? sum : not_a_number();
+            if (valid) weight_sum += weight ? weight[label] : NUMBER(1);
+            if (valid && wrong == NUMBER(0)) ++right;
+        }
+    }
+    loss_sum = block_sum(loss_sum, shared_sums);
+    weight_sum = block_sum(weight_sum, shared_sums);
+    right = block_sum(right, shared_counts);
+    const int thread = thread_of_block();
+    if (thread == 0) {
+        block_losses[blockIdx.x] = loss_sum;
+        block_weights[blockIdx.x] = weight_sum;
+        block_correct[blockIdx.x] = right;
+    }
+    if (!is_last_block(done, &last)) return;
+    loss_sum = weight_sum = 0;
+    right = 0;
+    for (int block = thread; block < (int)gridDim.x; block += blockDim.x * blockDim.y) {
+        loss_sum += __ldcg(block_losses + block);
+        weight_sum += __ldcg(block_weights + block);
+        right += __ldcg(block_correct + block);
+    }
+    loss_sum = block_sum(loss_sum, shared_sums);
+    weight_sum = block_sum(weight_sum, shared_sums);
+    right = block_sum(right, shared_counts);
+    if (thread == 0) {
+        loss[0] = store(loss_sum / (weights ? weight_sum : divisor));
+        correct[0] = right;
+    }
 }
 
 // (p * sum of the targets - target) / divisor; ``weights`` (device memory) is the divisor where not null. The

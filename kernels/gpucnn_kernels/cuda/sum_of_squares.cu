@@ -6,33 +6,13 @@
 // those with 1/64 of it may be held up by it in 16-bit arrays. Two passes: each thread sums its elements and each
 // block its threads, in a tree of fixed shape; then one block sums the blocks. How many blocks there are depends
 // on the number of elements alone, so the bits of the sum do not depend on the GPU or on the run.
-#include "scalar.cuh"
-
-// The sum over the block, in thread 0. ``warps`` is shared memory of 8 elements; 256 threads.
-__device__ __forceinline__ double block_sum(double value, double *warps) {
-    for (int distance = 16; distance > 0; distance /= 2) value += __shfl_down_sync(0xffffffffu, value, distance);
-    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
-    __syncthreads();
-    if (threadIdx.x < 32) {
-        value = threadIdx.x < 8 ? warps[threadIdx.x] : 0;
-        for (int distance = 4; distance > 0; distance /= 2) {
-            value += __shfl_down_sync(0xffffffffu, value, distance);
-        }
-    }
-    return value;
-}
+#include "squares.cuh"
 
 extern "C" __global__ void __launch_bounds__(256) squares_by_block(
     const scalar_t *__restrict__ x, double *__restrict__ partial, long long count
 ) {
     __shared__ double warps[8];
-    const long long step = (long long)gridDim.x * blockDim.x;
-    double total = 0;
-    for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += step) {
-        const double value = load(x[i]);
-        total += value * value;
-    }
-    total = block_sum(total, warps);
+    const double total = squares_of_block(x, count, warps);
     if (threadIdx.x == 0) partial[blockIdx.x] = total;
 }
 
@@ -40,9 +20,7 @@ extern "C" __global__ void __launch_bounds__(256) sum_of_blocks(
     const double *__restrict__ partial, double *__restrict__ sum, int count
 ) {
     __shared__ double warps[8];
-    double total = 0;
-    for (int i = threadIdx.x; i < count; i += blockDim.x) total += partial[i];
-    total = block_sum(total, warps);
+    const double total = sum_of_parts(partial, count, warps);
     if (threadIdx.x == 0) *sum = total;
 }
 

@@ -1,6 +1,7 @@
 // What a training step decides where nothing may look at its numbers: a step captured as a graph runs to its end
 // without the host. Limit: one launch each for what is judged; memory for the average, 3 elements a weight.
-#include "scalar.cuh"
+#include "last_block.cuh"
+#include "squares.cuh"
 
 // The sum of ``count`` numbers, rounded once: Shewchuk, "Adaptive precision floating-point arithmetic", 1997, as
 // Python's math.fsum, whose bits it has. ``partials`` is room for 64, more than doubles can need. By one thread.
@@ -41,6 +42,17 @@ __device__ double exact_sum(const double *numbers, int count, double *partials) 
     return high;
 }
 
+__device__ __forceinline__ void judge(
+    double total, const scalar_t *loss, const long long *correct, double *verdict
+) {
+    const double norm = sqrt(total), value = (double)load(*loss);
+    verdict[0] = isfinite(value) && isfinite(norm) ? 1 : 0;
+    verdict[1] = value;
+    verdict[2] = norm;
+    verdict[3] = (double)*correct;
+    verdict[4] = total;
+}
+
 // verdict: 0 whether to proceed (1, or 0 where the loss or the gradient's norm is not finite), 1 the loss, 2 the
 // norm, 3 how many were classified rightly, 4 the norm's square. One thread: there is next to nothing to do.
 extern "C" __global__ void __launch_bounds__(32) judge_step(
@@ -48,12 +60,26 @@ extern "C" __global__ void __launch_bounds__(32) judge_step(
 ) {
     __shared__ double partials[64];
     if (threadIdx.x != 0) return;
-    const double total = exact_sum(squares, count, partials), norm = sqrt(total), value = (double)load(*loss);
-    verdict[0] = isfinite(value) && isfinite(norm) ? 1 : 0;
-    verdict[1] = value;
-    verdict[2] = norm;
-    verdict[3] = (double)*correct;
-    verdict[4] = total;
+    judge(exact_sum(squares, count, partials), loss, correct, verdict);
+}
+
+// One part of a gradient: the sum of its squares, as sum_of_squares.cu makes it and with the same bits, into the
+// ``place`` of all ``parts`` sums. Where ``verdict`` is not null, the others are there, and the last block judges.
+// Limit: memory, every element read once.
+extern "C" __global__ void __launch_bounds__(256) judge_gradient(
+    const scalar_t *gradient, long long count, double *partial, int *done, double *squares, int place, int parts,
+    const scalar_t *loss, const long long *correct, double *verdict
+) {
+    __shared__ double warps[8];
+    __shared__ double partials[64];
+    __shared__ int last;
+    double total = squares_of_block(gradient, count, warps);
+    if (threadIdx.x == 0) partial[blockIdx.x] = total;
+    if (!is_last_block(done, &last)) return;
+    total = sum_of_parts(partial, gridDim.x, warps);
+    if (threadIdx.x != 0) return;
+    squares[place] = total;
+    if (verdict) judge(exact_sum(squares, parts, partials), loss, correct, verdict);
 }
 
 // Rounded by themselves, and never fused with a sum: the average has the bits that three operations give it.
