@@ -134,15 +134,6 @@ class Parameter:
         else:
             self._gradient += gradient
 
-    def cleared_gradient(self, dtype: Any) -> Array | None:
-        """The gradient's own memory, for an operation to write a first gradient of ``dtype`` to; else None.
-
-        There is none where the parameter is frozen, its gradient is not cleared, or of another dtype. What was
-        written there is the gradient once it has been set: ``parameter.gradient = array``.
-        """
-        fits = self.requires_grad and self._is_cleared and self._gradient.dtype == dtype
-        return self._gradient if fits else None
-
     def add_gradient_by(self, operation: Callable[..., Array], dy: Array, *others: Array, **options: Any) -> None:
         """Add ``operation(dy, *others, **options)``, of dy's dtype, unless the parameter is frozen.
 

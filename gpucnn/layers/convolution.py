@@ -198,8 +198,8 @@ class Conv2d(Layer):
         ops = backend_of(dy)
         more: dict[str, Any] = {}
         if self.bias is not None:
-            place = self.bias.cleared_gradient(dy.dtype)
-            if place is not None and self.weight.requires_grad and is_device_array(dy):
+            place = self.bias.first_gradient_place if self.weight.requires_grad and is_device_array(dy) else None
+            if place is not None and place.dtype == dy.dtype:
                 more["out_bias"] = place  # by the pass over dy that the weight's gradient makes, if it can
             else:
                 self.bias.add_gradient_by(ops.conv2d_backward_bias, dy)
@@ -213,7 +213,7 @@ class Conv2d(Layer):
             **more,
         )
         if self.bias is not None and more:
-            self.bias.gradient = more["out_bias"]
+            self.bias.first_gradient_is_there()
         if not self.input_needs_gradient:
             return None
         return ops.conv2d_backward_data(

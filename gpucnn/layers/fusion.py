@@ -1,14 +1,15 @@
 """Neighbouring layers that train as one on a GPU: fewer launches, and fewer passes through memory.
 
 A batch norm adds the shortcut of a residual block and applies ReLU, or leaky ReLU, as it stores what it has
-normalized; back, it takes the gradient through the activation by the sign of the result. A convolution applies
-these, sigmoid or tanh, whose slopes their results say. Where :func:`gpucnn_kernels.conv2d_max_pool2d_pays` says so
-it also pools: its own result, several times larger, is then stored nowhere, and the gradient goes back through
-pooling and activation at once.
+normalized; back, it takes the gradient through the activation by the sign of the result. A fully connected layer
+does so, too, and a convolution forward, also with sigmoid and tanh, whose slopes their results say. Where
+:func:`gpucnn_kernels.conv2d_max_pool2d_pays` says so a convolution also pools: its own result, several times
+larger, is then stored nowhere, and the gradient goes back through pooling and activation at once.
 
 What the layers are stays as it is: each has its own parameters and modes, and saves what its own ``backward``
-needs, which may be called by itself. In float32 the results are the bits of the layers one by one, but for the
-order in which a convolution that pools adds up its products; in 16 bits there are fewer roundings.
+needs, which may be called by itself. In float32 the results are the bits of the layers one by one, but where the
+order of a sum is another: of a convolution that pools, and of a fully connected layer that another way is faster
+for with its activation. In 16 bits there are fewer roundings.
 
 It is done in training, on a GPU, by containers that call layers one after another, where these are of this
 package's own types and nobody has given one of them another ``forward`` or ``backward``. ``layer.fuse(False)``
@@ -25,6 +26,7 @@ from gpucnn.device import is_device_array
 from gpucnn.layers.activations import LeakyReLU, ReLU, Sigmoid, Tanh
 from gpucnn.layers.convolution import Conv2d
 from gpucnn.layers.layer import Layer
+from gpucnn.layers.linear import Linear
 from gpucnn.layers.normalization import BatchNorm1d, BatchNorm2d
 from gpucnn.layers.pooling import MaxPool2d
 from gpucnn.ops import Array, array_module
@@ -33,7 +35,7 @@ from gpucnn_kernels.problem import Pool2dProblem, ProblemError
 
 _OWN: dict[type[Layer], Any] = {
     kind: (kind.forward, kind.backward)
-    for kind in (BatchNorm1d, BatchNorm2d, Conv2d, LeakyReLU, MaxPool2d, ReLU, Sigmoid, Tanh)
+    for kind in (BatchNorm1d, BatchNorm2d, Conv2d, LeakyReLU, Linear, MaxPool2d, ReLU, Sigmoid, Tanh)
 }
 
 
@@ -46,9 +48,8 @@ def forward_through(owner: Layer, layers: Sequence[Layer], x: Array) -> Array:
     position = 0
     while position < len(layers):
         layer, *after = layers[position : position + 3]
-        activation = after[0] if after and _ending(after[0]) is not None else None
-        if activation is not None and _is_norm(layer):
-            x = _normalized(layer, x, None, activation, _ending(activation) or {})
+        if after and _may_end(layer, after[0]):
+            x = _ended(layer, x, after[0])
             position += 2
         elif after and _is_own(layer, Conv2d):
             x, done = _convolved(layer, after, x)
@@ -67,7 +68,7 @@ def backward_through(owner: Layer, layers: Sequence[Layer], dy: Array) -> Array:
         before = layers[position - 2] if position > 1 else None
         if before is not None and _may_go_back(owner, before, layer, dy):
             (y,) = layer._take_saved()
-            dy = _denormalized(before, dy, y, layer)
+            dy = _back_through(before, dy, y, layer)
             position -= 2
         elif before is not None and _may_unpool(owner, before, layer, dy):
             dy = _unpooled(layer, before, dy)
@@ -80,38 +81,48 @@ def backward_through(owner: Layer, layers: Sequence[Layer], dy: Array) -> Array:
 
 def forward_sum(owner: Layer, norm: Layer, x: Array, residual: Array, activation: Layer | None) -> Array | None:
     """activation(norm(x) + residual) in one operation, or None where that cannot be: each by itself then."""
-    ending = _ending(activation)
-    if not _may_fuse(owner, x) or not _is_norm(norm) or ending is None or x.shape != residual.shape:
+    if not _may_fuse(owner, x) or not _is_norm(norm) or x.shape != residual.shape:
         return None
-    return _normalized(norm, x, residual, activation, ending)
+    if activation is not None and _by_sign(activation) is None:
+        return None
+    return _ended(norm, x, activation, residual=residual)
 
 
 def backward_sum(owner: Layer, norm: Layer, activation: Layer | None, dy: Array) -> tuple[Array, Array] | None:
     """(the gradient for x, that for the residual) of such a sum, or None where one operation cannot make them."""
-    if activation is None or not _may_go_back(owner, norm, activation, dy):
+    if activation is None or not _is_norm(norm) or not _may_go_back(owner, norm, activation, dy):
         return None
     (y,) = activation._take_saved()
     residual = array_module(y).empty_like(y)
-    return _denormalized(norm, dy, y, activation, out_residual=residual), residual
+    return _back_through(norm, dy, y, activation, out_residual=residual), residual
 
 
-def _normalized(
-    norm: Any, x: Array, residual: Array | None, activation: Layer | None, ending: dict[str, Any]
-) -> Array:
-    y: Array = norm._located(norm.forward_ending, x, residual, **ending)
+def _may_end(layer: Layer, activation: Layer) -> bool:
+    """Whether a batch norm, or a fully connected layer, takes the activation after it."""
+    if _is_norm(layer):
+        return _by_sign(activation) is not None
+    return _is_own(layer, Linear) and _by_result(activation) is not None
+
+
+def _ended(layer: Any, x: Array, activation: Layer | None, **more: Any) -> Array:
+    """What the layer and the activation make of x; each saves what it would by itself."""
+    ending = {} if activation is None else _by_result(activation) or {}
+    y: Array = layer._located(layer.forward_ending, x, **ending, **more)
     if activation is not None:
         activation._save(y)
     return y
 
 
-def _may_go_back(owner: Layer, norm: Layer, activation: Layer, dy: Array) -> bool:
-    if not _may_fuse(owner, dy) or not _is_norm(norm) or _ending(activation) is None:
+def _may_go_back(owner: Layer, layer: Layer, activation: Layer, dy: Array) -> bool:
+    if not _may_fuse(owner, dy) or not _may_end(layer, activation):
         return False
-    return norm._saved is not None and activation._saved is not None
+    if isinstance(layer, Linear) and not layer.trains_all:
+        return False
+    return layer._saved is not None and activation._saved is not None
 
 
-def _denormalized(norm: Any, dy: Array, y: Array, activation: Layer, **more: Any) -> Array:
-    dx: Array = norm.backward_ending(dy, y=y, **(_ending(activation) or {}), **more)
+def _back_through(layer: Any, dy: Array, y: Array, activation: Layer, **more: Any) -> Array:
+    dx: Array = layer.backward_ending(dy, y=y, **(_by_result(activation) or {}), **more)
     return dx
 
 
@@ -125,9 +136,7 @@ def _convolved(convolution: Any, after: Sequence[Layer], x: Array) -> tuple[Arra
             return _convolved_and_pooled(convolution, activation, rest[0], pool, x), len(after) - len(rest) + 2
     if activation is None or ending is None:
         return convolution(x), 1
-    y: Array = convolution._located(convolution.forward_ending, x, **ending)
-    activation._save(y)
-    return y, 2
+    return _ended(convolution, x, activation), 2
 
 
 def _paying_pool(convolution: Any, pool: Any, x: Array) -> Pool2dProblem | None:
@@ -205,10 +214,8 @@ def _is_norm(layer: Layer) -> bool:
     return _is_own(layer, BatchNorm2d, BatchNorm1d)
 
 
-def _ending(layer: Layer | None) -> dict[str, Any] | None:
-    """What operations take for an activation whose input has its result's sign, or for none; None for others."""
-    if layer is None:
-        return {}
+def _by_sign(layer: Layer) -> dict[str, Any] | None:
+    """What operations take for an activation whose input has the sign of its result; None for other layers."""
     if _is_own(layer, ReLU):
         return {"activation": "relu"}
     if isinstance(layer, LeakyReLU) and _is_own(layer, LeakyReLU) and layer.negative_slope > 0:
@@ -222,4 +229,4 @@ def _by_result(layer: Layer) -> dict[str, Any] | None:
         return {"activation": "sigmoid"}
     if _is_own(layer, Tanh):
         return {"activation": "tanh"}
-    return _ending(layer)
+    return _by_sign(layer)

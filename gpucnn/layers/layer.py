@@ -219,7 +219,7 @@ class Layer:
     def fuse(self, fused: bool = True) -> Self:
         """Let this layer and all below it have neighbouring layers train as one on a GPU (or not); returns itself.
 
-        They do by default, see :mod:`gpucnn.layers.fusion`. In float32 the results are the same bits.
+        They do by default, see :mod:`gpucnn.layers.fusion`: with the same results but for rounding.
         """
         for _, layer in self.named_layers():
             layer.fuses_children = fused

@@ -32,13 +32,18 @@ class Linear(Layer):
 
     def forward(self, x: Array) -> Array:
         """Apply to x (N, in_features)."""
+        return self.forward_ending(x)
+
+    def forward_ending(self, x: Array, **activation: Any) -> Array:
+        """activation(forward(x)) by one operation, which takes ``activation`` so."""
         check_input(x, 2, f"(N, {self.in_features})", self.weight.working)
         if x.shape[1] != self.in_features:
             raise ShapeError(
                 f"expected {self.in_features} input features, got {x.shape[1]} (shape {x.shape}); an image of "
                 "another size than the network was made for does this"
             )
-        y = backend_of(x).linear_forward(x, self.weight.working, None if self.bias is None else self.bias.working)
+        bias = None if self.bias is None else self.bias.working
+        y = backend_of(x).linear_forward(x, self.weight.working, bias, **activation)
         self._save(x)
         return y
 
@@ -46,9 +51,9 @@ class Linear(Layer):
         """The gradient for x; adds to ``weight.gradient`` and ``bias.gradient``."""
         (x,) = self._take_saved()
         check_gradient(dy, (x.shape[0], self.out_features), x)
-        ops, trained = backend_of(dy), [self.weight] if self.bias is None else [self.weight, self.bias]
-        if all(parameter.requires_grad for parameter in trained):
-            return self._backward_together(dy, x, trained)
+        ops = backend_of(dy)
+        if self.trains_all:
+            return self._backward_together(dy, x)
         if self.bias is not None:
             self.bias.add_gradient_by(ops.linear_backward_bias, dy)
         self.weight.add_gradient_by(ops.linear_backward_weight, dy, x)
@@ -56,8 +61,23 @@ class Linear(Layer):
             return None
         return ops.linear_backward_data(dy, self.weight.working)
 
-    def _backward_together(self, dy: Array, x: Array, trained: list[Parameter]) -> Array:
+    @property
+    def trains_all(self) -> bool:
+        """Whether none of its parameters is frozen: one operation then makes all gradients."""
+        return all(parameter.requires_grad for _, parameter in self._own_parameters())
+
+    def backward_ending(self, dy: Array, **ending: Any) -> Array:
+        """:meth:`backward` for dy of y, which :meth:`forward_ending` gave; ``ending`` is y and the activation.
+
+        For layers that train all of their parameters.
+        """
+        (x,) = self._take_saved()
+        check_gradient(dy, (x.shape[0], self.out_features), x)
+        return self._backward_together(dy, x, **ending)
+
+    def _backward_together(self, dy: Array, x: Array, **ending: Any) -> Array:
         """All gradients by one operation, those for the parameters right where the first ones belong."""
+        trained = [self.weight] if self.bias is None else [self.weight, self.bias]
         places = [parameter.first_gradient_place for parameter in trained]
         options: dict[str, Any] = dict(zip(("weight_gradient", "bias_gradient"), places, strict=False))
         dx, *gradients = backend_of(dy).linear_backward(
@@ -67,6 +87,7 @@ class Linear(Layer):
             with_input=self.input_needs_gradient,
             with_bias=self.bias is not None,
             **options,
+            **ending,
         )
         for parameter, place, gradient in zip(trained, places, gradients, strict=False):
             if place is None:

@@ -55,7 +55,7 @@ class _BatchNorm(Layer):
         statistics = self.running_mean, self.running_var
         return backend_of(x).batch_norm_inference(x, weight, bias, *statistics, epsilon=self.eps)
 
-    def forward_ending(self, x: Array, residual: Array | None, **activation: Any) -> Array:
+    def forward_ending(self, x: Array, residual: Array | None = None, **activation: Any) -> Array:
         """activation(forward(x) + residual) by one operation, in training; ``activation`` is as that takes it."""
         self._check(x, None if self.weight is None else self.weight.data)
         return self._normalized(x, residual=residual, **activation)
@@ -97,18 +97,17 @@ class _BatchNorm(Layer):
         """
         x, mean, inverse_std = self._take_saved()
         check_gradient(dy, x.shape, x)
-        weight = self._affine()[0]
-        targets: tuple[Array | None, Array | None] = None, None
-        if self.weight is not None and self.bias is not None:
-            targets = self.weight.cleared_gradient(mean.dtype), self.bias.cleared_gradient(mean.dtype)
+        trained = [] if self.weight is None or self.bias is None else [self.weight, self.bias]
+        places = [_place(parameter, mean.dtype) for parameter in trained]
+        targets: dict[str, Any] = dict(zip(("out_weight", "out_bias"), places, strict=False))
         dx, *gradients = backend_of(dy).batch_norm_backward(
-            dy, x, weight, mean, inverse_std, out_weight=targets[0], out_bias=targets[1], **ending
+            dy, x, self._affine()[0], mean, inverse_std, **targets, **ending
         )
-        for parameter, target, gradient in zip((self.weight, self.bias), targets, gradients, strict=True):
-            if parameter is not None and target is None:
+        for parameter, place, gradient in zip(trained, places, gradients, strict=False):
+            if place is None:
                 parameter.add_gradient(gradient)
-            elif parameter is not None:
-                parameter.gradient = target
+            else:
+                parameter.first_gradient_is_there()
         return dx
 
     def extra_repr(self) -> str:
@@ -119,6 +118,12 @@ class _BatchNorm(Layer):
             if getattr(self, name) != default:
                 text += f", {name}={getattr(self, name)}"
         return text
+
+
+def _place(parameter: Parameter, dtype: Any) -> Array | None:
+    """Where its first gradient belongs, if that has this dtype."""
+    place = parameter.first_gradient_place
+    return place if place is not None and place.dtype == dtype else None
 
 
 class BatchNorm2d(_BatchNorm):
