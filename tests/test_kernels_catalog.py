@@ -143,8 +143,12 @@ def test_what_a_process_cannot_compile_is_told_by_this_one(few: list[Source], tm
     assert kept(tmp_path) >= 2, "the others are compiled"
 
 
-@pytest.mark.parametrize("code", ["import sys; sys.exit(1)", "import sys; sys.stdin.readline()"])
-def test_processes_that_end_leave_their_work_to_this_one(
+@pytest.mark.parametrize(
+    "code",
+    ["import sys; sys.exit(1)", "import sys; sys.stdin.readline()", "import time; time.sleep(1000)"],
+    ids=["end at once", "end when asked", "hang"],
+)
+def test_processes_that_end_or_hang_leave_their_work_to_this_one(
     code: str, recording: RecordingRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def start(runtime: str, device: int) -> subprocess.Popen[str]:
@@ -154,6 +158,7 @@ def test_processes_that_end_leave_their_work_to_this_one(
 
     monkeypatch.setattr(catalog, "current", lambda: recording)
     monkeypatch.setattr(ahead, "_start", start)
+    monkeypatch.setattr(ahead, "PATIENCE_SECONDS", 1.0)
     said: list[int] = []
     count = gpucnn_kernels.warm_up(progress=lambda title, number, total: said.append(number), processes=2)
     assert sorted(recording.compiled) == sorted((made.title, 0) for made in catalog.variants(["float32"]))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import subprocess
 import sys
 import threading
@@ -19,6 +20,9 @@ from collections.abc import Callable, Sequence
 
 from gpucnn_kernels.runtime import VARIABLE, current, using
 from gpucnn_kernels.source import Source, load
+
+PATIENCE_SECONDS = 120.0
+"""Without an answer from any of them the processes are taken for ones that hang."""
 
 MOST_PROCESSES = 16
 """More compile little faster, and on a GPU each has a context, of some 0.5 GB of its memory."""
@@ -32,13 +36,14 @@ def cores() -> int:
 def compile_in_processes(
     runtime: str, device: int, sources: Sequence[Source], processes: int, begin: Callable[[Source], object]
 ) -> list[Source]:
-    """Compile ``sources``, of this package's files, for a device of a runtime; gives those that failed.
+    """Compile ``sources``, of this package's files, for a device of a runtime; gives those that are left.
 
     ``begin`` is called before each, in some thread, one call at a time. What a process says of a failure is not
-    kept: the caller compiles these itself, and has the error. Processes that end, or cannot start, leave their
-    work to the others.
+    kept: the caller compiles these itself, and has the error. Processes that end, hang or cannot start leave their
+    work to the others, or to the caller.
     """
-    waiting, failed, lock = deque(sources), list[Source](), threading.Lock()
+    waiting, done, lock = deque(sources), list[Source](), threading.Lock()
+    ends: queue.SimpleQueue[int] = queue.SimpleQueue()  # 1 of a thread that ends, 0 of an answer
     started: list[subprocess.Popen[str]] = []
 
     def next_source() -> Source | None:
@@ -50,26 +55,41 @@ def compile_in_processes(
             return source
 
     def serve(process: subprocess.Popen[str]) -> None:
-        while (source := next_source()) is not None:
-            answer = _ask(process, source)
-            if answer != "done":
-                with lock:
-                    failed.append(source)
-            if not answer:  # it has ended
-                return
+        try:
+            while (source := next_source()) is not None:
+                answer = _ask(process, source)
+                if answer == "done":
+                    done.append(source)
+                elif not answer:  # it has ended
+                    return
+                ends.put(0)
+        finally:
+            ends.put(1)
 
     try:
         for _ in range(min(processes, MOST_PROCESSES, len(sources))):
             started.append(_start(runtime, device))  # noqa: PERF401 (those that started are ended)
-        threads = [threading.Thread(target=serve, args=(process,), daemon=True) for process in started]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        for process in started:
+            threading.Thread(target=serve, args=(process,), daemon=True).start()
+        _wait(ends, started)
     finally:
         for process in started:
             _end(process)
-    return [*failed, *waiting]
+    return [source for source in sources if source not in done]
+
+
+def _wait(ends: queue.SimpleQueue[int], started: Sequence[subprocess.Popen[str]]) -> None:
+    """Until all threads have ended; where nothing is heard of them, end the processes, and wait once more."""
+    ended, patient = 0, True
+    while ended < len(started):
+        try:
+            ended += ends.get(timeout=PATIENCE_SECONDS)
+        except queue.Empty:
+            if not patient:
+                return
+            patient = False
+            for process in started:
+                process.kill()
 
 
 def _start(runtime: str, device: int) -> subprocess.Popen[str]:
@@ -103,8 +123,7 @@ def _end(process: subprocess.Popen[str]) -> None:
     try:
         process.wait(10)
     except (subprocess.TimeoutExpired, KeyboardInterrupt):
-        process.kill()
-        process.wait()
+        process.kill()  # and not waited for: a driver may hold on to it
     if process.stdout is not None:
         process.stdout.close()
 
