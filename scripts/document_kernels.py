@@ -84,9 +84,11 @@ cores, on GPUs from compute capability 8.0 on. `precision` says how:
 
 Channels-last arrays whose channels a group are a multiple of 16 bytes are read where they lie. Others are copied
 by one launch into a workspace, filled up with zeros; results are written in either layout without a copy. The
-automatic choice may take tensor cores where `precision` is `"tf32"`, `"float16"` or `"bfloat16"`. Without one it
-takes none of these kernels: they have not been measured on a GPU yet. The heads of `cuda/conv2d_tensor*.cu` give
-their limits and what is expected of them.
+automatic choice may take tensor cores where `precision` is `"tf32"`, `"float16"` or `"bfloat16"`, and for float32
+arrays without one, three products for each, where that is reckoned to be much faster. Results are then as exact as
+float32's, of infinities and NaN too; of numbers below 2e-35 digits are lost. `precision="float32"` keeps a call's
+products in float32 itself, `GPUCNN_KERNELS_THREE_PRODUCTS=0` in the environment a program's. None of these kernels
+has been measured on a GPU yet; the heads of `cuda/conv2d_tensor*.cu` give their limits and what is expected.
 
 `algorithm="wgmma"` of the first two multiplies float16 and bfloat16 by the instructions of a warpgroup, which H100
 and H200 (compute capability 9.0) have and no later GPU: the one way to the datasheet's rate there. It is taken

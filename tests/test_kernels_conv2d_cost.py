@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from gpucnn_kernels import Conv2dProblem, conv2d_algorithms, conv2d_choose, conv2d_cost, conv2d_tiles, gpu
 from gpucnn_kernels.conv2d_choice import candidates, usual
+from gpucnn_kernels.errors import ArgumentError
 from gpucnn_kernels.gpu import H200, Gpu
 from tests.problems import ALL
 
@@ -191,8 +192,8 @@ problems = st.builds(
     st.integers(1, 60), st.sampled_from([1, 2, 3, 5, 7]), st.integers(1, 3), st.integers(0, 3),
 )  # fmt: skip
 forms = st.sampled_from([
-    ("float32", None), ("float32", "tf32"), ("float16", None), ("float16", "float16"), ("bfloat16", None),
-    ("bfloat16", "bfloat16"), ("float64", None),
+    ("float32", None), ("float32", "float32"), ("float32", "tf32"), ("float16", None), ("float16", "float16"),
+    ("bfloat16", None), ("bfloat16", "bfloat16"), ("float64", None),
 ])  # fmt: skip
 
 
@@ -213,7 +214,7 @@ def test_only_what_can_be_done_is_chosen(
     assert name != "depthwise" or depth == 1
     if name == "tensor":
         assert device.capability >= (8, 0)
-        assert precision in ("tf32", "float16", "bfloat16")
+        assert precision in ("tf32", "float16", "bfloat16") or form == ("float32", None)
     if (dtype, device) == ("bfloat16", T4):
         assert name not in ("im2col", "col2im")
     estimates = {way: conv2d_cost.estimate(way, direction, problem, dtype, device, **options) for way in names}
@@ -246,25 +247,46 @@ def test_what_is_clear_is_chosen() -> None:
     """What no one would have otherwise, whatever the estimates are worth."""
     stem, block = shaped(256, 3, 224, 64, 7, stride=2, padding=3), shaped(256, 64, 56, 64, 3, padding=1)
     pointwise, deep = shaped(256, 64, 56, 256, 1), shaped(256, 256, 28, 256, 3, padding=1, groups=256)
-    for dtype in ("float32", "float64"):
-        assert conv2d_choose("forward", stem, dtype) == "direct"
-        assert conv2d_choose("forward", block, dtype) == "implicit_gemm"
-        assert conv2d_choose("backward_data", block, dtype) == "phases"
-        assert conv2d_choose("forward", pointwise, dtype) == "im2col"
-        assert conv2d_choose("backward_data", pointwise, dtype) == "col2im"
+    for dtype, precision in (("float32", "float32"), ("float64", None)):
+        assert conv2d_choose("forward", stem, dtype, precision=precision) == "direct"
+        assert conv2d_choose("forward", block, dtype, precision=precision) == "implicit_gemm"
+        assert conv2d_choose("backward_data", block, dtype, precision=precision) == "phases"
+        assert conv2d_choose("forward", pointwise, dtype, precision=precision) == "im2col"
+        assert conv2d_choose("backward_data", pointwise, dtype, precision=precision) == "col2im"
         for direction in DIRECTIONS:
-            assert conv2d_choose(direction, deep, dtype) == "depthwise"
-        assert conv2d_choose("backward_filter", block, dtype) == "implicit_gemm"
+            assert conv2d_choose(direction, deep, dtype, precision=precision) == "depthwise"
+        assert conv2d_choose("backward_filter", block, dtype, precision=precision) == "implicit_gemm"
     for dtype, precision in (("float32", "tf32"), ("float16", "float16"), ("bfloat16", "bfloat16")):
         for direction in DIRECTIONS:
             assert conv2d_choose(direction, block, dtype, precision=precision) == "tensor"
             assert conv2d_choose(direction, deep, dtype, precision=precision) == "depthwise"
     # Three input channels are three of 32 that a tile makes of an input gradient: their columns are far less work.
     assert conv2d_choose("backward_data", stem, "float32") == "col2im"
-    # Without tensor cores' precision there are none.
-    assert conv2d_choose("forward", block, "float32", precision="float32") == "implicit_gemm"
     # But cuBLAS has them for 16-bit arrays in any case, and their float32 sums, which columns are worth.
     assert conv2d_choose("forward", block, "bfloat16") == "im2col"
+
+
+def test_float32_takes_three_products_where_they_are_faster_and_nobody_minds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    block, tiny = shaped(256, 64, 56, 64, 3, padding=1), shaped(2, 8, 9, 8, 3)
+    for direction, without in zip(DIRECTIONS, ("implicit_gemm", "phases", "implicit_gemm"), strict=True):
+        for last in (False, True):
+            assert conv2d_choose(direction, block, "float32", channels_last=last) == "tensor"
+            assert conv2d_choose(direction, block, "float32", channels_last=last, gpu=A100) == "tensor"
+        assert conv2d_choose(direction, block, "float32", precision="float32") == without
+        assert conv2d_choose(direction, block, "float32", gpu=T4) == without
+        # Where launches are what counts, two packs are not worth it.
+        assert conv2d_choose(direction, tiny, "float32") == without
+        monkeypatch.setenv("GPUCNN_KERNELS_THREE_PRODUCTS", "0")
+        assert conv2d_choose(direction, block, "float32") == without
+        assert conv2d_choose(direction, block, "float32", precision="tf32") == "tensor"
+        monkeypatch.setenv("GPUCNN_KERNELS_THREE_PRODUCTS", "1")
+        assert conv2d_choose(direction, block, "float32") == "tensor"
+        monkeypatch.setenv("GPUCNN_KERNELS_THREE_PRODUCTS", "no")
+        with pytest.raises(ArgumentError, match="GPUCNN_KERNELS_THREE_PRODUCTS must be 0 or 1, got 'no'"):
+            conv2d_choose(direction, block, "float32")
+        monkeypatch.delenv("GPUCNN_KERNELS_THREE_PRODUCTS")
 
 
 def test_every_problem_of_the_tests_keeps_a_way_of_its_kind() -> None:

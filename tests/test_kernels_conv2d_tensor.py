@@ -265,6 +265,18 @@ def test_three_products_of_infinities_are_those_of_float32(direction):
             numpy.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-4, err_msg=f"{name}, {value}")
 
 
+def test_three_products_of_large_numbers_do_not_overflow():
+    """2^64 less a bit rounds to 2^64 in tf32, whose square is infinite, where its own is not."""
+    large = numpy.nextafter(numpy.float32(2.0**64), numpy.float32(0))
+    x, weight = numpy.full((1, 1, 1, 1), large), numpy.full((1, 1, 1, 1), large)
+    square = large * large
+    assert numpy.isfinite(square)
+    more = {"algorithm": "tensor"}
+    assert conv2d_forward(x, weight, **more).item() == square
+    assert conv2d_backward_data(x, weight, input_size=1, **more).item() == square
+    assert conv2d_backward_filter(x, weight, kernel_size=1, **more).item() == square
+
+
 def test_phases_leave_out_the_zeros_between_rows():
     """Zero times infinity is NaN: it shows which products are made."""
     dy, weight = numpy.ones((1, 1, 3, 3), numpy.float16), numpy.ones((1, 1, 3, 3), numpy.float16)

@@ -60,6 +60,9 @@ class ToldClock:
         return watched
 
 
+PLAIN: dict[str, Any] = {"padding": 1, "precision": "float32"}  # ways of which each makes every product in float32
+
+
 @pytest.fixture
 def tuned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """A cache of its own, nothing remembered in this process, the host runtime."""
@@ -97,8 +100,8 @@ def launched(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any]) -> list[st
 def test_the_fastest_is_taken_and_not_measured_again(monkeypatch: pytest.MonkeyPatch, tuned: Path) -> None:
     told = clock(monkeypatch, conv2d_implicit_gemm_large=3e-6, conv2d_implicit_gemm_small=5e-6, im2col=4e-6)
     with tuning.autotune(False):
-        expected = conv2d_forward(X, WEIGHT, padding=1)
-    result = conv2d_forward(X, WEIGHT, padding=1)
+        expected = conv2d_forward(X, WEIGHT, **PLAIN)
+    result = conv2d_forward(X, WEIGHT, **PLAIN)
     assert numpy.abs(result - expected).max() <= 1e-5
     assert {name for name, _ in told.asked} == {
         "conv2d_implicit_gemm_large", "conv2d_implicit_gemm_small", "im2col",
@@ -106,13 +109,13 @@ def test_the_fastest_is_taken_and_not_measured_again(monkeypatch: pytest.MonkeyP
     # Two to warm up, then five rounds of as many as fill a millisecond, at most twenty.
     assert [repeats for name, repeats in told.asked if name == "im2col"] == [1, 1, 20, 20, 20, 20, 20]
     told.asked.clear()
-    assert launched(monkeypatch, lambda: conv2d_forward(X, WEIGHT, padding=1)) == ["conv2d_implicit_gemm_large"]
+    assert launched(monkeypatch, lambda: conv2d_forward(X, WEIGHT, **PLAIN)) == ["conv2d_implicit_gemm_large"]
     assert told.asked == []
     # Another process, for whom other things would be fast, believes the file.
     monkeypatch.setattr(tuning, "_used", {})
     tuning_memory.memory_of.cache_clear()
     clock(monkeypatch, im2col=1e-9)
-    assert launched(monkeypatch, lambda: conv2d_forward(X, WEIGHT, padding=1)) == ["conv2d_implicit_gemm_large"]
+    assert launched(monkeypatch, lambda: conv2d_forward(X, WEIGHT, **PLAIN)) == ["conv2d_implicit_gemm_large"]
 
 
 @pytest.mark.compiler
@@ -144,10 +147,10 @@ def test_each_direction_layout_and_size_is_a_problem_of_its_own(
 @pytest.mark.compiler
 def test_what_cannot_run_here_is_passed_over(monkeypatch: pytest.MonkeyPatch, tuned: Path) -> None:
     clock(monkeypatch, "im2col", "conv2d_implicit_gemm_large", im2col=1e-9)
-    assert launched(monkeypatch, lambda: conv2d_forward(X, WEIGHT, padding=1))[-1] == "conv2d_implicit_gemm_small"
+    assert launched(monkeypatch, lambda: conv2d_forward(X, WEIGHT, **PLAIN))[-1] == "conv2d_implicit_gemm_small"
     clock(monkeypatch, "im2col", "conv2d_implicit_gemm_large", "conv2d_implicit_gemm_small")
     with pytest.raises(gpucnn_kernels.KernelError, match="none of implicit_gemm, implicit_gemm, im2col runs"):
-        conv2d_forward(X[:1].copy(), WEIGHT, padding=1)
+        conv2d_forward(X[:1].copy(), WEIGHT, **PLAIN)
 
 
 @pytest.mark.compiler
@@ -165,10 +168,12 @@ def test_nothing_is_measured_where_launches_are_recorded(monkeypatch: pytest.Mon
 def test_only_what_gives_the_same_bits_every_time_is_tried(tuned: Path) -> None:
     with Call(None, x=X) as call:
         problem = gpucnn_kernels.Conv2dProblem.from_shapes(X.shape, WEIGHT.shape, padding=1)
-        found = tuning.candidates(call, "backward_data", problem, "float32", None)
-        assert found == [
+        plain = [
             ("phases", "conv2d_implicit_gemm_large"), ("phases", "conv2d_implicit_gemm_small"), ("col2im", ""),
         ]  # fmt: skip
+        assert tuning.candidates(call, "backward_data", problem, "float32", "float32") == plain
+        three = [("tensor", f"conv2d_tensor_{tile}") for tile in ("wide", "large", "medium", "small")]
+        assert tuning.candidates(call, "backward_data", problem, "float32", None) == plain + three
         found = tuning.candidates(call, "forward", problem, "float32", "tf32")
         assert found[0] == ("tensor", "conv2d_tensor_wide")  # what is usual is tried first
         assert ("im2col", "") in found

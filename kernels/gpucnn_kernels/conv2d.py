@@ -13,7 +13,7 @@ from gpucnn_kernels import conv2d_data_paths as data_paths
 from gpucnn_kernels import conv2d_filter, conv2d_tensor, conv2d_wgmma, tuning
 from gpucnn_kernels import conv2d_forward_paths as forward_paths
 from gpucnn_kernels.arrays import DeviceArray, image_layout
-from gpucnn_kernels.conv2d_choice import chosen
+from gpucnn_kernels.conv2d_choice import chosen, least_precision
 from gpucnn_kernels.conv2d_filter import conv2d_backward_bias, conv2d_backward_filter
 from gpucnn_kernels.conv2d_forward_paths import DIRECT_CHANNELS, Epilogue
 from gpucnn_kernels.errors import ArgumentError, LayoutError
@@ -97,7 +97,8 @@ def _start(
     run: tuning.Run,
 ) -> None:
     """Do the work by the algorithm of this name, or by the one that "auto" is."""
-    options: dict[str, Any] = {"precision": precision, "channels_last": images.channels_last}
+    least = least_precision(images.dtype, precision)
+    options: dict[str, Any] = {"precision": least, "channels_last": images.channels_last}
     if algorithm != "auto":
         run(algorithm)
     elif tuning.enabled():
@@ -172,7 +173,8 @@ def conv2d_forward(
     ``negative_slope``), sigmoid, tanh, gelu, gelu_tanh and silu.
 
     ``precision`` is the least that products may have: "tf32" lets "auto" and "tensor" round float32 arrays to
-    tf32, "float32", "float16" and "bfloat16" are the arrays' own; see :mod:`gpucnn_kernels.conv2d_tensor`. x,
+    tf32, "float32", "float16" and "bfloat16" are the arrays' own; see :mod:`gpucnn_kernels.conv2d_tensor`. Without
+    one "auto" may make each product of float32 arrays of three tf32 ones, as exact; with "float32" it does not. x,
     weight and ``out`` may each be contiguous or channels-last; the result is laid out as x. "im2col" takes a
     workspace for the columns, "tensor" one for what does not lie in pieces of 16 bytes.
 

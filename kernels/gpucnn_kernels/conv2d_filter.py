@@ -23,7 +23,7 @@ from gpucnn_kernels import conv2d_filter_direct, conv2d_tensor, tuning
 from gpucnn_kernels.arrays import DeviceArray, image_layout
 from gpucnn_kernels.channel_sums import launch_channel_sums
 from gpucnn_kernels.columns import columns_shape, images, launch_im2col
-from gpucnn_kernels.conv2d_choice import chosen
+from gpucnn_kernels.conv2d_choice import chosen, least_precision
 from gpucnn_kernels.conv2d_tiles import filter_tile
 from gpucnn_kernels.errors import ArgumentError
 from gpucnn_kernels.launch import Call
@@ -112,7 +112,7 @@ def conv2d_backward_filter(
             _finish(call, partial, parts, dw, bias, None if bias is None else db, problem, fastest)
 
         options: dict[str, Any] = {
-            "precision": precision,
+            "precision": least_precision(dtype, precision),
             "channels_last": call["dy"].channels_last and call["x"].channels_last,
         }
         if algorithm != "auto":

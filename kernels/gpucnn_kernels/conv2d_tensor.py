@@ -11,7 +11,7 @@ bfloat16    bfloat16 (or None)  exact
 
 Sums are float32, rounded once to the arrays' dtype. Rounding to tf32 is to nearest, ties to even from compute
 capability 9.0 on and away from zero before. 3xTF32 gives what float32 gives of infinities and of numbers up to
-3.4e38, too: where its sum is NaN, it is taken again in float32. Of a number below 2e-35 digits are lost, as what
+3.4e38, too: a sum that is not finite is taken again in float32. Of a number below 2e-35 digits are lost, as what
 is left of it beside its tf32 part is below 1e-38.
 
 The kernels read channels-last arrays in pieces of 16 bytes. What does not lie so is copied by one launch into a

@@ -67,9 +67,7 @@ struct Window { long long source; int row, column; };
 struct Pixel { int image, row, column; };
 
 #if PRODUCTS == 3
-// The sum of one position and channel without tensor cores, for where they gave none: of an infinite factor, or
-// one so large that it rounds to infinity, two products are infinities of either sign. A sum that is no number,
-// whatever is added, ends the loop.
+// The sum of one position and channel without tensor cores. Once it is no number it stays so, which ends the loop.
 __device__ __forceinline__ float plain_sum(
     const scalar_t *pixels, Strides strides, const scalar_t *weights, FilterStrides filter_strides, Window window,
     Line down, Line across, int height, int width, int depth
@@ -315,13 +313,13 @@ __device__ __forceinline__ void convolve(
     const int left_channels = channels.output - first_channel;
     const int channel_of_output = group * channels.output + first_channel;
 #if PRODUCTS == 3
-    int lost = 0;  // sums that are no number
+    int lost = 0;  // whether a sum is
 #pragma unroll
     for (int i = 0; i < DOWN; ++i) {
 #pragma unroll
         for (int j = 0; j < ACROSS; ++j) {
 #pragma unroll
-            for (int k = 0; k < 4; ++k) lost |= sums[i][j][k] != sums[i][j][k];
+            for (int k = 0; k < 4; ++k) lost |= !finite(sums[i][j][k]);
         }
     }
     lost = __syncthreads_or(lost);
@@ -413,7 +411,7 @@ __device__ __forceinline__ void convolve(
         if (channel >= left_channels || places[row] < 0) continue;
         const long long place = places[row] + (channel_of_output + channel) * output_strides.c;
         const scalar_t made = output[place];
-        if (made == made) continue;
+        if (finite(made)) continue;
         const Window window = window_of(pixel_of(first_position + row));
         const float sum = plain_sum(
             input + window.source, input_strides, filter + (first_channel + channel) * filter_strides.output,

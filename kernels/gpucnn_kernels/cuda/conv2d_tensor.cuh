@@ -64,6 +64,10 @@ __device__ __forceinline__ void multiply(float (&sums)[4], const Left &left, con
 #endif
 }
 
+// Of three products: whether a sum is one, and not what is left of an infinite factor, or of one that rounds to
+// infinity, or of a product that does. Then it is the plain sum, in float32, that is given.
+__device__ __forceinline__ bool finite(float sum) { return fabsf(sum) < __int_as_float(0x7f800000); }
+
 // One row of tiles of sums at a time: what is prepared of the left factor is not needed longer.
 template <int ACROSS>
 __device__ __forceinline__ void multiply_row(float (&sums)[ACROSS][4], Left &left, const Right (&right)[ACROSS]) {

@@ -283,7 +283,7 @@ __device__ __forceinline__ void multiply_positions(
         const int column = first_column * CHUNK + warp_column + j * 8 + lane % 4 * 2, tap = column / depth;
         return Pair{row < gradient.K && tap < gradient.R * gradient.S ? row : -1, tap, column - tap * depth};
     };
-    int lost = 0;  // sums that are no number
+    int lost = 0;  // whether a sum of three products is
 #pragma unroll
     for (int j = 0; j < ACROSS; ++j) {
 #pragma unroll
@@ -292,7 +292,7 @@ __device__ __forceinline__ void multiply_positions(
             for (int k = 0; k < 4; ++k) {
                 const Pair pair = pair_of(i, j, k / 2);
                 if (pair.row >= 0 && pair.channel + k % 2 < gradient.C) {
-                    lost |= sums[i][j][k] != sums[i][j][k];
+                    lost |= !finite(sums[i][j][k]);
                     partial[(long long)pair.row * columns + pair.tap * gradient.C + pair.channel + k % 2] =
                         sums[i][j][k];
                 }
@@ -307,7 +307,7 @@ __device__ __forceinline__ void multiply_positions(
         const int channel = pair.channel + number % 2;
         if (pair.row < 0 || channel >= gradient.C) continue;
         float &made = partial[(long long)pair.row * columns + pair.tap * gradient.C + channel];
-        if (made == made) continue;
+        if (finite(made)) continue;
         made = plain_sum(
             x + (long long)group * depth + channel, dy + (long long)group * gradient.dy_chunks * CHUNK + pair.row,
             pair.tap, first, end, gradient
