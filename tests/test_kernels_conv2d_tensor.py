@@ -26,7 +26,7 @@ from gpucnn_kernels.conv2d_tiles import (
 )
 from gpucnn_kernels.gpu import H200
 from gpucnn_kernels.runtime.host import order_independent
-from tests.accuracy import max_error
+from tests.accuracy import channels_last, max_error
 from tests.kernel_accuracy import on_the_host
 from tests.kernel_arrays import LAYOUTS, cast, error_bound, wide
 from tests.oracles import activations, convolution
@@ -348,6 +348,24 @@ def test_arrays_that_do_not_begin_at_16_bytes():
     y = conv2d_forward(shifted(x), shifted(weight), algorithm="tensor", out=out, **options(problem))
     aligned = conv2d_forward(x, weight, algorithm="tensor", **options(problem))
     numpy.testing.assert_array_equal(y, aligned)
+
+
+@EVERY_FORM
+def test_axes_of_length_1_may_have_any_stride(form):
+    problem = shaped((2, 8, 1, 5), (8, 8, 3, 3), padding=1)
+    x, weight, _, dy = inputs(problem, FORMS[form][0])
+
+    def strange(array):
+        last = channels_last(array)
+        n, c, _, w = last.strides
+        return numpy.lib.stride_tricks.as_strided(last, strides=(n, c, 3 * array.itemsize, w))
+
+    assert_right(run(problem, form, "forward", strange, channels_last), problem, form, "forward", "strange")
+    more = {"algorithm": "tensor", "precision": FORMS[form][1], **options(problem)}
+    dx = conv2d_backward_data(strange(dy), channels_last(weight), input_size=(1, 5), **more)
+    assert_right(dx, problem, form, "backward_data", "strange")
+    dw = conv2d_backward_filter(strange(dy), strange(x), kernel_size=3, **more)
+    assert_right(dw, problem, form, "backward_filter", "strange")
 
 
 @EVERY_FORM

@@ -134,7 +134,7 @@ def convolve(
         definitions=_definitions(source.dtype, precision),
         shared_bytes=SHARED_BYTES[made.name],
         input=image,
-        input_strides=strides(image),
+        input_strides=_steps(image),
         filter=filters,
         filter_strides=filter_strides,
         **epilogue.terms,
@@ -173,7 +173,7 @@ def filter_sums(
     part += -part % depth_a_step
     parts = -(-positions // part)
     image, slopes = _packed_image(call, x, problem.groups), _packed_image(call, dy, problem.groups)
-    n, _, h, w = image.strides
+    steps = _steps(image)
     partial = call.scratch(parts * elements, "float32")
     call.launch(
         "conv2d_tensor_filter",
@@ -189,9 +189,7 @@ def filter_sums(
         gradient={
             "positions": positions,
             "part": part,
-            "x_n": n,
-            "x_h": h,
-            "x_w": w,
+            **{f"x_{axis}": steps[axis] for axis in "nhw"},
             "dy_pixel": slopes.shape[1],
             "groups": problem.groups,
             "K": outputs,
@@ -216,6 +214,12 @@ def filter_sums(
 def _chunk(dtype: str) -> int:
     """Elements of 16 bytes."""
     return 16 // itemsize(dtype)
+
+
+def _steps(image: DeviceArray) -> dict[str, int]:
+    """Its strides; of an axis of length 1, which may have any, 0, so that what lies outside is in pieces, too."""
+    lengths = dict(zip("nchw", image.shape, strict=True))
+    return {axis: 0 if lengths[axis] == 1 else step for axis, step in strides(image).items()}
 
 
 def _in_pieces(image: DeviceArray | None) -> bool:
