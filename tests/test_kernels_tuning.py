@@ -98,23 +98,23 @@ def launched(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any]) -> list[st
 
 @pytest.mark.compiler
 def test_the_fastest_is_taken_and_not_measured_again(monkeypatch: pytest.MonkeyPatch, tuned: Path) -> None:
-    told = clock(monkeypatch, conv2d_implicit_gemm_large=3e-6, conv2d_implicit_gemm_small=5e-6, im2col=4e-6)
+    told = clock(monkeypatch, conv2d_implicit_gemm_large=3e-6, conv2d_implicit_gemm_small=5e-6, im2col_planes=4e-6)
     with tuning.autotune(False):
         expected = conv2d_forward(X, WEIGHT, **PLAIN)
     result = conv2d_forward(X, WEIGHT, **PLAIN)
     assert numpy.abs(result - expected).max() <= 1e-5
     assert {name for name, _ in told.asked} == {
-        "conv2d_implicit_gemm_large", "conv2d_implicit_gemm_small", "im2col",
+        "conv2d_implicit_gemm_large", "conv2d_implicit_gemm_small", "im2col_planes",
     }  # fmt: skip
     # Two to warm up, then five rounds of as many as fill a millisecond, at most twenty.
-    assert [repeats for name, repeats in told.asked if name == "im2col"] == [1, 1, 20, 20, 20, 20, 20]
+    assert [repeats for name, repeats in told.asked if name == "im2col_planes"] == [1, 1, 20, 20, 20, 20, 20]
     told.asked.clear()
     assert launched(monkeypatch, lambda: conv2d_forward(X, WEIGHT, **PLAIN)) == ["conv2d_implicit_gemm_large"]
     assert told.asked == []
     # Another process, for whom other things would be fast, believes the file.
     monkeypatch.setattr(tuning, "_used", {})
     tuning_memory.memory_of.cache_clear()
-    clock(monkeypatch, im2col=1e-9)
+    clock(monkeypatch, im2col_planes=1e-9)
     assert launched(monkeypatch, lambda: conv2d_forward(X, WEIGHT, **PLAIN)) == ["conv2d_implicit_gemm_large"]
 
 
@@ -122,8 +122,8 @@ def test_the_fastest_is_taken_and_not_measured_again(monkeypatch: pytest.MonkeyP
 def test_each_direction_layout_and_size_is_a_problem_of_its_own(
     monkeypatch: pytest.MonkeyPatch, tuned: Path
 ) -> None:
-    clock(monkeypatch, im2col=1e-6, conv2d_implicit_gemm_small=2e-6, filter_gradient_narrow=1e-6)
-    assert launched(monkeypatch, lambda: conv2d_forward(X, WEIGHT, padding=1))[-1] == "im2col"
+    clock(monkeypatch, im2col_planes=1e-6, conv2d_implicit_gemm_small=2e-6, filter_gradient_narrow=1e-6)
+    assert launched(monkeypatch, lambda: conv2d_forward(X, WEIGHT, padding=1))[-1] == "im2col_planes"
     conv2d_backward_data(DY, WEIGHT, input_size=(6, 6), padding=1)
     conv2d_backward_filter(DY, X, kernel_size=3, padding=1)
     conv2d_forward(X[:1].copy(), WEIGHT, padding=1)
@@ -146,16 +146,16 @@ def test_each_direction_layout_and_size_is_a_problem_of_its_own(
 
 @pytest.mark.compiler
 def test_what_cannot_run_here_is_passed_over(monkeypatch: pytest.MonkeyPatch, tuned: Path) -> None:
-    clock(monkeypatch, "im2col", "conv2d_implicit_gemm_large", im2col=1e-9)
+    clock(monkeypatch, "im2col_planes", "conv2d_implicit_gemm_large", im2col_planes=1e-9)
     assert launched(monkeypatch, lambda: conv2d_forward(X, WEIGHT, **PLAIN))[-1] == "conv2d_implicit_gemm_small"
-    clock(monkeypatch, "im2col", "conv2d_implicit_gemm_large", "conv2d_implicit_gemm_small")
+    clock(monkeypatch, "im2col_planes", "conv2d_implicit_gemm_large", "conv2d_implicit_gemm_small")
     with pytest.raises(gpucnn_kernels.KernelError, match="none of implicit_gemm, implicit_gemm, im2col runs"):
         conv2d_forward(X[:1].copy(), WEIGHT, **PLAIN)
 
 
 @pytest.mark.compiler
 def test_nothing_is_measured_where_launches_are_recorded(monkeypatch: pytest.MonkeyPatch, tuned: Path) -> None:
-    told = clock(monkeypatch, im2col=1e-9)
+    told = clock(monkeypatch, im2col_planes=1e-9)
     with recording():
         first = launched(monkeypatch, lambda: conv2d_forward(X, WEIGHT, padding=1))
     assert told.asked == []
