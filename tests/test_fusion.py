@@ -14,6 +14,7 @@ from gpucnn.gradient_check import check_gradients
 from gpucnn.layers.precision import set_precision
 from gpucnn.models.mobilenet import InvertedResidual
 from gpucnn.models.resnet import BasicBlock, Bottleneck
+from gpucnn.parameters import refresh_narrow_copies
 from gpucnn.random import manual_seed
 from gpucnn.training.buffers import BufferCopy
 from gpucnn.training.captured_step import make_step
@@ -387,6 +388,27 @@ def test_parameters_of_a_flat_buffer_get_their_gradients_where_they_lie():
     plain.backward(gradient_for(y))
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
         numpy.testing.assert_array_equal(device.to_cpu(ours.gradient), device.to_cpu(theirs.gradient))
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_gradients_of_weights_in_16_bits_are_not_rounded(precision):
+    """Sums are float32, as the gradients are, and nothing between them has 16 bits."""
+    model = made(pooled, precision=precision)
+    optimizers.SGD(model.parameters(), lr=0.1).zero_grad()
+    refresh_narrow_copies(model.parameters(), precision)
+    y = model(images(precision))
+    model.backward(gradient_for(y))
+    for parameter in model.parameters():
+        gradient = device.to_cpu(parameter.gradient)
+        assert gradient.dtype == "float32"
+        rounded = device.to_cpu(parameter.gradient.astype(precision)).astype("float32")
+        assert numpy.mean(rounded != gradient) > 0.5
+    before = [device.to_cpu(parameter.gradient).copy() for parameter in model.parameters()]
+    model(images(precision))
+    model.backward(gradient_for(y))  # added to those that are there
+    for parameter, once in zip(model.parameters(), before, strict=True):
+        twice = device.to_cpu(parameter.gradient)
+        assert numpy.abs(twice - 2 * once).max() <= 2.0**-7 * numpy.abs(once).max()
 
 
 def test_errors_name_the_layer():

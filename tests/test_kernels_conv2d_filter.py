@@ -400,3 +400,29 @@ def test_what_does_not_fit():
         conv2d_backward_filter(
             dy, memory[:100].reshape(x.shape), kernel_size=3, out=memory[99 : 99 + 216].reshape(6, 4, 3, 3)
         )
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("algorithm", ["auto", "implicit_gemm", "direct", "im2col", "tensor"])
+def test_sums_of_16_bits_that_nothing_has_rounded(dtype, algorithm):
+    """In float32, they are what is rounded to 16 bits otherwise."""
+    problem = ALL["lenet-2"]
+    x = cast(numpy.random.default_rng(0).standard_normal(problem.input_shape), dtype)
+    dy = cast(numpy.random.default_rng(1).standard_normal(problem.output_shape), dtype)
+    more = {"kernel_size": (problem.R, problem.S), "stride": problem.stride, "padding": problem.padding}
+    more["algorithm"] = algorithm
+    rounded_bias, wide_bias = numpy.empty(problem.K, x.dtype), numpy.empty(problem.K, "float32")
+    rounded = conv2d_backward_filter(dy, x, **more, bias_out=rounded_bias)
+    sums = numpy.full(problem.weight_shape, numpy.nan, "float32")
+    assert conv2d_backward_filter(dy, x, **more, out=sums, bias_out=wide_bias) is sums
+    numpy.testing.assert_array_equal(sums.astype(x.dtype), rounded)
+    numpy.testing.assert_array_equal(wide_bias.astype(x.dtype), rounded_bias)
+    assert numpy.mean(sums != rounded.astype("float32")) > 0.5
+    mixed = numpy.full(problem.K, numpy.nan, "float32")  # the weight's rounded, the bias's not
+    numpy.testing.assert_array_equal(conv2d_backward_filter(dy, x, **more, bias_out=mixed), rounded)
+    assert numpy.abs(mixed - wide_bias).max() <= 1e-5 * numpy.abs(wide_bias).max()
+    apart = numpy.empty(problem.K, "float32")
+    assert conv2d_backward_bias(dy, out=apart) is apart
+    assert numpy.abs(apart - wide_bias).max() <= 1e-5 * numpy.abs(wide_bias).max()
+    with pytest.raises(DtypeError, match="out is float64, but dy is"):
+        conv2d_backward_filter(dy, x, **more, out=sums.astype("float64"))

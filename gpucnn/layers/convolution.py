@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy
@@ -37,6 +38,24 @@ def _check_groups(in_channels: int, out_channels: int, groups: int) -> None:
         raise ArgumentError(
             f"groups={groups} must divide in_channels={in_channels} and out_channels={out_channels}"
         )
+
+
+def _gradient_place(parameter: Parameter, dy: Array) -> Array | None:
+    """Where a kernel may write a first gradient that it makes of dy; None where the gradient is to be added."""
+    place = parameter.first_gradient_place if is_device_array(dy) else None
+    fits = place is not None and (place.dtype == dy.dtype or (place.dtype == "float32" and dy.dtype.itemsize == 2))
+    return place if fits else None
+
+
+def _add_gradient(
+    parameter: Parameter, place: Array | None, operation: Callable[..., Array], *arrays: Array, **options: Any
+) -> None:
+    """Add ``operation(*arrays, **options)``, right where it belongs if that is known."""
+    if place is None:
+        parameter.add_gradient_by(operation, *arrays, **options)
+    else:
+        operation(*arrays, **options, out=place)
+        parameter.first_gradient_is_there()
 
 
 class Conv2d(Layer):
@@ -196,24 +215,21 @@ class Conv2d(Layer):
         x, output_shape = self._take_saved()
         check_gradient(dy, output_shape, x)
         ops = backend_of(dy)
-        more: dict[str, Any] = {}
-        if self.bias is not None:
-            place = self.bias.first_gradient_place if self.weight.requires_grad and is_device_array(dy) else None
-            if place is not None and place.dtype == dy.dtype:
-                more["out_bias"] = place  # by the pass over dy that the weight's gradient makes, if it can
-            else:
-                self.bias.add_gradient_by(ops.conv2d_backward_bias, dy)
-        self.weight.add_gradient_by(
-            ops.conv2d_backward_filter,
-            dy,
-            x,
-            kernel_size=self.kernel_size,
-            **self._geometry(),
-            algorithm=self.algorithm["backward_filter"],
-            **more,
-        )
-        if self.bias is not None and more:
+        bias = None if self.bias is None else _gradient_place(self.bias, dy)
+        weight = _gradient_place(self.weight, dy)
+        options = {**self._geometry(), "algorithm": self.algorithm["backward_filter"]}
+        if (
+            self.bias is not None and bias is not None and weight is not None
+        ):  # by one pass over dy, where the way makes them so
+            ops.conv2d_backward_filter(dy, x, kernel_size=self.kernel_size, **options, out=weight, out_bias=bias)
             self.bias.first_gradient_is_there()
+            self.weight.first_gradient_is_there()
+        else:
+            if self.bias is not None:
+                _add_gradient(self.bias, bias, ops.conv2d_backward_bias, dy)
+            _add_gradient(
+                self.weight, weight, ops.conv2d_backward_filter, dy, x, kernel_size=self.kernel_size, **options
+            )
         if not self.input_needs_gradient:
             return None
         return ops.conv2d_backward_data(

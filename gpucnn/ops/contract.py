@@ -77,7 +77,8 @@ class Operations(Protocol):
     ) -> Array:
         """The gradient for the weight, (K, C / groups, R, S), summed over the batch.
 
-        The gradient for the bias, (K,), goes to ``out_bias``, in C order and of dy's dtype, where it is given.
+        The gradient for the bias, (K,), goes to ``out_bias``, in C order and of dy's dtype, where it is given. On
+        a GPU both may also be float32 where dy has 16 bits: the sums as they are, not rounded.
         """
 
     def conv2d_backward_bias(self, dy: Array, *, out: Array | None = None) -> Array:

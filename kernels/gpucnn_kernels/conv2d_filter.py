@@ -74,23 +74,26 @@ def conv2d_backward_filter(
     ``bias_out``, (K,), takes the gradient for the bias, the sum of dy over N, P and Q, which then needs no
     launches of its own where the way is "direct". Its order of additions, and so its last bits, are the way's.
 
+    Sums of 16-bit arrays are in float32, and rounded once unless ``out``, or ``bias_out``, is float32, too.
+
     Raises ProblemError where shapes do not fit together, ArgumentError for an ``algorithm`` that there is not or
     that cannot run for them, DtypeError and DeviceError where "tensor" cannot.
     """
     with Call(stream, dy=dy, x=x, out=out, bias_out=bias_out) as call:
-        dtype = call.floating("dy", "x", "out", "bias_out")
+        dtype = call.floating("dy", "x")
         problem = _problem(call["dy"], call["x"], kernel_size, stride, padding, dilation, groups)
         _check_algorithm(call, algorithm, problem, dtype, precision)
         if problem.N:  # the strides of an empty array say nothing
             image_layout(call["dy"])
             image_layout(call["x"])
-        dw = call.output(problem.weight_shape, dtype, like=call["x"] if problem.N else None)
+        dw = call.output(problem.weight_shape, _kept(call, "out"), like=call["x"] if problem.N else None)
         channels_fastest = image_layout(dw) == "channels_last"
         require_apart(dw, call["dy"], call["x"])
         db = None
         if bias_out is not None:
-            db = call.output((problem.K,), dtype, name="bias_out")
+            db = call.output((problem.K,), _kept(call, "bias_out"), name="bias_out")
             require_apart(db, call["dy"], call["x"], dw)
+        together = db is not None and db.dtype == dw.dtype
 
         def run(name: str) -> None:
             fastest, bias = channels_fastest, None
@@ -103,7 +106,7 @@ def conv2d_backward_filter(
                 partial, parts, fastest = _by_columns(call, problem), 1, False
             elif name == "direct":
                 partial, bias, parts = conv2d_filter_direct.filter_sums(
-                    call, problem, call["dy"], call["x"], fastest, db is not None
+                    call, problem, call["dy"], call["x"], fastest, together
                 )
             else:
                 partial, parts = _by_parts(call, problem, fastest, name)
@@ -127,14 +130,15 @@ def conv2d_backward_filter(
 def conv2d_backward_bias(dy: Any, *, out: Any = None, stream: Any = None) -> Any:
     """The gradient for the bias, (K,): the sum of dy (N, K, P, Q), in either layout, over N, P and Q.
 
-    The order of the additions depends on the shape and the layout alone; an empty batch gives zeros.
+    The order of the additions depends on the shape and the layout alone; an empty batch gives zeros. ``out`` is of
+    dy's dtype, or float32 where that has 16 bits, whose sums are.
     """
     with Call(stream, dy=dy, out=out) as call:
-        dtype = call.floating("dy", "out")
+        call.floating("dy")
         gradient = call["dy"]
         if len(gradient.shape) != 4:
             raise ProblemError(f"dy must have 4 dimensions (N, K, P, Q), got shape {gradient.shape}")
-        sums = call.output(gradient.shape[1:2], dtype)
+        sums = call.output(gradient.shape[1:2], _kept(call, "out"))
         require_apart(sums, gradient)
         _sum_channels(call, gradient, sums)
         return call.give(sums)
@@ -206,6 +210,14 @@ def _check_algorithm(
             f"algorithm 'depthwise' takes one input channel a group, got {problem.C // problem.groups}; use "
             "'implicit_gemm'"
         )
+
+
+def _kept(call: Call, name: str) -> str:
+    """The dtype of a result: dy's, or float32 where the array ``name`` has that and dy has 16 bits."""
+    out = call.get(name)
+    if out is not None and out.dtype == SCALARS[call["dy"].dtype][1]:
+        return out.dtype
+    return call.floating("dy", name)
 
 
 # ---------------------------------------------------------------- the ways

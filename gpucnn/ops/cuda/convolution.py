@@ -19,12 +19,15 @@ from gpucnn.ops.checks import (
 )
 from gpucnn.ops.contract import Array
 from gpucnn.ops.cuda.arrays import (
+    Layout,
+    accumulating_dtype,
     call,
     check_devices,
     common_dtype,
     contiguous,
     finish,
     image,
+    is_contiguous,
     is_image,
     usable,
 )
@@ -144,8 +147,8 @@ def conv2d_backward_filter(
     way = algorithm_options("backward_filter", algorithm, problem, dtype)
     gradient, given = image(dy, dtype), image(x, dtype)
     options |= {"kernel_size": kernel_size, "groups": groups, **way}
-    target = usable(out, problem.weight_shape, x.dtype, dtype, gradient, given, layout=is_image)
-    bias = usable(out_bias, dy.shape[1:2], dy.dtype, dtype, gradient, given)
+    target = _gradient_target(out, problem.weight_shape, x.dtype, dtype, gradient, given, layout=is_image)
+    bias = _gradient_target(out_bias, dy.shape[1:2], dy.dtype, dtype, gradient, given, layout=is_contiguous)
     dw = call(kernels.conv2d_backward_filter, gradient, given, **options, out=target, bias_out=bias)
     if out_bias is not None and bias is None:
         conv2d_backward_bias(dy, out=out_bias)
@@ -158,8 +161,17 @@ def conv2d_backward_bias(dy: Array, *, out: Array | None = None) -> Array:
     require_floating(dy, "dy")
     require_dimensions(dy, 4, "(N, K, P, Q)", "dy")
     gradient = image(dy, dy.dtype)
-    target = usable(out, dy.shape[1:2], dy.dtype, dy.dtype, gradient)
+    target = _gradient_target(out, dy.shape[1:2], dy.dtype, dy.dtype, gradient, layout=is_contiguous)
     return finish(call(kernels.conv2d_backward_bias, gradient, out=target), out, dy.dtype)
+
+
+def _gradient_target(
+    out: Array | None, shape: Sequence[int], dtype: Any, computed: Any, *reads: Array, layout: Layout
+) -> Array | None:
+    """``out`` where a kernel may write a parameter's gradient to it, in float32 also beside arrays in 16 bits."""
+    if out is not None and out.dtype == accumulating_dtype(computed):
+        dtype = computed = out.dtype
+    return usable(out, shape, dtype, computed, *reads, layout=layout)
 
 
 # ---------------------------------------------------------------- transposed convolution
