@@ -80,9 +80,18 @@ def check_factors(bench: Bench, dtype: str, values: Array) -> None:
 
     plain = bench.get(scaled(0.3)).astype(numpy.float64)
     bench.check("scale, scheduled", "by 0.3", dtype, lambda: scaled(bench.put(numpy.array([0.3]))), [plain], [0.0])
-    parts = [values[:400], values[400:]]
+    parts, wide = [values[:400], values[400:]], accumulated(dtype)
     squares = [float(kernels.sum_of_squares(bench.put(part, dtype))) for part in parts]
     total = math.fsum(squares)
+
+    def judged_together() -> Any:
+        sums, verdict = bench.put(numpy.zeros(2)), bench.put(numpy.zeros(5))
+        done = bench.put([0], "int32")
+        loss, correct = bench.put([0.75], wide), bench.put([9], "int64")
+        given = {"loss": loss.reshape(()), "correct": correct.reshape(()), "verdict": verdict}
+        for place, part in enumerate(parts):
+            training_step.judge_gradient(bench.put(part, wide), sums, place, done=done, **(given if place else {}))
+        return verdict, done
 
     def judged() -> Any:
         sums, verdict = bench.put(numpy.zeros(2)), bench.put(numpy.zeros(5))
@@ -93,6 +102,9 @@ def check_factors(bench: Bench, dtype: str, values: Array) -> None:
 
     verdict = [1.0, 0.75, math.sqrt(total), 9.0, total]
     bench.check("sum_of_squares, judged", "two arrays", dtype, judged, [verdict], [0.0])
+    if dtype == wide:
+        together = "sum_of_squares, judged in one launch"
+        bench.check(together, "two arrays", dtype, judged_together, [verdict, [0]], [0.0, 0.0])
 
     def clipped(by_total: bool) -> Any:
         array = bench.put(values, dtype)
@@ -104,7 +116,6 @@ def check_factors(bench: Bench, dtype: str, values: Array) -> None:
 
     plain = bench.get(clipped(False)).astype(numpy.float64)
     bench.check("clip_by_norm, of several", "to 2", dtype, lambda: clipped(True), [plain], [0.0])
-    wide = accumulated(dtype)
     live, before = values.astype(wide), numpy.flip(values).astype(wide)
     difference = (live - before) * live.dtype.type(0.0123)
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy
 
 import gpucnn_kernels as kernels
+from gpucnn_kernels.linear import ALGORITHMS
 from scripts.gpu_validation.bench import (
     LAYOUTS,
     Bench,
@@ -311,7 +312,7 @@ def check_dropout(bench: Bench) -> None:
 
 
 def check_linear(bench: Bench) -> None:
-    """The fully connected layer; on a GPU its products are cuBLAS's."""
+    """The fully connected layer, in one launch by both tiles and by cuBLAS, and its operations one by one."""
     sizes = [(6, 11, 4), (1, 1, 1), (1, 300, 3), (7, 1, 2), (70, 90, 33)]
     for numbers, (count, inputs, outputs) in product(bench.numbers(), sizes):
         x, weight = numbers.normal(count, inputs), numbers.normal(outputs, inputs)
@@ -328,11 +329,9 @@ def check_linear(bench: Bench) -> None:
             def put(values: Array, dtype: str = dtype) -> Any:
                 return bench.put(values, dtype)
 
+            plain = one_by_one(plain_x.T[:, :, None] * plain_weight.T[:, None]) + bias.astype(summed)
             rows = {
-                "linear_forward": (
-                    lambda: kernels.linear_forward(put(x), put(weight), put(bias)), y,
-                    one_by_one(plain_x.T[:, :, None] * plain_weight.T[:, None]) + bias.astype(summed),
-                ),
+                "linear_forward": (lambda: kernels.linear_forward(put(x), put(weight), put(bias)), y, plain),
                 "linear_backward_data": (
                     lambda: kernels.linear_backward_data(put(dy), put(weight)), dx,
                     one_by_one(plain_dy.T[:, :, None] * plain_weight[:, None]),
@@ -349,6 +348,37 @@ def check_linear(bench: Bench) -> None:
                 terms = max(inputs, outputs, count)
                 bound = by_comparison(dtype, expected, plain, terms)
                 bench.check(operation, f"{count}, {inputs}, {outputs}", dtype, run, [expected], [bound])
+            for algorithm in ALGORITHMS[1:]:
+                check_linear_together(bench, algorithm, dtype, x, weight, bias, dy)
+
+
+def check_linear_together(
+    bench: Bench, algorithm: str, dtype: str, x: Array, weight: Array, bias: Array, dy: Array
+) -> None:
+    """A layer with its ReLU, and all of its gradients, whose parameters' are wider than 16 bits."""
+    size = f"{len(x)}, {x.shape[1]}, {len(bias)}"
+    sums = linear_oracle.forward(x, weight, bias)
+    shut = sums * dy < 0  # what the ReLU lets through is told by its result, here any one
+    opened = numpy.where(shut, 0.0, 1.0)
+    gradients = linear_oracle.backward(dy * opened, x, weight)
+    largest = max(x.shape[1], len(bias), len(x))
+    loose = [rounding(accumulated(dtype), part, largest, largest) for part in gradients[1:]]
+
+    def put(values: Array) -> Any:
+        return bench.put(values, dtype)
+
+    bench.check(
+        "linear_forward, with ReLU", size, dtype,
+        lambda: kernels.linear_forward(put(x), put(weight), put(bias), activation="relu", algorithm=algorithm),
+        [numpy.maximum(sums, 0)], [rounding(dtype, sums, largest, largest)], algorithm=algorithm,
+    )  # fmt: skip
+    bench.check(
+        "linear_backward", size, dtype,
+        lambda: kernels.linear_backward(
+            put(dy), put(x), put(weight), y=put(opened), activation="relu", algorithm=algorithm
+        ),
+        gradients, [rounding(dtype, gradients[0], largest, largest), *loose], algorithm=algorithm,
+    )  # fmt: skip
 
 
 CHECKS = {

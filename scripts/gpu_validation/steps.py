@@ -10,6 +10,7 @@ from typing import Any
 import numpy
 
 import gpucnn_kernels as kernels
+from gpucnn_kernels.cross_entropy import softmax_cross_entropy_step
 from scripts.gpu_validation.bench import EPSILON, Bench, accumulated, rounding
 from tests.oracles import activations as activation_oracle
 from tests.oracles import losses as oracle
@@ -77,6 +78,8 @@ def check_cross_entropy(bench: Bench) -> None:
                     [expected, probabilities],
                     [rounding(dtype, expected, total, 4), rounding(dtype, probabilities, 1, 16)],
                 )  # fmt: skip
+                if targets is labels and reduction != "none":
+                    check_loss_of_a_step(bench, title, dtype, put, logits, labels, weight, options)
                 # The stored probabilities do not quite add up to 1, which the definition takes for granted.
                 missing = numpy.abs(1 - given_back.sum(1)).max() * (1 if weight is None else weight.max()) * 2
                 bench.check(
@@ -89,6 +92,25 @@ def check_cross_entropy(bench: Bench) -> None:
                     [gradient],
                     [None if gradient is None else rounding(dtype, gradient, 4, 4) + 1e-10 + missing],
                 )  # fmt: skip
+
+
+def check_loss_of_a_step(
+    bench: Bench, title: str, dtype: str, put: Any, logits: Array, labels: Array, weight: Any, options: Any
+) -> None:
+    """A training step's one launch, with the bits of the operations one by one."""
+    given = {"weight": put(weight, accumulated(dtype)), **options}
+    loss, probabilities = kernels.softmax_cross_entropy_forward(put(logits), put(labels, None), **given)
+    gradient = kernels.softmax_cross_entropy_backward(probabilities, put(labels, None), **given)
+    expected = [bench.get(array).astype(numpy.float64) for array in (loss, gradient)]
+
+    def step() -> Any:
+        done = bench.put([0], "int32")
+        return *softmax_cross_entropy_step(put(logits), put(labels, None), **given, done=done), done
+
+    correct = (logits.argmax(axis=1) == labels).sum()
+    bench.check(
+        "softmax_cross_entropy_backward, with the loss", title, dtype, step, [*expected, correct, [0]], [0.0] * 4
+    )
 
 
 def check_element_losses(bench: Bench) -> None:
