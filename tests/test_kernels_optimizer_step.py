@@ -11,7 +11,7 @@ import gpucnn_kernels as kernels
 from gpucnn_kernels import ArgumentError, DtypeError, LayoutError, launch, optimizer_step, runtime
 from gpucnn_kernels.runtime.host import order_independent
 from tests.accuracy import awkward, channels_last
-from tests.kernel_accuracy import DTYPES, EVERY_DTYPE, epsilon, normal, on_the_host, wide
+from tests.kernel_accuracy import DTYPES, EVERY_DTYPE, epsilon, normal, on_the_host, placed, wide
 from tests.oracles import optimizers as oracle
 
 __all__ = ["on_the_host"]
@@ -160,6 +160,36 @@ def test_any_size(monkeypatch, size):
     before, square = values.copy(), numpy.zeros_like(values)
     kernels.rmsprop_step(values, gradients[3], square, None, None, lr=0.1, alpha=0.75, epsilon=0.0)
     assert numpy.abs(before - values - 0.2 * numpy.sign(gradients[3])).max(initial=0) <= 1e-5
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("blocks", [1 << 16, 1])
+def test_packs_and_elements_give_the_same_bits(dtype, blocks, monkeypatch):
+    monkeypatch.setattr(launch, "_MAX_BLOCKS", blocks)
+    size = 2 * 1024 + 5  # two tiles of packs, or four, and a part of one
+    random = numpy.random.default_rng(2)
+    given = [random.standard_normal(size).astype(dtype) for _ in range(2)]
+    state = [abs(random.standard_normal(size)).astype(wide(dtype)) for _ in range(3)]
+    sgd = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
+    steps = {
+        "sgd": (1, lambda *arrays: kernels.sgd_step(*arrays, **sgd)),
+        "first": (1, lambda *arrays: kernels.sgd_step(*arrays, **sgd, nesterov=True, first_step=True)),
+        "plain": (0, lambda *arrays: kernels.sgd_step(*arrays, None, lr=0.1, maximize=True)),
+        "adam": (2, lambda *arrays: kernels.adam_step(*arrays, lr=0.1, weight_decay=0.01, step=3)),
+        "rmsprop": (3, lambda *arrays: kernels.rmsprop_step(*arrays, lr=0.1, momentum=0.9)),
+    }
+    for name, (states, step) in steps.items():
+        arrays = [*given, *state[:states]]
+        results = []
+        for off in range(-1, len(arrays)):
+            placed_arrays = [placed(array, int(number == off)) for number, array in enumerate(arrays)]
+            step(*placed_arrays)
+            results.append([array.tobytes() for array in placed_arrays])
+        alone = [numpy.array(array[-7:]) for array in arrays]  # a few elements are moved one by one
+        step(*alone)
+        assert all(result == results[0] for result in results), name
+        tails = [memory[-array.nbytes :] for memory, array in zip(results[0], alone, strict=True)]
+        assert tails == [array.tobytes() for array in alone], name
 
 
 # ---------------------------------------------------------------- norms

@@ -19,6 +19,7 @@ from typing import Any
 from gpucnn_kernels.arrays import DeviceArray
 from gpucnn_kernels.errors import ArgumentError
 from gpucnn_kernels.launch import Call, blocks_for
+from gpucnn_kernels.runtime import ITEM_SIZES
 from gpucnn_kernels.source import SCALARS
 
 SOURCE = "optimizer_step"
@@ -199,7 +200,7 @@ def _step(call: Call, kernel: str, options: dict[str, Any], scheduled: int, **st
     call.launch(
         SOURCE,
         kernel,
-        blocks_for(parameter.size),
+        blocks_for(parameter.size, per_thread=16 // ITEM_SIZES[SCALARS[dtype][1]]),  # 16 bytes of each state
         scalar=dtype,
         parameter=parameter,
         gradient=call["gradient"],
