@@ -19,11 +19,9 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from statistics import median
-from typing import Protocol
 
 from gpucnn_kernels import conv2d_choice, conv2d_tiles
 from gpucnn_kernels.errors import ArgumentError, KernelError
@@ -31,6 +29,7 @@ from gpucnn_kernels.launch import Call
 from gpucnn_kernels.problem import Conv2dProblem
 from gpucnn_kernels.recording import is_recording
 from gpucnn_kernels.runtime import current_name
+from gpucnn_kernels.tuning_clock import Clock, make_clock
 from gpucnn_kernels.tuning_memory import Choice, memory_of
 
 VARIABLE = "GPUCNN_KERNELS_AUTOTUNE"
@@ -49,13 +48,6 @@ _TILES = {  # by way, and whether it is a filter's gradient
 
 Run = Callable[[str], None]
 """Does the work by the way of this name."""
-
-
-class Clock(Protocol):
-    """What times ways on a device."""
-
-    def seconds(self, work: Callable[[], None], repeats: int) -> float:
-        """Of a call of ``work``, the mean of so many, one after the other."""
 
 
 _on: ContextVar[bool | None] = ContextVar("autotune", default=None)
@@ -141,9 +133,11 @@ def _find(
                 direction, problem, dtype, precision=precision, channels_last=channels_last, gpu=call.gpu
             )
         )
-    seconds = measure(choices, run, make_clock())
+    failures: list[Exception] = []
+    seconds = measure(choices, run, make_clock(), failures)
     if not seconds:
-        raise KernelError(f"none of {', '.join(choice.path for choice in choices)} runs for {key}")
+        why = f": {failures[-1]}" if failures else ""
+        raise KernelError(f"none of {', '.join(choice.path for choice in choices)} runs for {key}{why}")
     best = min(seconds, key=lambda choice: seconds[choice])
     return memory.put(key, best, seconds)
 
@@ -161,9 +155,16 @@ def candidates(
     return found
 
 
-def measure(choices: list[Choice], run: Run, clock: Clock) -> dict[Choice, float]:
-    """The median seconds of each choice that runs; of hopeless ones a first impression."""
+def measure(
+    choices: list[Choice], run: Run, clock: Clock, failures: list[Exception] | None = None
+) -> dict[Choice, float]:
+    """The median seconds of each choice that runs; of hopeless ones a first impression.
+
+    Why others do not run is added to ``failures``.
+    """
     found: dict[Choice, float] = {}
+    # No cuBLAS, too little memory, what the driver refuses: others do it. The host runtime's faults are told.
+    skipped = (KernelError, MemoryError, *([RuntimeError] if current_name() == "cuda" else []))
     for choice in choices:
         with conv2d_tiles.forced(choice.tile):
 
@@ -178,8 +179,9 @@ def measure(choices: list[Choice], run: Run, clock: Clock) -> dict[Choice, float
                     continue
                 repeats = max(1, min(_MOST_REPEATS, int(_ROUND_SECONDS / max(first, 1e-9))))
                 found[choice] = median(clock.seconds(work, repeats) for _ in range(_ROUNDS))
-            except (KernelError, MemoryError):  # no cuBLAS, too little memory: others do it
-                continue
+            except skipped as error:
+                if failures is not None:
+                    failures.append(error)
     return found
 
 
@@ -191,39 +193,3 @@ def _numbers(problem: Conv2dProblem) -> str:
         str(problem.groups),
     ]
     return " ".join(parts)
-
-
-# ---------------------------------------------------------------- clocks
-
-
-class _EventClock:
-    """Events on CuPy's current stream."""
-
-    def __init__(self) -> None:
-        import cupy
-
-        self._cupy = cupy
-
-    def seconds(self, work: Callable[[], None], repeats: int) -> float:
-        before, after = self._cupy.cuda.Event(), self._cupy.cuda.Event()
-        before.record()
-        for _ in range(repeats):
-            work()
-        after.record()
-        after.synchronize()
-        return float(self._cupy.cuda.get_elapsed_time(before, after)) / 1e3 / repeats
-
-
-class _WallClock:
-    """For launches that are done when they return."""
-
-    def seconds(self, work: Callable[[], None], repeats: int) -> float:
-        began = time.perf_counter()
-        for _ in range(repeats):
-            work()
-        return (time.perf_counter() - began) / repeats
-
-
-def make_clock() -> Clock:
-    """The clock of the runtime in use."""
-    return _EventClock() if current_name() == "cuda" else _WallClock()
