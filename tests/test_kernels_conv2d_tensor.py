@@ -351,6 +351,23 @@ def test_arrays_that_do_not_begin_at_16_bytes():
 
 
 @EVERY_FORM
+def test_contiguous_images_are_packed_in_whole_tiles_and_parts_of_them(form):
+    """Rows that begin at multiples of 16 bytes and rows that do not, more channels than a tile has and fewer."""
+    for channels, size in (
+        (70, (8, 9)),
+        (70, (9, 9)),
+        (13, (16, 24)),
+        (16, (7, 41)),
+        (130, (4, 4)),
+        (3, (24, 24)),
+    ):
+        problem = shaped((2, channels, *size), (9, channels, 1, 1))
+        given = run(problem, form, "forward", channels_last)
+        numpy.testing.assert_array_equal(wide(run(problem, form, "forward")), wide(given), str(problem))
+        assert_right(given, problem, form, "forward", str(problem))
+
+
+@EVERY_FORM
 def test_axes_of_length_1_may_have_any_stride(form):
     problem = shaped((2, 8, 1, 5), (8, 8, 3, 3), padding=1)
     x, weight, _, dy = inputs(problem, FORMS[form][0])

@@ -62,7 +62,7 @@ SHARED_BYTES = {
 }
 """Dynamic shared memory of a block, in bytes."""
 
-_PACK_TILE = 32
+_PACK_TILES = {"narrow": (256, 16), "wide": (64, 64)}  # pixels and channels that a block packs
 _FILTER_BLOCKS = 512  # that the positions of a filter gradient are split for
 _LEAST_POSITIONS = 256  # of a part: below, adding up the parts costs more than the parts save
 _PARTIAL_BYTES = 64 << 20  # of the workspace for the parts' sums
@@ -309,12 +309,14 @@ def _packed_filter(
 
 
 def _pack(call: Call, source: DeviceArray, packed: DeviceArray, **pack: int) -> None:
-    tiles = -(-pack["pixels"] // _PACK_TILE) * pack["images"] * pack["groups"]
+    tile = "narrow" if pack["padded"] <= 16 else "wide"
+    pixels, channels = _PACK_TILES[tile]
+    tiles = -(-pack["pixels"] // pixels) * pack["images"] * pack["groups"]
     call.launch(
         "conv2d_tensor_pack",
-        "conv2d_pack",
-        (tiles, -(-pack["padded"] // _PACK_TILE)),
-        (_PACK_TILE, 8),
+        f"conv2d_pack_{tile}",
+        (tiles, -(-pack["padded"] // channels)),
+        256,
         scalar=source.dtype,
         given=source,
         packed=packed,
