@@ -283,6 +283,20 @@ def test_a_steps_gradient_is_scaled_as_by_itself(dtype):
     assert out.tobytes() == expected.tobytes()
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_step_of_16_bit_logits_has_the_bits_of_float32_ones_between_two_conversions(dtype):
+    scaling = numpy.array([1024.7])
+    for size, weighted in product([(7, 5), (70, 10), (2, 1100)], (False, True)):
+        logits, targets, weight = in_dtypes(dtype, *classification("labels", weighted, *size))
+        for options in ({"weight": weight}, {"weight": weight, "reduction": "sum", "scaling": scaling}):
+            loss, gradient, correct = step(logits.astype(numpy.float32), targets, **options)
+            narrow = step(logits, targets, **options, wide=True)
+            assert narrow[0].dtype == numpy.float32
+            for one, other in zip(narrow, (loss, gradient.astype(logits.dtype), correct), strict=True):
+                assert one.tobytes() == other.tobytes()
+    assert step(logits.astype(numpy.float64), targets, wide=True)[0].dtype == numpy.float64
+
+
 @pytest.mark.parametrize("classes", [5, 1100])
 def test_which_labels_count_as_right(classes):
     rows = numpy.zeros((9, classes), numpy.float32)

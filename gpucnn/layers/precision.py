@@ -128,11 +128,16 @@ def _lay_channels_last(model: Layer, name: str, wanted: bool) -> None:
 
 def forward_pass(model: Layer, images: Array) -> Array:
     """The logits of ``images``, which have the dtype of the parameters, as have the logits."""
+    logits: Any = narrow_forward_pass(model, images)
+    return logits if model.narrow_dtype is None else logits.astype("float32")
+
+
+def narrow_forward_pass(model: Layer, images: Array) -> Array:
+    """:func:`forward_pass` without its border: logits as the model makes them, in 16 bits where it computes so."""
     if model.narrow_dtype is None:
         return model(images)
     refresh_narrow_copies(model.parameters(), model.narrow_dtype)
-    logits: Any = model(_converted(images, model.narrow_dtype))
-    return logits.astype("float32")
+    return model(_converted(images, model.narrow_dtype))
 
 
 def backward_pass(model: Layer, gradient: Array) -> None:
@@ -142,5 +147,7 @@ def backward_pass(model: Layer, gradient: Array) -> None:
 
 def _converted(array: Array, dtype: str) -> Array:
     """``array`` in 16 bits. What is too large becomes infinite, which the loss or the gradient then shows."""
+    if str(array.dtype) == dtype:
+        return array
     with numpy.errstate(over="ignore"):
         return array.astype(dtype)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy
 
 from gpucnn.device import on_device, to_cpu
-from gpucnn.layers.precision import backward_pass, forward_pass
+from gpucnn.layers.precision import backward_pass, narrow_forward_pass
 from gpucnn.losses import CrossEntropyLoss
 from gpucnn.ops import Array, array_module
 from gpucnn.optimizers.scheduled import ScheduledStep
@@ -65,8 +65,7 @@ class ScheduledTrainingStep:
                 stack.enter_context(generator.counted_from(start))
             parts.buffers.take()
             parts.optimizer.zero_grad()
-            logits = forward_pass(parts.model, images)
-            loss, gradient, correct = self._loss(logits, labels)
+            loss, gradient, correct = self._loss(narrow_forward_pass(parts.model, images), labels)
             backward_pass(parts.model, gradient)
         gradients = self._update.gradients()  # after the pass: those that it gave nothing to are now zero
         if parts.scaler is not None:
@@ -82,7 +81,10 @@ class ScheduledTrainingStep:
             parts.average.start(self._number(_SHARE), proceed)
 
     def _loss(self, logits: Array, labels: Array) -> tuple[Array, Array, Array]:
-        """(loss, its gradient, scaled, how many are classified rightly), in one launch where it can be."""
+        """(loss, its gradient, scaled, how many are classified rightly), in one launch where it can be.
+
+        Logits in 16 bits are converted by that launch, or to float32 before any other.
+        """
         from gpucnn.ops.cuda import scheduled
 
         loss = self._parts.loss
@@ -90,10 +92,12 @@ class ScheduledTrainingStep:
         # Whether labels are in range is not looked at, and a loss of one's own may be anything.
         if type(loss) is CrossEntropyLoss and not loss.check_targets and loss.reduction != "none":
             options: dict[str, Any] = {"label_smoothing": loss.label_smoothing, "reduction": loss.reduction}
-            weight = loss.weight_like(logits)
+            weight = loss.weight_like(self._parts.optimizer.slabs[0].buffer.data)  # which are never in 16 bits
             return scheduled.cross_entropy_step(
                 logits, labels, weight=weight, scaling=scaling, done=self._done, **options
             )
+        if self._parts.model.narrow_dtype is not None:
+            logits = logits.astype("float32")
         value = loss.forward(logits, labels)
         correct = (logits.argmax(axis=1) == labels).sum()
         gradient = loss.backward()

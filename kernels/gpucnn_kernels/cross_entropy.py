@@ -217,6 +217,7 @@ def softmax_cross_entropy_step(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     scaling: Any = None,
+    wide: bool = False,
     out: Any = None,
     stream: Any = None,
 ) -> Any:
@@ -225,7 +226,9 @@ def softmax_cross_entropy_step(
     Loss and gradient have the bits of :func:`softmax_cross_entropy_forward` with ``check_targets=False`` and
     :func:`softmax_cross_entropy_backward`, correct (0-d, int64) counts the samples whose label is the first class
     with the largest logit, a NaN being larger than any number. ``scaling``, an array of one float64, multiplies
-    the gradient. ``reduction`` is "mean" or "sum". ``done`` (1,), int32, is zero, and zero again afterwards: one
+    the gradient. With ``wide`` the bits are those of logits that were converted to the accumulating dtype before
+    (float32 for 16 bits), which the loss has then, and a gradient converted to the logits' dtype after it was
+    scaled. ``reduction`` is "mean" or "sum". ``done`` (1,), int32, is zero, and zero again afterwards: one
     array for launches that do not overlap.
 
     Raises ArgumentError for the reduction "none" and for targets that are probabilities.
@@ -243,7 +246,9 @@ def softmax_cross_entropy_step(
         call.require("done", "int32", (1,))
         gradient = call.output(call["logits"].shape, given.dtype)
         require_apart(gradient, call["logits"], call["targets"])
-        loss, correct = call.empty((), given.dtype), call.empty((), "int64")
+        wide = wide and given.dtype != SCALARS[given.dtype][1]
+        loss = call.empty((), SCALARS[given.dtype][1] if wide else given.dtype)
+        correct = call.empty((), "int64")
         blocks = max(1, min(blocks_for(given.samples, given.threads[1]), MAX_PARTS))
         arguments = {name: value for name, value in given.arguments.items() if name != "targets"}
         call.launch(
@@ -256,7 +261,8 @@ def softmax_cross_entropy_step(
             weights=_sum_of_weights(call, given) if reduction == "mean" and given.weighted else None,
             scaling=call.get("scaling"),
             gradient=gradient,
-            loss=loss,
+            loss=None if wide else loss,
+            wide_loss=loss if wide else None,
             correct=correct,
             block_losses=call.scratch(blocks, "float64"),
             block_weights=call.scratch(blocks, "float64"),

@@ -95,6 +95,7 @@ def cross_entropy_step(
 ) -> tuple[Array, Array, Array]:
     """(loss, its gradient times ``scaling``, how many logits are largest at their label) of class numbers (N,).
 
+    Of logits in 16 bits the loss is float32, as if they were converted first, and the gradient at last.
     What the contract's two operations give, unchecked labels, and ``done``: see
     :func:`gpucnn_kernels.cross_entropy.softmax_cross_entropy_step`.
     """
@@ -102,10 +103,9 @@ def cross_entropy_step(
     check_classification(logits, "the logits", labels, weight, label_smoothing, reduction)
     scores, wanted, weights = classification(logits, labels, weight)
     options: dict[str, Any] = {"label_smoothing": label_smoothing, "reduction": reduction, "scaling": scaling}
-    loss, gradient, correct = call(
-        softmax_cross_entropy_step, scores, wanted, weight=weights, done=done, **options
-    )
-    return finish(loss, None, logits.dtype), finish(gradient, None, logits.dtype), correct
+    made = call(softmax_cross_entropy_step, scores, wanted, weight=weights, done=done, wide=True, **options)
+    loss, gradient, correct = made
+    return loss, finish(gradient, None, logits.dtype), correct
 
 
 def scale(x: Array, factor: Array) -> None:

@@ -163,18 +163,25 @@ __device__ __forceinline__ bool outdone(
     return value != value || value > labelled || (value == labelled && c < label);
 }
 
+// A number as it would be read from memory, in which it would be rounded unless it is ``wide`` there.
+__device__ __forceinline__ accumulate_t stored(accumulate_t value, const accumulate_t *wide) {
+    return wide ? value : load(store(value));
+}
+
 // All that a training step wants of class numbers, in one launch: the loss, divided as by cross_entropy_finish, the
 // gradient of cross_entropy_backward, and how many labels have the largest logit. Each with the bits of the kernel
 // that makes it alone: the sums have the same order, the probabilities are rounded where they would be stored, and
 // the gradient before it is multiplied by the number that ``scaling`` points to, where it is not null. ``weights``
-// is as for cross_entropy_backward.
+// is as for cross_entropy_backward. Where ``wide_loss`` is not null it takes the loss, and nothing is rounded but the
+// gradient, at the end: as if the logits were first converted to the accumulating type, and the gradient at last to
+// theirs.
 //
 // Limit: memory, which is read and written once; for a training step's few thousand numbers the launch itself.
 extern "C" __global__ void __launch_bounds__(256, 3) cross_entropy_step(
     const scalar_t *logits, const unsigned char *labels_uint8, const int *labels_int32,
     const long long *labels_int64, const accumulate_t *weight, const double *weights, const double *scaling,
-    scalar_t *gradient, scalar_t *loss, long long *correct, double *block_losses, double *block_weights,
-    long long *block_correct, int *done, CrossEntropyTargets shape, double divisor
+    scalar_t *gradient, scalar_t *loss, accumulate_t *wide_loss, long long *correct, double *block_losses,
+    double *block_weights, long long *block_correct, int *done, CrossEntropyTargets shape, double divisor
 ) {
     __shared__ accumulate_t shared[32];
     __shared__ double shared_sums[32];
@@ -211,13 +218,13 @@ extern "C" __global__ void __launch_bounds__(256, 3) cross_entropy_step(
 #pragma unroll 1
         for (long long c = threadIdx.x; c < shape.classes; c += blockDim.x) {
             const accumulate_t shifted = load(row[c]) - largest;
-            const accumulate_t probability = load(store(exponential(shifted) / total));
+            const accumulate_t probability = stored(exponential(shifted) / total, wide_loss);
             const accumulate_t target = target_of(shape, label, nullptr, weight, c);
             if (target != NUMBER(0)) sum -= target * (shifted - log_total);
             const accumulate_t value = (probability * targets - target) / divided_by;
-            scalar_t made = store(valid ? value : not_a_number());
-            if (scaling) made = store(load(made) * (accumulate_t)*scaling);
-            gradient[n * shape.classes + c] = made;
+            accumulate_t made = stored(valid ? value : not_a_number(), wide_loss);
+            if (scaling) made *= (accumulate_t)*scaling;
+            gradient[n * shape.classes + c] = store(made);
         }
         sum = row_sum(sum, shared);
         if (threadIdx.x == 0) {
@@ -247,7 +254,12 @@ extern "C" __global__ void __launch_bounds__(256, 3) cross_entropy_step(
     weight_sum = block_sum(weight_sum, shared_sums);
     right = block_sum(right, shared_counts);
     if (thread == 0) {
-        loss[0] = store(loss_sum / (weights ? weight_sum : divisor));
+        const double value = loss_sum / (weights ? weight_sum : divisor);
+        if (wide_loss) {
+            wide_loss[0] = (accumulate_t)value;
+        } else {
+            loss[0] = store(value);
+        }
         correct[0] = right;
     }
 }
