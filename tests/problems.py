@@ -133,7 +133,7 @@ def can_do(
         if backend == "cuda" and direction == "backward_filter":
             return conv2d_filter_direct.takes(problem, numpy.dtype(dtype).name)
         if backend == "cuda":
-            return problem.C // problem.groups <= 4
+            return problem.C // problem.groups <= 8
         return backend == "cpu" and numpy.dtype(dtype).itemsize < 8 and compiled.available()
     if algorithm == "winograd":
         kernel, settings = (problem.R, problem.S), (*problem.stride, *problem.dilation, problem.groups)

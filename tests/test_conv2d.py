@@ -23,7 +23,7 @@ ALGORITHMS = {
     },
     CUDA: {
         "forward": ("implicit_gemm", "direct", "depthwise", "im2col"),
-        "backward_data": ("phases", "dilated", "col2im", "scatter", "depthwise"),
+        "backward_data": ("phases", "direct", "dilated", "col2im", "scatter", "depthwise"),
         "backward_filter": ("implicit_gemm", "direct", "im2col", "depthwise"),
     },
 }

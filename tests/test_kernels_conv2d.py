@@ -27,7 +27,7 @@ from tests.problems import ALL, SMALL, arrays, geometry, options
 __all__ = ["on_the_host"]
 
 FORWARD = ("implicit_gemm", "direct", "depthwise", "im2col")
-BACKWARD_DATA = ("phases", "dilated", "col2im", "scatter", "depthwise")
+BACKWARD_DATA = ("phases", "direct", "dilated", "col2im", "scatter", "depthwise")
 MIXED = ("k3-s2", "groups-2", "rectangular-2x5", "depthwise-s2", "k1", "resnet-down")  # layouts combined freely
 ACTIVATIONS = {
     "relu": activations.relu,
@@ -58,7 +58,7 @@ WIDE = {
 
 def runs(algorithm, problem):
     depth = problem.C // problem.groups
-    return depth <= {"direct": 4, "depthwise": 1}.get(algorithm, depth)
+    return depth <= {"direct": 8, "depthwise": 1}.get(algorithm, depth)
 
 
 @cache

@@ -170,7 +170,7 @@ def test_resident_blocks_are_those_of_the_compiled_kernels() -> None:
         return min(found)
 
     advice = "the compiled kernel takes other registers now: correct what is resident in conv2d_tiles.py"
-    single = conv2d_tiles.IMPLICIT_TILES + conv2d_tiles.FILTER_TILES + (conv2d_tiles.DIRECT_TILE,)
+    single = conv2d_tiles.IMPLICIT_TILES + conv2d_tiles.FILTER_TILES
     for tile in single:
         assert resident(tile, lambda title: "float64" not in title) == tile.resident, f"{tile.name}: {advice}"
     for tile in conv2d_tiles.IMPLICIT_TILES_FLOAT64 + conv2d_tiles.FILTER_TILES_FLOAT64:
@@ -210,7 +210,7 @@ def test_only_what_can_be_done_is_chosen(
     depth = problem.C // problem.groups
     assert name in (*conv2d_algorithms(direction), "tensor")
     assert name not in ("scatter", "dilated")
-    assert name != "direct" or depth <= (8 if direction == "backward_filter" else 4)
+    assert name != "direct" or depth <= 8
     assert name != "depthwise" or depth == 1
     if name == "tensor":
         assert device.capability >= (8, 0)

@@ -32,7 +32,7 @@ TERMS = ("bias", "scale", "residual")
 
 def runs(algorithm, problem):
     depth = problem.C // problem.groups
-    return depth <= {"direct": 4, "depthwise": 1}.get(algorithm, depth)
+    return depth <= {"direct": 8, "depthwise": 1}.get(algorithm, depth)
 
 
 @cache

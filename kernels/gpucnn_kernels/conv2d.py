@@ -14,8 +14,9 @@ from gpucnn_kernels import conv2d_filter, conv2d_tensor, conv2d_wgmma, tuning
 from gpucnn_kernels import conv2d_forward_paths as forward_paths
 from gpucnn_kernels.arrays import DeviceArray, image_layout
 from gpucnn_kernels.conv2d_choice import chosen, least_precision
+from gpucnn_kernels.conv2d_direct import DIRECT_CHANNELS, direct, direct_backward_data
 from gpucnn_kernels.conv2d_filter import conv2d_backward_bias, conv2d_backward_filter
-from gpucnn_kernels.conv2d_forward_paths import DIRECT_CHANNELS, Epilogue
+from gpucnn_kernels.conv2d_forward_paths import Epilogue
 from gpucnn_kernels.errors import ArgumentError, LayoutError
 from gpucnn_kernels.gpu import H200, Gpu
 from gpucnn_kernels.launch import Call
@@ -37,12 +38,13 @@ Path = Callable[[Call, Conv2dProblem, DeviceArray, DeviceArray, DeviceArray, Epi
 
 _FORWARD: dict[str, Path] = {
     "implicit_gemm": forward_paths.implicit_gemm,
-    "direct": forward_paths.direct,
+    "direct": direct,
     "depthwise": forward_paths.depthwise,
     "im2col": forward_paths.im2col,
 }
 _BACKWARD_DATA: dict[str, Path] = {
     "phases": data_paths.phases,
+    "direct": direct_backward_data,
     "dilated": data_paths.dilated,
     "col2im": data_paths.col2im,
     "scatter": data_paths.scatter,

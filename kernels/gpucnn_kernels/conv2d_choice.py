@@ -15,6 +15,8 @@ data           any other                                                     pha
 filter         any other                                                     implicit_gemm
 =============  ============================================================  =============
 
+"direct" is also there for up to 8 channels a group, and for their input gradient, where it is reckoned faster.
+
 Tensor cores' products are asked for by a precision that is theirs: tf32, or the arrays' own 16 bits. float32
 arrays without a precision may be multiplied there too, by three tf32 products for each, which are as exact: where
 that is reckoned to be much faster, on GPUs from compute capability 8.0 on. ``precision="float32"`` is for those
@@ -31,13 +33,15 @@ import os
 from typing import Any
 
 from gpucnn_kernels import conv2d_cost, conv2d_filter_direct, conv2d_tensor
-from gpucnn_kernels.conv2d_forward_paths import DIRECT_CHANNELS, is_pointwise
+from gpucnn_kernels.conv2d_direct import DIRECT_CHANNELS
+from gpucnn_kernels.conv2d_forward_paths import is_pointwise
 from gpucnn_kernels.errors import ArgumentError
 from gpucnn_kernels.gpu import H200, Gpu
 from gpucnn_kernels.problem import Conv2dProblem
 
 VARIABLE = "GPUCNN_KERNELS_THREE_PRODUCTS"
 
+_FIRST_LAYER_CHANNELS = 4
 _CUBLAS_BFLOAT16 = (8, 0)  # the oldest compute capability whose cuBLAS multiplies bfloat16
 
 
@@ -92,7 +96,7 @@ def candidates(
     names = [dense]
     if dtype != "bfloat16" or gpu.capability >= _CUBLAS_BFLOAT16:
         names.append(columns)
-    if direction == "forward" and depth <= DIRECT_CHANNELS:
+    if direction != "backward_filter" and depth <= DIRECT_CHANNELS:
         names.append("direct")
     if direction == "backward_filter" and conv2d_filter_direct.takes(problem, dtype):
         names.append("direct")
@@ -115,7 +119,7 @@ def usual(direction: str, problem: Conv2dProblem, dtype: str, precision: str | N
     lines = []
     if problem.groups == problem.C > 1:
         lines.append("depthwise")
-    if direction == "forward" and problem.C // problem.groups <= DIRECT_CHANNELS:
+    if direction == "forward" and problem.C // problem.groups <= _FIRST_LAYER_CHANNELS:
         lines.append("direct")
     if _tensor_cores_asked_for(precision):
         lines.append("tensor")

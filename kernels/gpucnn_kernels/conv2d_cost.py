@@ -20,12 +20,12 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from gpucnn_kernels import conv2d_filter_direct
+from gpucnn_kernels import conv2d_direct, conv2d_filter_direct
 from gpucnn_kernels.conv2d_tiles import (
     CUBLAS_TENSOR_TILES,
     CUBLAS_TILES,
-    DIRECT_TILE,
     Tile,
+    cache_bandwidth,
     filter_parts,
     filter_seconds,
     filter_tile,
@@ -132,7 +132,9 @@ def estimate(
         packed, launches = _packing(problem, item, channels_last, direction)
         return replace(made, launches=1 + launches, passes=_memory(gpu, packed))
     if path == "direct":
-        return _product(path, DIRECT_TILE, sizes, 1, plain_rate(gpu, dtype), 0, once, gpu)
+        plan = conv2d_direct.plan(problem, direction == "backward_data", dtype, gpu)
+        fetched = plan.blocks * plan.copied * item / cache_bandwidth(gpu)
+        return Estimate(path, plan.kernel, plan.seconds(gpu), fetched, _memory(gpu, once))
     if path == "depthwise":
         rate = DEPTHWISE_SHARE * plain_rate(gpu, dtype)
         return Estimate(path, "", problem.flops / rate, 0.0, _memory(gpu, once))

@@ -15,7 +15,7 @@ from gpucnn_kernels.arrays import DeviceArray, image_layout
 from gpucnn_kernels.columns import columns_shape, images, launch_im2col
 from gpucnn_kernels.conv2d_tiles import implicit_tile
 from gpucnn_kernels.errors import ArgumentError
-from gpucnn_kernels.launch import THREADS, Call, blocks_for
+from gpucnn_kernels.launch import Call, blocks_for
 from gpucnn_kernels.matmul import matmul
 from gpucnn_kernels.problem import Conv2dProblem
 from gpucnn_kernels.runtime import itemsize
@@ -23,18 +23,13 @@ from gpucnn_kernels.source import SCALARS
 
 SOURCES: dict[str, tuple[dict[str, str], ...]] = {
     "conv2d_implicit_gemm": ({},),
-    "conv2d_direct": ({},),
     "conv2d_depthwise": ({},),
     "conv2d_epilogue": ({},),
 }
 
-DIRECT_CHANNELS = 4
-"""The most input channels a group that the direct kernel is made for."""
-
 WORKSPACE_BYTES = 1 << 28
 """Columns are made for so many images at a time that they take no more than this, but at least for one."""
 
-_DIRECT_OUTPUTS = 16  # output channels of a block of conv2d_direct
 _MOST_UNITS = 65535  # blocks along z
 
 
@@ -170,40 +165,6 @@ def implicit_gemm(
         transposed=int(transposed),
         epilogue=epilogue.fields,
         units=units,
-    )
-
-
-def direct(
-    call: Call,
-    problem: Conv2dProblem,
-    x: DeviceArray,
-    weight: DeviceArray,
-    y: DeviceArray,
-    epilogue: Epilogue,
-) -> None:
-    """Fill y, for few input channels a group: filters in shared memory, a thread a pixel of 16 channels."""
-    channels = channel_counts(problem, transposed=False)
-    vertical, horizontal = axes(problem, transposed=False)
-    call.launch(
-        "conv2d_direct",
-        "conv2d_direct",
-        (
-            -(-problem.N * problem.P * problem.Q // THREADS),
-            -(-channels["output"] // _DIRECT_OUTPUTS),
-            problem.groups,
-        ),
-        scalar=x.dtype,
-        x=x,
-        x_strides=strides(x),
-        filter=weight,
-        filter_strides=filter_strides(weight, problem, transposed=False),
-        **epilogue.terms,
-        y=y,
-        y_strides=strides(y),
-        channels=channels,
-        vertical=vertical,
-        horizontal=horizontal,
-        epilogue=epilogue.fields,
     )
 
 

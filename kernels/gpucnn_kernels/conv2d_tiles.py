@@ -54,7 +54,6 @@ IMPLICIT_TILES_FLOAT64 = (
     Tile("conv2d_implicit_gemm_large", 64, 64, 8, 2, 0.50),  # both 8 for 16
     Tile("conv2d_implicit_gemm_small", 32, 64, 4, 3, 0.50),
 )
-DIRECT_TILE = Tile("conv2d_direct", 16, 256, 8, 5, 0.50)  # 16 of some 25 instructions of a tap are multiply-adds
 FILTER_TILES = (
     Tile("filter_gradient_wide", 64, 64, 8, 3, 0.40),  # 8 for 16, and two places to keep up
     Tile("filter_gradient_narrow", 32, 32, 8, 4, 0.25),  # 4 for 4

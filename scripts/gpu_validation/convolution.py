@@ -48,7 +48,7 @@ def takes(algorithm: str, problem: Conv2dProblem, filters: str = "") -> bool:
     depth = problem.C // problem.groups
     if filters and algorithm == "direct":
         return conv2d_filter_direct.takes(problem, filters)
-    return depth <= {"direct": 4, "depthwise": 1}.get(algorithm, depth)
+    return depth <= {"direct": 8, "depthwise": 1}.get(algorithm, depth)
 
 
 def layouts(name: str) -> list[tuple[str, str]]:

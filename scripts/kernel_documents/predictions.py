@@ -114,7 +114,7 @@ def shown(seconds: float) -> str:
 def render(rows: dict[str, dict[str, Any]]) -> str:
     """The page."""
     every = (
-        *conv2d_tiles.IMPLICIT_TILES, conv2d_tiles.DIRECT_TILE, *conv2d_tiles.FILTER_TILES,
+        *conv2d_tiles.IMPLICIT_TILES, *conv2d_tiles.FILTER_TILES,
         *conv2d_tiles.TENSOR_TILES, *conv2d_tiles.TENSOR_FILTER_TILES,
     )  # fmt: skip
     tiles = "".join(

@@ -95,10 +95,14 @@ __device__ __forceinline__ void convolve_and_pool(
                 __syncthreads();  // the taps before have been read
                 for (int element = threadIdx.x; element < count * OUTPUTS; element += THREADS) {
                     const int k = element % OUTPUTS, tap = first + element / OUTPUTS;
-                    // Channels innermost: in a channels-last image they are neighbours.
-                    const int channel = tap % channels.source;
-                    const int r = tap / channels.source / horizontal.kernel;
-                    const int s = tap / channels.source % horizontal.kernel;
+                    // In the order of conv2d_direct: of a filter's row first the columns that the stride divides.
+                    const int planes = horizontal.dilation == 1 ? min(horizontal.stride, horizontal.kernel) : 1;
+                    const int place = tap % horizontal.kernel, r = tap / horizontal.kernel % vertical.kernel;
+                    const int channel = tap / horizontal.kernel / vertical.kernel;
+                    const int each = horizontal.kernel / planes, rest = horizontal.kernel % planes;
+                    const int beyond = place - rest * (each + 1);
+                    const int s = beyond < 0 ? place / (each + 1) + place % (each + 1) * planes
+                                             : rest + beyond / each + beyond % each * planes;
                     weights[element] = k < outputs ? load(filter[(first_channel + k) * filter_strides.output +
                                                                  channel * filter_strides.source +
                                                                  r * filter_strides.r + s * filter_strides.s])
