@@ -41,7 +41,8 @@ _HOPELESS = 4.0  # times the best so far: such a way is not measured further
 _TILES = {  # by way, and whether it is a filter's gradient
     ("implicit_gemm", False): conv2d_tiles.IMPLICIT_TILES,
     ("phases", False): conv2d_tiles.IMPLICIT_TILES,
-    ("tensor", False): conv2d_tiles.TENSOR_TILES,
+    ("tensor", False): conv2d_tiles.TENSOR_TILES,  # by name: those of three products are called alike
+    ("wgmma", False): conv2d_tiles.WGMMA_TILES,
     ("implicit_gemm", True): conv2d_tiles.FILTER_TILES,
     ("tensor", True): conv2d_tiles.TENSOR_FILTER_TILES,
 }

@@ -250,6 +250,7 @@ def compile_ahead(options: argparse.Namespace) -> None:
     if options.runtime == "host":  # of its tiny rows each takes few
         return
     from gpucnn_kernels import catalog
+    from gpucnn_kernels.errors import DeviceError
     from gpucnn_kernels.runtime import ahead
 
     wanted = set((options.precisions or ",".join(PRECISIONS)).split(","))
@@ -257,6 +258,8 @@ def compile_ahead(options: argparse.Namespace) -> None:
     began = time.monotonic()
     try:
         count = catalog.warm_up(dtypes, processes=min(ahead.cores(), ahead.MOST_PROCESSES))
+    except DeviceError:
+        return  # gpucnn's own process says why
     except Exception as error:  # the rows that need it are blank, with this reason; the others are measured
         print(f"benchmark: not all kernels compile: {error}", file=sys.stderr)
     else:

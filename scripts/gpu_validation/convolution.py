@@ -201,14 +201,20 @@ def largest_tiles() -> Iterator[None]:
     def plain(wide: Sequence[Tile], narrow: Sequence[Tile]) -> Callable[..., Tile]:
         return lambda gpu, dtype, channels, *others: filled(narrow if dtype == "float64" else wide, channels)
 
-    def tensor(tiles: Sequence[Tile]) -> Callable[..., Tile]:
-        return lambda gpu, dtype, precision, channels, *others: filled(tiles, channels)
+    def tensor(one: Sequence[Tile], three: Sequence[Tile]) -> Callable[..., Tile]:
+        return lambda gpu, dtype, precision, channels, *others: filled(
+            three if tiles.products(dtype, precision) == 3 else one, channels
+        )
 
     places: list[tuple[Any, str, Callable[..., Tile]]] = [
         (forward_paths, "implicit_tile", plain(tiles.IMPLICIT_TILES, tiles.IMPLICIT_TILES_FLOAT64)),
         (conv2d_filter, "filter_tile", plain(tiles.FILTER_TILES, tiles.FILTER_TILES_FLOAT64)),
-        (conv2d_tensor, "tensor_tile", tensor(tiles.TENSOR_TILES)),
-        (conv2d_tensor, "tensor_filter_tile", tensor(tiles.TENSOR_FILTER_TILES)),
+        (conv2d_tensor, "tensor_tile", tensor(tiles.TENSOR_TILES, tiles.THREE_PRODUCT_TILES)),
+        (
+            conv2d_tensor,
+            "tensor_filter_tile",
+            tensor(tiles.TENSOR_FILTER_TILES, tiles.THREE_PRODUCT_FILTER_TILES),
+        ),
         (conv2d_wgmma, "wgmma_tile", plain(tiles.WGMMA_TILES, tiles.WGMMA_TILES)),
     ]
     chosen = [getattr(module, name) for module, name, _ in places]
