@@ -7,11 +7,11 @@ does so, too, and a convolution forward, also with sigmoid and tanh, whose slope
 larger, is then stored nowhere, and the gradient goes back through pooling and activation at once.
 
 What the layers are stays as it is: each has its own parameters and modes, and saves what its own ``backward``
-needs, which may be called by itself. That is the result also where leaky ReLU by itself would keep its input, and a
-pooling none of both: nobody is to overwrite what such layers gave before they have gone back. In float32 the
-results are the bits of the layers one by one, but where the order of a sum is another: of a convolution that pools,
-and of a fully connected layer that another way is faster for with its activation. In 16 bits there are fewer
-roundings.
+needs, which may be called by itself. That is the result also where leaky ReLU by itself would keep its input, and
+a pooling none of both: nobody is to overwrite what such layers gave before they have gone back. In float32 the
+results are the bits of the layers one by one, but where the order of a sum is another: of a convolution that
+pools, and of a fully connected layer that another way is faster for with its activation. In 16 bits there are
+fewer roundings.
 
 It is done in training, on a GPU, by containers that call layers one after another, where these are of this
 package's own types and nobody has given one of them another ``forward`` or ``backward``. ``layer.fuse(False)``
