@@ -12,7 +12,16 @@ from gpucnn import random
 from gpucnn_kernels import ArgumentError, DtypeError, LayoutError, launch, runtime
 from gpucnn_kernels.runtime.host import order_independent
 from tests.accuracy import awkward, channels_last
-from tests.kernel_accuracy import EVERY_DTYPE, LAYOUTS, assert_close, follows, normal, on_the_host, poisoned
+from tests.kernel_accuracy import (
+    EVERY_DTYPE,
+    LAYOUTS,
+    assert_close,
+    follows,
+    normal,
+    on_the_host,
+    placed,
+    poisoned,
+)
 
 __all__ = ["on_the_host"]
 
@@ -162,6 +171,24 @@ def test_more_elements_than_a_grid_has_threads(monkeypatch):
         assert order_independent(
             lambda given=given: kernels.dropout_forward(given, probability=0.4, seed=3, offset=2)
         )
+
+
+@EVERY_DTYPE
+def test_packs_and_elements_give_the_same_bits(dtype, monkeypatch):
+    count = 2 * 256 * 2 * 16 // dtype.itemsize + 7
+    x = normal((count,), 6, dtype)
+    for blocks in (1 << 16, 2):
+        monkeypatch.setattr(launch, "_MAX_BLOCKS", blocks)
+        for offset in (8, 9):  # at the beginning of a block of words, or within it
+            expected = expected_mask(4, offset, x.shape, 0.3)
+            for where in range(3):
+                given, out, gradient = (placed(x, int(where == number)) for number in range(3))
+                y, mask = kernels.dropout_forward(given, probability=0.3, seed=4, offset=offset, out=out)
+                numpy.testing.assert_array_equal(mask, expected)
+                assert_close(y, expected_output(x, expected, 0.3), 0)
+                for kept in (placed(mask), placed(mask, 1)):
+                    dx = kernels.dropout_backward(gradient, kept, probability=0.3)
+                    assert dx.tobytes() == y.tobytes()
 
 
 def test_errors():

@@ -11,7 +11,7 @@ from typing import Any
 
 from gpucnn_kernels.arrays import DeviceArray
 from gpucnn_kernels.errors import ArgumentError, LayoutError
-from gpucnn_kernels.launch import Call, blocks_for
+from gpucnn_kernels.launch import Call, blocks_for, blocks_for_packs
 from gpucnn_kernels.overlap import require_apart, require_same_or_apart
 
 SOURCE = "dropout"
@@ -154,6 +154,19 @@ def _apply(call: Call, dy: DeviceArray, mask: DeviceArray, dx: DeviceArray, scal
     _, channels, size = _planes(dx)
     _known_layout(mask)
     by_channel = mask.shape != dx.shape
+    if dy.same_layout(dx) and mask.same_layout(dx):
+        call.launch(
+            SOURCE,
+            "dropout_apply_elements",
+            blocks_for_packs(dx.size, dx.dtype),
+            scalar=dx.dtype,
+            dy=dy,
+            mask=mask,
+            dx=dx,
+            count=dx.size,
+            scale=scale,
+        )
+        return
     call.launch(
         SOURCE,
         "dropout_apply",

@@ -9,8 +9,15 @@
 //
 // ``start``, where it is not null, points to words to be added to the offset: a step that is captured once and
 // started many times finds there how far the stream has come.
+//
+// Where one plane begins with a block of four words and on boundaries of 16 bytes, it is moved in packs of so many;
+// so is a gradient that lies in memory as its mask does. By the compiled code for sm_90, not measured, an element then
+// takes 25 instructions forward in float32 and 27 in bfloat16, and about 11 backward, where it took 74 and 130; an
+// H200's memory leaves time for 70 and 39.
+#include "packs.cuh"
 #include "philox.cuh"
-#include "scalar.cuh"
+
+__device__ __forceinline__ accumulate_t load(bool value) { return value ? NUMBER(1) : NUMBER(0); }
 
 // Four blocks a multiprocessor, said aloud: for more of them the compiler would spill on sm_120.
 extern "C" __global__ void __launch_bounds__(256, 4) dropout_forward(
@@ -22,7 +29,32 @@ extern "C" __global__ void __launch_bounds__(256, 4) dropout_forward(
     // A plane's words begin anywhere within a block of four, so it reaches into up to so many blocks.
     const long long blocks = (size + 6) / 4;
     const long long step = (long long)gridDim.x * blockDim.x, count = images * blocks * channels;
-    for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += step) {
+    const long long thread = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    long long done = 0;  // blocks of words, that packs have taken
+    constexpr int words_blocks = PACK / 4;
+    if (words_blocks > 0 && images * channels == 1 && offset % 4 == 0 && on_pack_boundary<PACK>(x) &&
+        on_pack_boundary<PACK>(y) && on_pack_boundary<PACK>(mask)) {
+        const long long packs = size / PACK;
+        for (long long i = thread; i < packs; i += step) {
+            const Pack<scalar_t, PACK> given = load_pack<PACK>(x + i * PACK);
+            Pack<scalar_t, PACK> made;
+            Pack<bool, PACK> kept;
+#pragma unroll
+            for (int part = 0; part < words_blocks; ++part) {
+                const PhiloxBlock words = philox(seed, offset / 4 + i * words_blocks + part);
+#pragma unroll
+                for (int number = 0; number < 4; ++number) {
+                    const int k = part * 4 + number;
+                    kept.number[k] = word_of(words, number) >= threshold;
+                    made.number[k] = store(kept.number[k] ? load(given.number[k]) * scale : NUMBER(0));
+                }
+            }
+            store_pack<PACK>(mask + i * PACK, kept);
+            store_pack<PACK>(y + i * PACK, made);
+        }
+        done = packs * words_blocks;
+    }
+    for (long long i = done + thread; i < count; i += step) {
         const long long line = channels == 1 ? i : i / channels, n = line / blocks;
         const int c = (int)(i - line * channels);
         const unsigned long long first_word = offset + (n * channels + c) * size;
@@ -51,6 +83,32 @@ extern "C" __global__ void __launch_bounds__(256) dropout_mask(
         const unsigned long long word = offset + i;
         mask[i] = word_of(philox(seed, word / 4), (int)(word % 4)) >= threshold;
     }
+}
+
+struct Apply {
+    const scalar_t *dy;
+    const bool *mask;
+    scalar_t *dx;
+    accumulate_t scale;
+    template <typename Tile>
+    __device__ __forceinline__ void operator()(const Tile &tile) const {
+        accumulate_t gradients[Tile::elements], kept[Tile::elements];
+        tile.fetch(dy, gradients);
+        tile.fetch(mask, kept);
+#pragma unroll
+        for (int k = 0; k < Tile::elements; ++k) {
+            gradients[k] = kept[k] != NUMBER(0) ? gradients[k] * scale : NUMBER(0);
+        }
+        tile.put(dx, gradients);
+    }
+};
+
+// Arrays and a mask of one shape and layout. dx may be dy.
+extern "C" __global__ void __launch_bounds__(256) dropout_apply_elements(
+    const scalar_t *dy, const bool *mask, scalar_t *dx, long long count, accumulate_t scale
+) {
+    const bool aligned = on_pack_boundary<PACK>(dy) && on_pack_boundary<PACK>(mask) && on_pack_boundary<PACK>(dx);
+    over_tiles<PACK, 2>(count, aligned, Apply{dy, mask, dx, scale});
 }
 
 // Elements from one to the next image (n), channel (c) and place within a plane (s).
