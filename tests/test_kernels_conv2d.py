@@ -152,15 +152,16 @@ def test_backward_data(dtype, algorithm):
             assert is_laid_out(dx, result_layout(problem.output_shape, layout)), name
 
 
-@pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
+@pytest.mark.parametrize("size", ["small", "medium", "large"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_both_tile_sizes(dtype, large, monkeypatch):
-    used = []
+def test_every_tile_size(dtype, size, monkeypatch):
+    used = set()
 
     def forced(gpu, dtype, channels, positions, units):
         tiles = IMPLICIT_TILES_FLOAT64 if dtype == "float64" else IMPLICIT_TILES
-        used.append(tiles[0 if large and channels > 32 else 1])
-        return used[-1]
+        [tile] = [tile for tile in tiles if tile.name.endswith(size)]
+        used.add(tile.name)
+        return tile
 
     monkeypatch.setattr(forward_paths, "implicit_tile", forced)
     for name, problem in WIDE.items():
@@ -170,19 +171,23 @@ def test_both_tile_sizes(dtype, large, monkeypatch):
             for algorithm in ("phases", "dilated"):
                 dx = backward(problem, dtype, algorithm, arrange)
                 assert_right(dx, problem, dtype, "backward_data", f"{name}, {algorithm}, {layout}")
-    kernels = {tile.name for tile in used}
-    assert ("conv2d_implicit_gemm_large" in kernels) == large
-    assert "conv2d_implicit_gemm_small" in kernels  # for 6 and 18 channels in any case
+    assert used == {f"conv2d_implicit_gemm_{size}"}
 
 
-def test_the_tile_is_large_where_it_is_filled_and_there_are_enough():
-    vgg = shaped((64, 64, 56, 56), (64, 64, 3, 3))
+def test_the_tile_is_as_large_as_is_filled_and_there_are_enough_of():
+    vgg, resnet = shaped((64, 64, 56, 56), (64, 64, 3, 3)), shaped((256, 128, 28, 28), (128, 128, 3, 3))
+
+    def tile(dtype, channels, positions):
+        return implicit_tile(H200, dtype, channels, positions, 1).name.removeprefix("conv2d_implicit_gemm_")
+
     for dtype in ("float32", "float16", "bfloat16"):
-        assert implicit_tile(H200, dtype, vgg.K, vgg.N * vgg.P * vgg.Q, 1).name == "conv2d_implicit_gemm_large"
-        assert implicit_tile(H200, dtype, 32, 1 << 30, 1).name == "conv2d_implicit_gemm_small"
-        assert implicit_tile(H200, dtype, 512, 49, 1).name == "conv2d_implicit_gemm_small"
-    # In float64 both tiles have as much arithmetic for each number that they read.
-    assert implicit_tile(H200, "float64", 32, 1 << 30, 1).name == "conv2d_implicit_gemm_small"
+        assert tile(dtype, resnet.K, resnet.N * resnet.P * resnet.Q) == "large"
+        assert tile(dtype, vgg.K, vgg.N * vgg.P * vgg.Q) == "medium"
+        assert tile(dtype, 192, 1 << 20) == "medium"  # a quarter of the large tiles would be empty
+        assert tile(dtype, 32, 1 << 30) == "small"
+        assert tile(dtype, 512, 49) == "small"
+    assert tile("float64", vgg.K, vgg.N * vgg.P * vgg.Q) != "small"
+    assert tile("float64", 32, 1 << 30) == "small"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -344,7 +349,15 @@ def test_no_images():
 
 
 def test_channels_last_arrays_are_read_as_they_are():
-    """Not as the same bytes in the other order: the results differ, and only one is right."""
+    """Not as the same bytes in the other order: the results differ, and only one is right.
+
+    Of whole numbers, whose sums are exact in every order.
+    """
     problem = SMALL["k3-s2"]
-    y = forward(problem, "float32", "implicit_gemm", channels_last)
-    numpy.testing.assert_array_equal(y, forward(problem, "float32", "implicit_gemm"))
+    x, weight = (numpy.round(8 * array).astype(numpy.float32) for array in inputs(problem, "float32")[:2])
+    y, last = (
+        conv2d_forward(arrange(x), arrange(weight), algorithm="implicit_gemm", **options(problem))
+        for arrange in (numpy.ascontiguousarray, channels_last)
+    )
+    assert numpy.abs(y).max() > 8
+    numpy.testing.assert_array_equal(last, y)

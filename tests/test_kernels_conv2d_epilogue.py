@@ -7,8 +7,9 @@ from functools import cache
 import numpy
 import pytest
 
-from gpucnn_kernels import ArgumentError, DtypeError, LayoutError, conv2d_forward
+from gpucnn_kernels import ArgumentError, Conv2dProblem, DtypeError, LayoutError, conv2d_forward
 from gpucnn_kernels import conv2d_forward_paths as forward_paths
+from gpucnn_kernels.conv2d_tiles import forced
 from gpucnn_kernels.runtime.host import order_independent
 from tests.accuracy import channels_last, max_error
 from tests.kernel_accuracy import on_the_host
@@ -26,7 +27,12 @@ WAYS = [
     if (dtype, algorithm) != ("float64", "tensor")  # which there are no tensor cores for
 ]
 EVERY_WAY = pytest.mark.parametrize(("dtype", "algorithm"), WAYS)
-FUNCTIONS = {"identity": lambda x: x, "relu": activations.relu, "silu": activations.silu}
+FUNCTIONS = {
+    "identity": lambda x: x,
+    "relu": activations.relu,
+    "leaky_relu": activations.leaky_relu,
+    "silu": activations.silu,
+}
 TERMS = ("bias", "scale", "residual")
 
 
@@ -207,6 +213,21 @@ def test_nothing_begins_at_16_bytes(dtype, algorithm):
                 more.update(algorithm=algorithm, activation=function, **options(problem))
                 conv2d_forward(shifted(arrange(x)), shifted(arrange(weight)), **more)
                 numpy.testing.assert_array_equal(out, y, f"{name}, {function}")
+
+
+@pytest.mark.parametrize("tile", ["small", "medium", "large"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_tile_of_the_implicit_product(dtype, tile):
+    """Where fragments of 16 bytes fit into rows of channels and of positions, and where they do not."""
+    for shape, outputs in (((2, 12, 9, 8), 132), ((3, 5, 7, 9), 70)):
+        problem = Conv2dProblem.from_shapes(shape, (outputs, shape[1], 3, 3), padding=1)
+        terms = inputs(problem, dtype)[2]
+        for chosen in (terms, {"bias": terms["bias"]}):
+            for function in FUNCTIONS:
+                for layout, arrange in LAYOUTS.items():
+                    with forced(f"conv2d_implicit_gemm_{tile}"):
+                        y = run(problem, dtype, "implicit_gemm", chosen, function, arrange)
+                    assert_right(y, problem, dtype, chosen, function, f"{shape}, {function}, {layout}")
 
 
 def test_what_does_not_fit():

@@ -123,7 +123,7 @@ def estimate(
     once = _arrays(problem, item)
     if path in ("implicit_gemm", "phases"):
         tile = implicit_tile(gpu, dtype, sizes.channels, sizes.positions, sizes.units)
-        return _product(path, tile, sizes, 8, plain_rate(gpu, dtype), item, once, gpu)
+        return _product(path, tile, sizes, 1, plain_rate(gpu, dtype), item, once, gpu)
     if path in ("tensor", "wgmma"):
         tile = tensor_tile(gpu, dtype, precision, sizes.channels, sizes.positions, sizes.units)
         if path == "wgmma":
@@ -144,7 +144,7 @@ def estimate(
             sizes.channels, problem.N * problem.H * problem.W, problem.groups, sizes.summed, sizes.taps * stride
         )
         tile = implicit_tile(gpu, dtype, whole.channels, whole.positions, whole.units)
-        made = _product(path, tile, whole, 8, plain_rate(gpu, dtype), item, once, gpu)
+        made = _product(path, tile, whole, 1, plain_rate(gpu, dtype), item, once, gpu)
         workspace = 2.0 * item * problem.N * problem.K * problem.H * problem.W
         return replace(made, launches=3, passes=_memory(gpu, workspace))
     if path in ("im2col", "col2im", "scatter"):

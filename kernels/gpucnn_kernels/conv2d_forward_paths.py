@@ -141,31 +141,31 @@ def implicit_gemm(
         height, width = -(-height // problem.stride[0]), -(-width // problem.stride[1])
     units = phases * problem.groups
     tile = implicit_tile(call.gpu, source.dtype, channels["output"], problem.N * height * width, units)
-    kernel, rows, columns = tile.name, tile.channels, tile.positions
-    call.launch(
-        "conv2d_implicit_gemm",
-        kernel,
-        (
-            -(-problem.N * height * width // columns),
-            -(-channels["output"] // rows),
-            min(units, _MOST_UNITS),
-        ),
-        rows * 4,
-        scalar=source.dtype,
-        input=source,
-        input_strides=strides(source),
-        filter=weight,
-        filter_strides=filter_strides(weight, problem, transposed),
-        **epilogue.terms,
-        output=output,
-        output_strides=strides(output),
-        channels=channels,
-        vertical=vertical,
-        horizontal=horizontal,
-        transposed=int(transposed),
-        epilogue=epilogue.fields,
-        units=units,
-    )
+    for first in range(0, units, _MOST_UNITS):
+        call.launch(
+            "conv2d_implicit_gemm",
+            tile.name,
+            (
+                -(-problem.N * height * width // tile.positions),
+                -(-channels["output"] // tile.channels),
+                min(units - first, _MOST_UNITS),
+            ),
+            32 * tile.warps,
+            scalar=source.dtype,
+            input=source,
+            input_strides=strides(source),
+            filter=weight,
+            filter_strides=filter_strides(weight, problem, transposed),
+            **epilogue.terms,
+            output=output,
+            output_strides=strides(output),
+            channels=channels,
+            vertical=vertical,
+            horizontal=horizontal,
+            transposed=int(transposed),
+            epilogue=epilogue.fields,
+            first_unit=first,
+        )
 
 
 def depthwise(
