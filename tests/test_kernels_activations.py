@@ -17,6 +17,7 @@ __all__ = ["on_the_host"]
 # name: (oracle, derivative, does the backward pass take y (True) or x, keywords, limits at -inf and inf)
 FUNCTIONS = {
     "relu": (oracle.relu, oracle.relu_derivative, True, {}, (0, math.inf)),
+    "relu6": (oracle.relu6, oracle.relu6_derivative, True, {}, (0, 6)),
     "leaky_relu": (oracle.leaky_relu, oracle.leaky_relu_derivative, False, {}, (-math.inf, math.inf)),
     "sigmoid": (oracle.sigmoid, oracle.sigmoid_derivative, True, {}, (0, 1)),
     "tanh": (math.tanh, oracle.tanh_derivative, True, {}, (-1, 1)),
@@ -134,12 +135,12 @@ def test_extreme_inputs(name, dtype):
     assert numpy.isnan(y[6])
     assert not numpy.isnan(y[:6]).any()
     slope = {"leaky_relu": 0.01}.get(name, 0.0)
-    top = {"sigmoid": 0.0, "tanh": 0.0}.get(name, 1.0)
+    top = {"sigmoid": 0.0, "tanh": 0.0, "relu6": 0.0}.get(name, 1.0)
     saved = forward(x) if FUNCTIONS[name][2] else x
     dx = backward(numpy.ones(x.shape, dtype), saved).astype(float)
     assert (abs(dx[:3] - slope) <= 1e-4).all()
     assert (abs(dx[3:6] - top) <= 1e-4).all()
-    if name not in ("relu", "leaky_relu"):  # where a NaN is not above 0 and takes the lower slope
+    if name not in ("relu", "relu6", "leaky_relu"):  # where a NaN is not above 0 and takes the lower slope
         assert numpy.isnan(dx[6])
 
 
@@ -157,6 +158,8 @@ def test_an_infinite_gradient_does_not_pass_a_closed_relu():
     y = numpy.array([0.0, 1.0, 0.0], numpy.float32)
     dy = numpy.array([numpy.inf, -numpy.inf, numpy.nan], numpy.float32)
     assert kernels.relu_backward(dy, y).tolist() == [0, -numpy.inf, 0]
+    assert kernels.relu6_backward(dy, y).tolist() == [0, -numpy.inf, 0]
+    assert kernels.relu6_backward(dy, numpy.float32(6) + y - y).tolist() == [0, 0, 0]
 
 
 @EVERY_DTYPE

@@ -32,6 +32,7 @@ MIXED = ("k3-s2", "groups-2", "rectangular-2x5", "depthwise-s2", "k1", "resnet-d
 ACTIVATIONS = {
     "relu": activations.relu,
     "leaky_relu": lambda x: activations.leaky_relu(x, 0.2),
+    "relu6": activations.relu6,
     "sigmoid": activations.sigmoid,
     "tanh": numpy.tanh,
     "gelu": activations.gelu,

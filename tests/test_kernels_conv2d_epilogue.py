@@ -30,7 +30,7 @@ EVERY_WAY = pytest.mark.parametrize(("dtype", "algorithm"), WAYS)
 FUNCTIONS = {
     "identity": lambda x: x,
     "relu": activations.relu,
-    "leaky_relu": activations.leaky_relu,
+    "relu6": activations.relu6,
     "silu": activations.silu,
 }
 TERMS = ("bias", "scale", "residual")

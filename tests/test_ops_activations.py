@@ -16,6 +16,7 @@ from tests.oracles import activations as oracle
 # name: (oracle, derivative, does the backward pass take y (True) or x, keywords, limits at -inf and inf)
 FUNCTIONS = {
     "relu": (oracle.relu, oracle.relu_derivative, True, {}, (0, math.inf)),
+    "relu6": (oracle.relu6, oracle.relu6_derivative, True, {}, (0, 6)),
     "leaky_relu": (oracle.leaky_relu, oracle.leaky_relu_derivative, False, {}, (-math.inf, math.inf)),
     "sigmoid": (oracle.sigmoid, oracle.sigmoid_derivative, True, {}, (0, 1)),
     "tanh": (math.tanh, oracle.tanh_derivative, True, {}, (-1, 1)),
@@ -117,7 +118,7 @@ def test_extreme_inputs(backend, name, dtype):
     assert numpy.isnan(y[6])
     assert not numpy.isnan(y[:6]).any()
     slope = {"leaky_relu": 0.01}.get(name, 0.0)
-    top = {"sigmoid": 0.0, "tanh": 0.0}.get(name, 1.0)
+    top = {"sigmoid": 0.0, "tanh": 0.0, "relu6": 0.0}.get(name, 1.0)
     dx = backward(numpy.ones_like(x), y if FUNCTIONS[name][2] else x)
     assert numpy.all(abs(dx[:3] - slope) <= 1e-5)
     assert numpy.all(abs(dx[3:6] - top) <= 1e-5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gpucnn.errors import ArgumentError
 from gpucnn.layers.layer import Layer, check_gradient
-from gpucnn.ops import Array, array_module, backend_of
+from gpucnn.ops import Array, backend_of
 
 
 class ReLU(Layer):
@@ -38,8 +38,7 @@ class ReLU6(Layer):
 
     def forward(self, x: Array) -> Array:
         """Clip x to 0 .. 6."""
-        y = backend_of(x).relu_forward(x, out=x if self.inplace else None)
-        y = array_module(y).minimum(y, 6, out=y)  # clip's half, which CuPy has in bfloat16, too
+        y = backend_of(x).relu6_forward(x, out=x if self.inplace else None)
         self._save(y)
         return y
 
@@ -47,10 +46,7 @@ class ReLU6(Layer):
         """dy where the output was strictly between 0 and 6."""
         (y,) = self._take_saved()
         check_gradient(dy, y.shape, y)
-        # A choice, not a product with 0 and 1: an infinity in dy must vanish where y was clipped.
-        module = array_module(y)
-        inside = module.multiply(y, y < 6, out=module.empty_like(y))  # into it, for CuPy would make it contiguous
-        return backend_of(dy).relu_backward(dy, inside)
+        return backend_of(dy).relu6_backward(dy, y)
 
     def extra_repr(self) -> str:
         """Whether in place."""

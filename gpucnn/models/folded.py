@@ -21,6 +21,7 @@ from gpucnn.layers import (
     Linear,
     MaxPool2d,
     ReLU,
+    ReLU6,
     Sequential,
     Sigmoid,
     SiLU,
@@ -38,6 +39,7 @@ ACTIVATIONS: dict[type[Layer], str] = {
     Tanh: "tanh",
     GELU: "gelu",
     SiLU: "silu",
+    ReLU6: "relu6",
 }
 """The layers that a convolution can end with, and what the operations call them."""
 

@@ -108,8 +108,8 @@ class Operations(Protocol):
     ) -> Array:
         """activation(convolution + bias + residual), with residual (N, K, P, Q) or None.
 
-        ``activation`` is one of identity, relu, leaky_relu (of ``negative_slope``), sigmoid, tanh, gelu, gelu_tanh
-        and silu; the rest is :meth:`conv2d_forward`'s.
+        ``activation`` is one of identity, relu, relu6, leaky_relu (of ``negative_slope``), sigmoid, tanh, gelu,
+        gelu_tanh and silu; the rest is :meth:`conv2d_forward`'s.
         """
 
     def conv2d_max_pool2d_inference(
@@ -380,6 +380,12 @@ class Operations(Protocol):
 
     def relu_backward(self, dy: Array, y: Array, *, out: Array | None = None) -> Array:
         """Dy where the output y > 0, else 0."""
+
+    def relu6_forward(self, x: Array, *, out: Array | None = None) -> Array:
+        """min(max(x, 0), 6); a NaN stays a NaN."""
+
+    def relu6_backward(self, dy: Array, y: Array, *, out: Array | None = None) -> Array:
+        """Dy where the output 0 < y < 6, else 0."""
 
     def leaky_relu_forward(self, x: Array, *, negative_slope: float = 0.01, out: Array | None = None) -> Array:
         """X where x > 0, else negative_slope * x."""

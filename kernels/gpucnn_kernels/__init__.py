@@ -31,7 +31,7 @@ from gpucnn_kernels.problem import Conv2dProblem, Pool2dProblem, ProblemError
 _MODULES = {
     "activations": [
         f"{name}_{direction}"
-        for name in ("gelu", "leaky_relu", "relu", "sigmoid", "silu", "tanh")
+        for name in ("gelu", "leaky_relu", "relu", "relu6", "sigmoid", "silu", "tanh")
         for direction in ("forward", "backward")
     ],
     "conv2d": [

@@ -16,7 +16,7 @@ SOURCES: dict[str, tuple[dict[str, str], ...]] = {SOURCE: ({},)}
 FUNCTIONS = {
     name: number
     for number, name in enumerate(
-        ("identity", "relu", "leaky_relu", "sigmoid", "tanh", "gelu", "gelu_tanh", "silu")
+        ("identity", "relu", "leaky_relu", "sigmoid", "tanh", "gelu", "gelu_tanh", "silu", "relu6")
     )
 }
 """The names by their numbers in activation.cuh."""
@@ -77,6 +77,16 @@ def relu_forward(x: Any, *, out: Any = None, stream: Any = None) -> Any:
 def relu_backward(dy: Any, y: Any, *, out: Any = None, stream: Any = None) -> Any:
     """Dy where the output y > 0, else 0."""
     return _backward("relu", dy, y, "y", 0.0, out, stream)
+
+
+def relu6_forward(x: Any, *, out: Any = None, stream: Any = None) -> Any:
+    """min(max(x, 0), 6); a NaN stays a NaN."""
+    return _forward("relu6", x, 0.0, out, stream)
+
+
+def relu6_backward(dy: Any, y: Any, *, out: Any = None, stream: Any = None) -> Any:
+    """Dy where the output 0 < y < 6, else 0."""
+    return _backward("relu6", dy, y, "y", 0.0, out, stream)
 
 
 def leaky_relu_forward(x: Any, *, negative_slope: float = 0.01, out: Any = None, stream: Any = None) -> Any:

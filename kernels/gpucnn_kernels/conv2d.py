@@ -172,7 +172,7 @@ def conv2d_forward(
 
     All of it is made before the sum is stored, which is rounded once. ``scale`` (K,) and ``residual``, of the
     result's shape and layout, may each be None. ``activation`` is one of identity, relu, leaky_relu (of
-    ``negative_slope``), sigmoid, tanh, gelu, gelu_tanh and silu.
+    ``negative_slope``), sigmoid, tanh, gelu, gelu_tanh, silu and relu6.
 
     ``precision`` is the least that products may have: "tf32" lets "auto" and "tensor" round float32 arrays to
     tf32, "float32", "float16" and "bfloat16" are the arrays' own; see :mod:`gpucnn_kernels.conv2d_tensor`. Without

@@ -19,6 +19,7 @@ from tests.problems import ALL, geometry, options
 
 FUNCTIONS = {
     "relu": activation_oracle.relu,
+    "relu6": activation_oracle.relu6,
     "leaky_relu": lambda x: activation_oracle.leaky_relu(x, 0.2),
     "sigmoid": activation_oracle.sigmoid,
     "tanh": numpy.tanh,

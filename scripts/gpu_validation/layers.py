@@ -30,6 +30,7 @@ Array = numpy.ndarray[Any, Any]
 # (name, options, the function, the derivative by x, whether backward takes the output)
 ACTIVATIONS = (
     ("relu", {}, activation_oracle.relu, activation_oracle.relu_derivative, True),
+    ("relu6", {}, activation_oracle.relu6, activation_oracle.relu6_derivative, True),
     (
         "leaky_relu", {"negative_slope": 0.2}, lambda x: activation_oracle.leaky_relu(x, 0.2),
         lambda x: activation_oracle.leaky_relu_derivative(x, 0.2), False,

@@ -21,6 +21,14 @@ def relu_derivative(x):
     return 1.0 if x > 0 else 0.0
 
 
+def relu6(x):
+    return x if math.isnan(x) else min(max(x, 0.0), 6.0)
+
+
+def relu6_derivative(x):
+    return 1.0 if 0 < x < 6 else 0.0
+
+
 def leaky_relu(x, slope=0.01):
     return x if x > 0 else slope * x
 

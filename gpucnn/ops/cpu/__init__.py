@@ -5,6 +5,8 @@ from __future__ import annotations
 from gpucnn.ops.cpu.activations import (
     leaky_relu_backward,
     leaky_relu_forward,
+    relu6_backward,
+    relu6_forward,
     relu_backward,
     relu_forward,
     sigmoid_backward,
@@ -102,6 +104,8 @@ __all__ = [
     "max_pool2d_forward",
     "mean_squared_error_backward",
     "mean_squared_error_forward",
+    "relu6_backward",
+    "relu6_forward",
     "relu_backward",
     "relu_forward",
     "rmsprop_step",

@@ -73,6 +73,18 @@ def relu_backward(dy: FloatArray, y: FloatArray, *, out: FloatArray | None = Non
     return backward(kernel, dy, y, out, loops.relu_backward)
 
 
+def relu6_forward(x: FloatArray, *, out: FloatArray | None = None) -> FloatArray:
+    """min(max(x, 0), 6); a NaN stays a NaN."""
+    y = relu_forward(x, out=out)
+    return numpy.minimum(y, 6, out=y)
+
+
+def relu6_backward(dy: FloatArray, y: FloatArray, *, out: FloatArray | None = None) -> FloatArray:
+    """Dy where the output 0 < y < 6, else 0."""
+    # A choice by y, not a product of dy with 0 and 1: an infinity in dy must vanish where y was clipped.
+    return relu_backward(dy, numpy.multiply(y, y < 6, out=numpy.empty_like(y)), out=out)
+
+
 def leaky_relu_forward(
     x: FloatArray, *, negative_slope: float = 0.01, out: FloatArray | None = None
 ) -> FloatArray:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from gpucnn.ops.checks import check_out, check_residual, forward_problem, require_choice
 from gpucnn.ops.cpu.activations import (
     leaky_relu_forward,
+    relu6_forward,
     relu_forward,
     sigmoid_forward,
     silu_forward,
@@ -35,10 +36,11 @@ ACTIVATIONS: dict[str, Callable[..., FloatArray] | None] = {
     "gelu": gelu_forward,
     "gelu_tanh": partial(gelu_forward, approximate="tanh"),
     "silu": silu_forward,
+    "relu6": relu6_forward,
 }
 """The activations that an operation may end with."""
 
-_RISING = ("relu", "leaky_relu", "sigmoid", "tanh")
+_RISING = ("relu", "leaky_relu", "sigmoid", "tanh", "relu6")
 """Activations f with max(f(a), f(b)) = f(max(a, b)), leaky ReLU where its slope is not negative."""
 
 

@@ -54,6 +54,8 @@ _COMPUTED_IN_FLOAT32 = (
     "linear_forward",
     "max_pool2d_backward",
     "max_pool2d_forward",
+    "relu6_backward",
+    "relu6_forward",
     "relu_backward",
     "relu_forward",
     "sigmoid_backward",

@@ -53,6 +53,16 @@ def relu_backward(dy: Array, y: Array, *, out: Array | None = None) -> Array:
     return _backward(kernels.relu_backward, dy, y, "y", out)
 
 
+def relu6_forward(x: Array, *, out: Array | None = None) -> Array:
+    """min(max(x, 0), 6); a NaN stays a NaN."""
+    return _forward(kernels.relu6_forward, x, out)
+
+
+def relu6_backward(dy: Array, y: Array, *, out: Array | None = None) -> Array:
+    """Dy where the output 0 < y < 6, else 0."""
+    return _backward(kernels.relu6_backward, dy, y, "y", out)
+
+
 def leaky_relu_forward(x: Array, *, negative_slope: float = 0.01, out: Array | None = None) -> Array:
     """X where x > 0, else negative_slope * x."""
     return _forward(kernels.leaky_relu_forward, x, out, negative_slope=negative_slope)

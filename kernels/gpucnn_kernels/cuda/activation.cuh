@@ -2,7 +2,7 @@
 // ``function`` is the same for all threads of a launch, so the switch does not diverge.
 #include "scalar.cuh"
 
-enum Activation { IDENTITY, RELU, LEAKY_RELU, SIGMOID, TANH, GELU, GELU_TANH, SILU };
+enum Activation { IDENTITY, RELU, LEAKY_RELU, SIGMOID, TANH, GELU, GELU_TANH, SILU, RELU6 };
 
 __device__ __forceinline__ float exponential(float x) { return expf(x); }
 __device__ __forceinline__ double exponential(double x) { return exp(x); }
@@ -49,6 +49,7 @@ __device__ __forceinline__ accumulate_t activate(int function, accumulate_t x, a
     switch (function) {
         case RELU: return x <= NUMBER(0) ? NUMBER(0) : x;  // a NaN compares false and stays
         case LEAKY_RELU: return x <= NUMBER(0) ? negative_slope * x : x;
+        case RELU6: return x <= NUMBER(0) ? NUMBER(0) : (x >= NUMBER(6) ? NUMBER(6) : x);
         case SIGMOID: return logistic(x);
         case TANH: return hyperbolic_tangent(x);
         case GELU: return x < -GELU_FAR ? NUMBER(0) : x * normal_distribution(x);
@@ -58,13 +59,14 @@ __device__ __forceinline__ accumulate_t activate(int function, accumulate_t x, a
     }
 }
 
-// The derivative at ``value``: of the output for ReLU, sigmoid and tanh, of the input for the others.
+// The derivative at ``value``: of the output for ReLU, ReLU6, sigmoid and tanh, of the input for the others.
 __device__ __forceinline__ accumulate_t activation_slope(
     int function, accumulate_t value, accumulate_t negative_slope
 ) {
     switch (function) {
         case RELU: return value > NUMBER(0) ? NUMBER(1) : NUMBER(0);
         case LEAKY_RELU: return value > NUMBER(0) ? NUMBER(1) : negative_slope;
+        case RELU6: return value > NUMBER(0) && value < NUMBER(6) ? NUMBER(1) : NUMBER(0);
         case SIGMOID: return value * (NUMBER(1) - value);
         case TANH: return (NUMBER(1) - value) * (NUMBER(1) + value);  // 1 - y * y loses the digits near 1
         case GELU: {
