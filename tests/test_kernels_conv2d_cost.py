@@ -310,10 +310,10 @@ def test_a_filters_gradient_by_hand() -> None:
     problem = shaped(256, 64, 56, 64, 3, padding=1)
     made = conv2d_cost.estimate("implicit_gemm", "backward_filter", problem, "float32", H200)
     assert made.tile == "filter_gradient_wide"
-    # 64 x 576 sums are 9 tiles, and 57 parts of the positions make them 513 blocks: four on the busiest of 132.
-    depth = 256 * 56 * 56 / 57
-    assert made.arithmetic == pytest.approx(4 * 2 * 64 * 64 * depth / (0.4 * 256 * 1.98e9))
-    assert made.passes == pytest.approx(4 * 57 * 64 * 576 / 4.32e12)
+    # 64 x 576 sums are five tiles of 64 x 128. Five for each of 132 multiprocessors are 132 parts, 660 blocks.
+    depth = 256 * 56 * 56 / 132
+    assert made.arithmetic == pytest.approx(5 * 2 * 64 * 128 * depth / (0.63 * 256 * 1.98e9))
+    assert made.passes == pytest.approx(4 * 132 * 64 * 576 / 4.32e12)
     assert made.launches == 2
     columns = conv2d_cost.estimate("im2col", "backward_filter", problem, "float32", H200)
     # An image at a time: nine tiles of 128 x 64, or five of 64 x 128, one on a multiprocessor, 256 times.

@@ -25,7 +25,7 @@ from gpucnn_kernels.conv2d_filter import (
 from gpucnn_kernels.gpu import H200
 from gpucnn_kernels.runtime.host import order_independent
 from tests.accuracy import awkward, channels_last, max_error
-from tests.kernel_arrays import DTYPES, LAYOUTS, accumulated, cast, error_bound, wide
+from tests.kernel_arrays import DTYPES, EPSILON, LAYOUTS, accumulated, cast, error_bound, wide
 from tests.oracles.convolution import backward_filter_loops, plain_backward_filter
 from tests.problems import ALL, LARGE, SMALL, arrays, geometry, options
 
@@ -35,6 +35,7 @@ MORE = {
     "wide-tiles-grouped": Conv2dProblem.from_shapes((1, 16, 9, 8), (140, 8, 3, 3), stride=2, groups=2),
     "depthwise-k7": Conv2dProblem.from_shapes((2, 5, 12, 11), (10, 1, 7, 7), padding=3, groups=5),
     "depthwise-wide": Conv2dProblem.from_shapes((3, 40, 9, 9), (40, 1, 3, 3), padding=1, groups=40),
+    "large-tiles": Conv2dProblem.from_shapes((2, 15, 9, 10), (131, 15, 3, 3), padding=1),
     "few-wide-outputs": Conv2dProblem.from_shapes((2, 3, 33, 150), (70, 3, 3, 3), padding=1),
     "eleven-s4": Conv2dProblem.from_shapes((2, 3, 63, 59), (20, 3, 11, 11), stride=4, padding=2),
     "many-columns": Conv2dProblem.from_shapes((1, 8, 13, 14), (9, 8, 7, 9), padding=(3, 4), dilation=(2, 1)),
@@ -76,21 +77,27 @@ def is_channels_last(array):
 # ---------------------------------------------------------------- right
 
 
-@pytest.mark.parametrize("tile", ["filter_gradient_wide", "filter_gradient_narrow"])
+@pytest.mark.parametrize("tile", [tile.name for tile in conv2d_tiles.FILTER_TILES])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_both_tiles(dtype, tile, monkeypatch):
+def test_every_tile(dtype, tile, monkeypatch):
     """Whichever is reckoned to be faster: edges left over, groups, several parts of the positions."""
     monkeypatch.setattr(conv2d_filter, "_LEAST", 40)
-    for name in ("wide-tiles", "wide-tiles-grouped", "one-channel"):
+    for name in ("large-tiles", "wide-tiles-grouped", "one-channel"):
         problem = MORE[name]
         x, _, _, dy = (cast(array, dtype) for array in arrays(problem))
         described = wide(dy), wide(x), problem.weight_shape, geometry(problem)
         expected = plain_backward_filter(*described, numpy.longdouble).astype(numpy.float64)
         bound = error_bound(plain_backward_filter(*described, accumulated(dtype)), expected, dtype)
+        sums = wide(dy).sum(axis=(0, 2, 3))
         for arrange_x, arrange_dy in BOTH_LAYOUTS:
+            bias = cast(numpy.full(problem.K, numpy.nan), dtype)
             with conv2d_tiles.forced(tile):
-                dw = gradient(arrange_dy(dy), arrange_x(x), problem, algorithm="implicit_gemm")
+                given = arrange_dy(dy), arrange_x(x), problem
+                dw = gradient(*given, algorithm="implicit_gemm")
+                both = gradient(*given, algorithm="implicit_gemm", bias_out=bias)
             assert max_error(wide(dw), expected) <= bound, f"{name}, {tile}"
+            assert dw.tobytes() == both.tobytes()
+            assert max_error(wide(bias), sums) <= EPSILON[dtype] * (1 + abs(sums).max()) * 4, f"{name}, {tile}"
 
 
 @pytest.mark.parametrize("algorithm", filter_algorithms())
@@ -346,7 +353,10 @@ def test_the_choice():
     assert conv2d_choose("backward_filter", ALL["depthwise"], "float32") == "depthwise"
     assert conv2d_choose("backward_filter", ALL["depthwise-multiplier-2"], "float16") == "depthwise"
     assert conv2d_choose("backward_filter", ALL["one-number"], "float32") == "implicit_gemm"
-    assert conv2d_choose("backward_filter", ALL["groups-2"], "float32") == "implicit_gemm"
+    assert conv2d_choose("backward_filter", ALL["resnet-block"], "float32") == "implicit_gemm"
+    assert conv2d_choose("backward_filter", ALL["groups-2"], "float32") == "direct"
+    for name in ("lenet-1", "animalnet-1"):
+        assert conv2d_choose("backward_filter", ALL[name], "float32") == "direct"
     problem = ALL["depthwise"]
     x, _, _, dy = arrays(problem, "float32")
     chosen = gradient(dy, x, problem)

@@ -26,6 +26,7 @@ from gpucnn_kernels.conv2d_tiles import (
     CUBLAS_TILES,
     Tile,
     cache_bandwidth,
+    even_filter_parts,
     filter_parts,
     filter_seconds,
     filter_tile,
@@ -45,6 +46,7 @@ LAUNCH_SECONDS = 3e-6  # [P] an empty launch, below which nothing is; the next b
 REACHED_BANDWIDTH = 0.9  # [P] of the datasheet's: 4.3 of 4.8 TB/s of an H200 in a copy
 MARGIN = 1.25  # [E] an estimate has to be better by this to be believed against the path that is known to be good
 DEPTHWISE_SHARE = 0.1  # [E] a multiply-add needs a load, and a bound for each
+FILTER_DEPTHWISE_SHARE = 0.06  # [E] nine tenths of the 9 multiply-adds of 132 instructions, as compiled for sm_90
 COLUMN_BYTES = 256 << 20  # of the workspace for columns: more is done some images at a time
 
 
@@ -202,13 +204,13 @@ def _filter_gradient(
     positions = problem.N * problem.P * problem.Q
     once = _arrays(problem, item)
     if path == "depthwise":
-        rate = DEPTHWISE_SHARE * plain_rate(gpu, dtype)
+        rate = FILTER_DEPTHWISE_SHARE * plain_rate(gpu, dtype)
         return Estimate(path, "", problem.flops / rate, 0.0, _memory(gpu, once), 2)
     if path == "im2col":
         # A product for each image, one after the other, each adding to the same sums: few blocks at a time.
         made = _by_columns("im2col", problem, dtype, gpu)
-        parts = _by_cublas(gpu, dtype, outputs, columns, problem.groups, problem.P * problem.Q)
-        arithmetic, cache = (problem.N * part for part in parts)
+        of_an_image = _by_cublas(gpu, dtype, outputs, columns, problem.groups, problem.P * problem.Q)
+        arithmetic, cache = (problem.N * part for part in of_an_image)
         return replace(made, arithmetic=arithmetic, cache=cache, launches=made.launches + problem.N + 1)
     if path == "direct":
         arithmetic, sums = conv2d_filter_direct.seconds(problem, dtype, gpu)
@@ -218,14 +220,16 @@ def _filter_gradient(
     sizes = outputs, columns, problem.groups, positions
     if path == "tensor":
         tile, rate = tensor_filter_tile(gpu, dtype, precision, *sizes), tensor_rate(gpu, dtype, precision)
+        parts = filter_parts(tile, *sizes)
         packed, packs = _packing(problem, item, channels_last, "backward_filter")
     elif path == "implicit_gemm":
         tile, rate = filter_tile(gpu, dtype, *sizes), plain_rate(gpu, dtype)
+        parts = even_filter_parts(gpu, tile, *sizes)
         packed, packs = 0.0, 0
     else:
         raise ValueError(f"no estimate of a path '{path}' for backward_filter")
-    arithmetic, cache = filter_seconds(gpu, tile, *sizes, rate, item)
-    sums = 4.0 * filter_parts(tile, *sizes) * problem.K * columns
+    arithmetic, cache = filter_seconds(gpu, tile, *sizes, parts, rate, item)
+    sums = 4.0 * parts * problem.K * columns
     passes = _memory(gpu, packed + sums)
     return Estimate(path, tile.name, arithmetic, cache, _memory(gpu, once + sums), 2 + packs, passes)
 

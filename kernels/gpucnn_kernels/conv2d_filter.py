@@ -11,8 +11,8 @@ Ways, all deterministic, to the weight's:
 - "depthwise": for one input channel a group, where a product of matrices would have nothing to share.
 - "tensor": as "implicit_gemm", on tensor cores; see conv2d_tensor.py.
 
-Half precision is added up in float32 and rounded once. The bias's gradient can come with the weight's: "direct"
-makes it in the same pass, other ways in launches of their own.
+Half precision is added up in float32 and rounded once. The bias's gradient can come with the weight's:
+"implicit_gemm" and "direct" make it in the same pass over dy, other ways in launches of their own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gpucnn_kernels.arrays import DeviceArray, image_layout
 from gpucnn_kernels.channel_sums import launch_channel_sums
 from gpucnn_kernels.columns import columns_shape, images, launch_im2col
 from gpucnn_kernels.conv2d_choice import chosen, least_precision
-from gpucnn_kernels.conv2d_tiles import filter_tile
+from gpucnn_kernels.conv2d_tiles import even_filter_parts, filter_tile
 from gpucnn_kernels.errors import ArgumentError
 from gpucnn_kernels.launch import Call
 from gpucnn_kernels.matmul import matmul
@@ -39,7 +39,9 @@ SOURCES: dict[str, tuple[dict[str, str], ...]] = {SOURCE: ({},)}
 _THREADS = 256
 _BLOCKS = 512  # that the positions are split for: a few for each multiprocessor of any GPU
 _LEAST = 256  # positions of a part: below, adding up the parts costs more than the parts save
-_STEP = 16  # positions that a tile takes at a time
+_STEPS = {"filter_gradient_large": 8, "filter_gradient_wide": 16, "filter_gradient_narrow": 16}
+"""Positions that a tile takes at a time."""
+_PART = 1 << 30  # positions of a part at most: a block counts them in 32 bits
 _PLACES = 9  # kernel positions that a block of the depthwise kernel takes
 _PARTIAL_BYTES = 64 << 20  # of the workspace for the parts' sums
 _COLUMN_BYTES = 128 << 20  # of the workspace for the columns
@@ -71,8 +73,9 @@ def conv2d_backward_filter(
     empty batch gives zeros. dy and x may each be contiguous or channels-last; the result is channels-last where x
     is that and not contiguous, or has the layout of ``out``. ``precision`` is :func:`conv2d_forward`'s.
 
-    ``bias_out``, (K,), takes the gradient for the bias, the sum of dy over N, P and Q, which then needs no
-    launches of its own where the way is "direct". Its order of additions, and so its last bits, are the way's.
+    ``bias_out``, (K,), takes the gradient for the bias, the sum of dy over N, P and Q, made in the same pass where
+    the way is "implicit_gemm" or "direct" and both results have one dtype. Its order of additions, and so its last
+    bits, are the way's.
 
     Sums of 16-bit arrays are in float32, and rounded once unless ``out``, or ``bias_out``, is float32, too.
 
@@ -109,7 +112,7 @@ def conv2d_backward_filter(
                     call, problem, call["dy"], call["x"], fastest, together
                 )
             else:
-                partial, parts = _by_parts(call, problem, fastest, name)
+                partial, bias, parts = _by_parts(call, problem, fastest, name, together)
             if db is not None and bias is None:
                 _sum_channels(call, call["dy"], db)
             _finish(call, partial, parts, dw, bias, None if bias is None else db, problem, fastest)
@@ -223,8 +226,13 @@ def _kept(call: Call, name: str) -> str:
 # ---------------------------------------------------------------- the ways
 
 
-def _by_parts(call: Call, problem: Conv2dProblem, channels_fastest: bool, name: str) -> tuple[DeviceArray, int]:
-    """(a row of sums for every part of the positions, their number), by kernels that read x where it lies."""
+def _by_parts(
+    call: Call, problem: Conv2dProblem, channels_fastest: bool, name: str, bias: bool
+) -> tuple[DeviceArray, DeviceArray | None, int]:
+    """(a row of sums for every part of the positions, of the bias's, their number), where x is read in its place.
+
+    The bias's are made where they are asked for, and not by "depthwise".
+    """
     dy, x = call["dy"], call["x"]
     outputs, columns = problem.K // problem.groups, _columns(problem)
     positions = problem.N * problem.P * problem.Q
@@ -233,18 +241,22 @@ def _by_parts(call: Call, problem: Conv2dProblem, channels_fastest: bool, name: 
         width = min(32, 1 << (problem.K - 1).bit_length()) if across else 1
         blocks = -(-columns // _PLACES) * -(-problem.K // width)
         kernel, threads = "filter_gradient_depthwise", (width, _THREADS // width)
+        step, parts = threads[1], min(-(-_BLOCKS // blocks), -(-positions // _LEAST))
     else:
         tile = filter_tile(call.gpu, x.dtype, outputs, columns, problem.groups, positions)
         blocks = tile.blocks(outputs, columns, problem.groups)
-        kernel, threads = tile.name, (_THREADS, 1)
+        kernel, threads = tile.name, (32 * tile.warps, 1)
+        sizes = outputs, columns, problem.groups, positions
+        step, parts = _STEPS[tile.name], even_filter_parts(call.gpu, tile, *sizes, _LEAST)
     elements = problem.K * columns
     accumulated = SCALARS[x.dtype][1]
     most = max(1, _PARTIAL_BYTES // (elements * itemsize(accumulated)))
-    parts = max(1, min(-(-_BLOCKS // blocks), -(-positions // _LEAST), most))
-    part = -(-positions // parts)
-    part += -part % _STEP
+    part = -(-positions // max(1, min(parts, most), -(-positions // _PART)))
+    part += -part % 16
     parts = -(-positions // part)
     partial = call.scratch(parts * elements, accumulated)
+    bias_partial = call.scratch(parts * problem.K, accumulated) if bias and name != "depthwise" else None
+    others: dict[str, Any] = {} if name == "depthwise" else {"bias_partial": bias_partial}
     call.launch(
         SOURCE,
         kernel,
@@ -254,11 +266,13 @@ def _by_parts(call: Call, problem: Conv2dProblem, channels_fastest: bool, name: 
         x=x,
         dy=dy,
         partial=partial,
+        **others,
         gradient={
             "positions": positions,
             "part": part,
             **dict(zip(("x_n", "x_c", "x_h", "x_w"), x.strides, strict=True)),
             **dict(zip(("dy_n", "dy_k", "dy_p", "dy_q"), dy.strides, strict=True)),
+            **_stepping(problem, dy, x, step),
             "groups": problem.groups,
             "K": outputs,
             "C": problem.C // problem.groups,
@@ -275,7 +289,20 @@ def _by_parts(call: Call, problem: Conv2dProblem, channels_fastest: bool, name: 
             "dy_across": across,
         },
     )
-    return partial, parts
+    return partial, bias_partial, parts
+
+
+def _stepping(problem: Conv2dProblem, dy: DeviceArray, x: DeviceArray, step: int) -> dict[str, int]:
+    """How far ``step`` positions move in dy and x, and what to add where that leads beyond a row or an image."""
+    rows, q = divmod(step, problem.Q)
+    n, p = divmod(rows, problem.P)
+    found = {"step_p": p, "step_q": q}
+    for name, image, (down, across) in (("dy", dy, (1, 1)), ("x", x, problem.stride)):
+        by_image, by_row, by_column = image.strides[0], image.strides[2] * down, image.strides[3] * across
+        found[f"{name}_step"] = n * by_image + p * by_row + q * by_column
+        found[f"{name}_next_row"] = by_row - problem.Q * by_column
+        found[f"{name}_next_image"] = by_image - problem.P * by_row
+    return found
 
 
 def _by_columns(call: Call, problem: Conv2dProblem) -> DeviceArray:

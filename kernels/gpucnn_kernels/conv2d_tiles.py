@@ -14,6 +14,7 @@ Constants marked [E] are estimates until they are measured on a GPU; [P] follow 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -59,13 +60,16 @@ IMPLICIT_TILES_FLOAT64 = (
     Tile("conv2d_implicit_gemm_medium", 64, 64, 4, 3, 0.62),
     Tile("conv2d_implicit_gemm_small", 32, 64, 4, 4, 0.50),
 )
+# Nine tenths [E] of the share of multiply-adds in the compiled loops for sm_90, which load and look up as well.
 FILTER_TILES = (
-    Tile("filter_gradient_wide", 64, 64, 8, 3, 0.40),  # 8 for 16, and two places to keep up
-    Tile("filter_gradient_narrow", 32, 32, 8, 4, 0.25),  # 4 for 4
+    Tile("filter_gradient_large", 128, 128, 8, 2, 0.63),  # 512 of 732 instructions
+    Tile("filter_gradient_wide", 64, 128, 4, 3, 0.63),  # 1024 of 1450
+    Tile("filter_gradient_narrow", 32, 64, 2, 8, 0.54),  # 512 of 850
 )
 FILTER_TILES_FLOAT64 = (
-    Tile("filter_gradient_wide", 64, 64, 8, 2, 0.40),
-    Tile("filter_gradient_narrow", 32, 32, 8, 4, 0.25),
+    Tile("filter_gradient_large", 64, 64, 8, 2, 0.50),  # 16 for 8 numbers from shared memory
+    Tile("filter_gradient_wide", 32, 64, 4, 3, 0.50),
+    Tile("filter_gradient_narrow", 32, 32, 2, 8, 0.45),
 )
 # cuBLAS's: the shares are 47 to 52 of 67 TFLOP/s and 720 to 798 of 1070 [P], the tiles a guess [E].
 CUBLAS_TILES = tuple(Tile("cuBLAS", high, wide, 8, 2, 0.75) for high, wide in ((128, 64), (64, 128)))
@@ -190,19 +194,48 @@ def filter_parts(tile: Tile, outputs: int, columns: int, groups: int, positions:
     return max(1, min(-(-FILTER_BLOCKS // blocks), -(-positions // FILTER_POSITIONS)))
 
 
+@functools.lru_cache(maxsize=4096)
+def even_filter_parts(
+    gpu: Gpu, tile: Tile, outputs: int, columns: int, groups: int, positions: int, least: int = FILTER_POSITIONS
+) -> int:
+    """As :func:`filter_parts`, but so many that the blocks come out even on the multiprocessors.
+
+    ``least`` are the positions of a part at least.
+    """
+    blocks, most = tile.blocks(outputs, columns, groups), -(-positions // least)
+    rounds = range(1, 2 * FILTER_BLOCKS // gpu.multiprocessors + 2)
+    found = {max(1, min(number * gpu.multiprocessors // blocks, most)) for number in rounds}
+
+    def seconds(parts: int) -> float:
+        made = tiled(gpu, tile, outputs, columns, groups * parts, positions / parts, gpu.rate("float32"), 4)
+        return max(made) + 8.0 * parts * groups * outputs * columns / gpu.bandwidth
+
+    return min(sorted(found), key=seconds)
+
+
 def filter_seconds(
-    gpu: Gpu, tile: Tile, outputs: int, columns: int, groups: int, positions: int, rate: float, item: int
+    gpu: Gpu,
+    tile: Tile,
+    outputs: int,
+    columns: int,
+    groups: int,
+    positions: int,
+    parts: int,
+    rate: float,
+    item: int,
 ) -> tuple[float, float]:
     """(arithmetic, cache) seconds of a filter's gradient, ``outputs`` x ``columns`` sums a group."""
-    parts = filter_parts(tile, outputs, columns, groups, positions)
     return tiled(gpu, tile, outputs, columns, groups * parts, positions / parts, rate, item)
 
 
 def filter_tile(gpu: Gpu, dtype: str, outputs: int, columns: int, groups: int, positions: int) -> Tile:
     """That of the filter's gradient without tensor cores."""
     tiles = FILTER_TILES_FLOAT64 if dtype == "float64" else FILTER_TILES
-    sizes = outputs, columns, groups, positions
-    return _fastest(tiles, lambda tile: filter_seconds(gpu, tile, *sizes, plain_rate(gpu, dtype), itemsize(dtype)))
+    sizes, rate, item = (outputs, columns, groups, positions), plain_rate(gpu, dtype), itemsize(dtype)
+    return _fastest(
+        tiles,
+        lambda tile: filter_seconds(gpu, tile, *sizes, even_filter_parts(gpu, tile, *sizes), rate, item),
+    )
 
 
 def tensor_filter_tile(
@@ -211,7 +244,10 @@ def tensor_filter_tile(
     """That of the filter's gradient on tensor cores."""
     tiles = THREE_PRODUCT_FILTER_TILES if products(dtype, precision) == 3 else TENSOR_FILTER_TILES
     rate, sizes = tensor_rate(gpu, dtype, precision), (outputs, columns, groups, positions)
-    return _fastest(tiles, lambda tile: filter_seconds(gpu, tile, *sizes, rate, itemsize(dtype)))
+    return _fastest(
+        tiles,
+        lambda tile: filter_seconds(gpu, tile, *sizes, filter_parts(tile, *sizes), rate, itemsize(dtype)),
+    )
 
 
 def products(dtype: str, precision: str | None) -> int:
