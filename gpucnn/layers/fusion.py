@@ -32,7 +32,7 @@ from gpucnn.layers.linear import Linear
 from gpucnn.layers.normalization import BatchNorm1d, BatchNorm2d
 from gpucnn.layers.pooling import MaxPool2d
 from gpucnn.ops import Array, array_module
-from gpucnn.ops.memory_format import is_channels_last
+from gpucnn.ops.memory_format import empty_image, is_channels_last
 from gpucnn_kernels.problem import Pool2dProblem, ProblemError
 
 _OWN: dict[type[Layer], Any] = {
@@ -95,7 +95,7 @@ def backward_sum(owner: Layer, norm: Layer, activation: Layer | None, dy: Array)
     if activation is None or not _is_norm(norm) or not _may_go_back(owner, norm, activation, dy):
         return None
     (y,) = activation._take_saved()
-    residual = array_module(y).empty_like(y)
+    residual = empty_image(y.shape, y, is_channels_last(y)) if y.ndim == 4 else array_module(y).empty_like(y)
     return _back_through(norm, dy, y, activation, out_residual=residual), residual
 
 
