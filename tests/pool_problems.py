@@ -52,5 +52,7 @@ POOL_PROBLEMS = [
     PoolCase("one row", (2, 2, 1, 9), (1, 2), (1, 2)),
     PoolCase("more than 256 places", (1, 1, 18, 17), (17, 17), (1, 1)),
     PoolCase("many images", (9, 5, 6, 6), (3, 3), (2, 2), (1, 1)),
+    PoolCase("sixteen channels, halves", (1, 16, 5, 6), (2, 2), (2, 2)),
+    PoolCase("sixteen channels, overlapping", (2, 16, 5, 5), (3, 3), (2, 2), (1, 1)),
     PoolCase("no images", (0, 3, 6, 6), (3, 3), (2, 2), (1, 1)),
 ]

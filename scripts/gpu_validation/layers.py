@@ -178,7 +178,8 @@ def check_adaptive(bench: Bench) -> None:
 
 def check_batch_norm(bench: Bench) -> None:
     """Training, its gradient, inference; a channel of a large mean."""
-    shapes = [(4, 3, 5, 7), (6, 40, 3, 2), (33, 5), (2, 2, 31, 9)]
+    # The last two take three launches, number by number and in packs.
+    shapes = [(4, 3, 5, 7), (6, 40, 3, 2), (33, 5), (2, 2, 31, 9), (300, 3, 6, 5), (130, 8, 8, 8)]
     for numbers, shape in product(bench.numbers(), shapes if bench.whole else shapes[:2]):
         channels, epsilon = shape[1], 1e-5
         x, dy = numbers.normal(*shape), numbers.normal(*shape)
