@@ -21,6 +21,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from gpucnn_kernels import conv2d_direct, conv2d_filter_direct
+from gpucnn_kernels.conv2d_forward_paths import depthwise_slides
 from gpucnn_kernels.conv2d_tiles import (
     CUBLAS_TENSOR_TILES,
     CUBLAS_TILES,
@@ -138,8 +139,13 @@ def estimate(
         fetched = plan.blocks * plan.copied * item / cache_bandwidth(gpu)
         return Estimate(path, plan.kernel, plan.seconds(gpu), fetched, _memory(gpu, once))
     if path == "depthwise":
-        rate = DEPTHWISE_SHARE * plain_rate(gpu, dtype)
-        return Estimate(path, "", problem.flops / rate, 0.0, _memory(gpu, once))
+        share = DEPTHWISE_SHARE
+        if depthwise_slides(problem, direction == "backward_data"):
+            taps = problem.R * problem.S
+            share = taps / (
+                taps + 8 * problem.S * problem.stride[0] + 34
+            )  # reading rows, and what an output takes
+        return Estimate(path, "", problem.flops / (share * plain_rate(gpu, dtype)), 0.0, _memory(gpu, once))
     if path == "dilated":
         stride = problem.stride[0] * problem.stride[1]
         whole = Sizes(

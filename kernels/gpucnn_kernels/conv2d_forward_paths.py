@@ -15,7 +15,7 @@ from gpucnn_kernels.arrays import DeviceArray, image_layout
 from gpucnn_kernels.columns import columns_shape, images, launch_im2col
 from gpucnn_kernels.conv2d_tiles import implicit_tile
 from gpucnn_kernels.errors import ArgumentError
-from gpucnn_kernels.launch import Call, blocks_for
+from gpucnn_kernels.launch import THREADS, Call, blocks_for
 from gpucnn_kernels.matmul import matmul
 from gpucnn_kernels.problem import Conv2dProblem
 from gpucnn_kernels.runtime import itemsize
@@ -30,7 +30,9 @@ SOURCES: dict[str, tuple[dict[str, str], ...]] = {
 WORKSPACE_BYTES = 1 << 28
 """Columns are made for so many images at a time that they take no more than this, but at least for one."""
 
-_MOST_UNITS = 65535  # blocks along z
+_MOST_UNITS = 65535  # blocks along y and z
+_RUN, _SHORT_RUN = 28, 4  # rows of a depthwise kernel's thread
+_ENOUGH_THREADS = 1 << 17  # of long runs, to keep a GPU of some hundred multiprocessors busy
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,10 +182,20 @@ def depthwise(
 ) -> None:
     """Fill ``output``, y from x or (``transposed``) dx from dy, where each input channel is a group of its own."""
     vertical, horizontal = axes(problem, transposed)
+    kernel = "conv2d_depthwise"
+    blocks: tuple[int, ...] = (blocks_for(output.size),)
+    more: dict[str, Any] = {"count": output.size}
+    lines = problem.C * horizontal["output"]
+    if depthwise_slides(problem, transposed) and lines < 1 << 31:
+        kernel = f"conv2d_depthwise_{problem.R}x{problem.S}_stride_{problem.stride[0]}"
+        run = _RUN if problem.N * lines * vertical["output"] >= _RUN * _ENOUGH_THREADS else _SHORT_RUN
+        run = max(run, -(-vertical["output"] // _MOST_UNITS))
+        blocks = (-(-lines // THREADS), -(-vertical["output"] // run), min(problem.N, _MOST_UNITS))
+        more = {"run": run}
     call.launch(
         "conv2d_depthwise",
-        "conv2d_depthwise",
-        blocks_for(output.size),
+        kernel,
+        blocks,
         scalar=source.dtype,
         input=source,
         input_strides=strides(source),
@@ -197,7 +209,17 @@ def depthwise(
         horizontal=horizontal,
         transposed=int(transposed),
         epilogue=epilogue.fields,
-        count=output.size,
+        **more,
+    )
+
+
+def depthwise_slides(problem: Conv2dProblem, transposed: bool) -> bool:
+    """Whether a depthwise problem has a kernel of its own, whose threads make runs of numbers below each other."""
+    return (
+        problem.K == problem.C
+        and (problem.R, problem.S) in ((3, 3), (5, 5))
+        and problem.dilation == (1, 1)
+        and (problem.stride == (1, 1) or (problem.stride == (2, 2) and not transposed))
     )
 
 
