@@ -100,7 +100,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any]) -> list[st
 def test_the_fastest_is_taken_and_not_measured_again(monkeypatch: pytest.MonkeyPatch, tuned: Path) -> None:
     told = clock(
         monkeypatch, conv2d_implicit_gemm_large=3e-6, conv2d_implicit_gemm_medium=6e-6,
-        conv2d_implicit_gemm_small=5e-6, im2col_planes=4e-6,
+        conv2d_implicit_gemm_small=5e-6, im2col_planes=4e-6, conv2d_direct_wide=7e-6,
     )  # fmt: skip
     with tuning.autotune(False):
         expected = conv2d_forward(X, WEIGHT, **PLAIN)
@@ -108,6 +108,7 @@ def test_the_fastest_is_taken_and_not_measured_again(monkeypatch: pytest.MonkeyP
     assert numpy.abs(result - expected).max() <= 1e-5
     assert {name for name, _ in told.asked} == {
         "conv2d_implicit_gemm_large", "conv2d_implicit_gemm_medium", "conv2d_implicit_gemm_small", "im2col_planes",
+        "conv2d_direct_wide",
     }  # fmt: skip
     # Two to warm up, then five rounds of as many as fill a millisecond, at most twenty.
     assert [repeats for name, repeats in told.asked if name == "im2col_planes"] == [1, 1, 20, 20, 20, 20, 20]
@@ -154,8 +155,9 @@ def test_what_cannot_run_here_is_passed_over(monkeypatch: pytest.MonkeyPatch, tu
         conv2d_implicit_gemm_medium=2e-6, conv2d_implicit_gemm_small=1e-6,
     )  # fmt: skip
     assert launched(monkeypatch, lambda: conv2d_forward(X, WEIGHT, **PLAIN))[-1] == "conv2d_implicit_gemm_small"
-    clock(monkeypatch, "im2col_planes", *(f"conv2d_implicit_gemm_{size}" for size in ("large", "medium", "small")))
-    every = "none of implicit_gemm, implicit_gemm, implicit_gemm, im2col runs"
+    tiles = [f"conv2d_implicit_gemm_{size}" for size in ("large", "medium", "small")]
+    clock(monkeypatch, "im2col_planes", "conv2d_direct_wide", *tiles)
+    every = "none of implicit_gemm, implicit_gemm, implicit_gemm, im2col, direct runs"
     with pytest.raises(gpucnn_kernels.KernelError, match=every):
         conv2d_forward(X[:1].copy(), WEIGHT, **PLAIN)
 
@@ -177,7 +179,7 @@ def test_only_what_gives_the_same_bits_every_time_is_tried(tuned: Path) -> None:
         problem = gpucnn_kernels.Conv2dProblem.from_shapes(X.shape, WEIGHT.shape, padding=1)
         plain = [
             ("phases", "conv2d_implicit_gemm_large"), ("phases", "conv2d_implicit_gemm_medium"),
-            ("phases", "conv2d_implicit_gemm_small"), ("col2im", ""),
+            ("phases", "conv2d_implicit_gemm_small"), ("col2im", ""), ("direct", ""),
         ]  # fmt: skip
         assert tuning.candidates(call, "backward_data", problem, "float32", "float32") == plain
         three = [("tensor", f"conv2d_tensor_{tile}") for tile in ("wide", "large", "medium", "small")]
