@@ -33,16 +33,13 @@
 //   fetches, half of that in tf32; with 5.5 TB/s, an estimate for the H200, 470, 350, 280 and 120 TFLOP/s. Three
 //   products do the fetching of one: 105 TFLOP/s by mma.sync are less than any tile but the small one fetches for.
 //
-// Registers, wide, large, medium and small: 237, 237, 241 and 83 in 16 bits, 217, 221, 233 and 83 in tf32, 224,
-// 226, 240 and 114 of three products; shared memory 98, 65, 82 and 25 KiB; of 64 warps 8, 8, 8 and 20 (16 of three
+// Registers, wide, large, medium and small: 236, 236, 240 and 82 in 16 bits, 216, 220, 232 and 82 in tf32, 224,
+// 226, 240 and 110 of three products; shared memory 98, 65, 82 and 25 KiB; of 64 warps 8, 8, 8 and 20 (16 of three
 // products) are resident. Wide and medium blocks fit every GPU from sm_80 on. Others: docs/kernels.md.
 #include "conv2d_tensor.cuh"
-
-#include "activation_packs.cuh"
-#include "packs.cuh"
+#include "conv2d_tensor_output.cuh"
 
 constexpr int LINE = 64;  // bytes of a row of a stage: four chunks
-constexpr int PART = 64;  // positions that are written at a time
 
 // Channels of a warp's tile: the parts of split numbers take the registers that more would.
 constexpr int WARP_OUTPUTS = PRODUCTS == 3 ? 32 : 64;
@@ -112,10 +109,8 @@ __device__ __forceinline__ void convolve(
     constexpr int ROWS = THREADS / 4;  // rows of a stage that the threads fill at once
     constexpr int SOURCE_LOADS = POSITIONS / ROWS, FILTER_LOADS = OUTPUTS / ROWS;
     constexpr int DOWN = WARP_POSITIONS / 16, ACROSS = WARP_CHANNELS / 8;
-    constexpr int PITCH = OUTPUTS + 8;  // numbers a row of sums: pairs of four rows meet different banks
     static_assert(
-        PART * PITCH * 4 <= STAGES * STAGE && OUTPUTS * (PART + 4) * 4 <= STAGES * STAGE,
-        "the sums go where the stages were"
+        Written<POSITIONS, OUTPUTS, THREADS>::NUMBERS * 4 <= STAGES * STAGE, "the sums go where the stages were"
     );
 
     // The block's channels, positions and unit, a group of a phase. Some phases have fewer positions than blocks
@@ -305,13 +300,6 @@ __device__ __forceinline__ void convolve(
     }
     copy_async_wait_all();
 
-    // The sums go back through shared memory, some positions at a time, so that neighbours in the output,
-    // whichever they are, are neighbours there.
-    float *shared_sums = reinterpret_cast<float *>(stages);
-    const bool by_channel = output_strides.c < output_strides.w;
-    const int position_pitch = by_channel ? PITCH : 1, channel_pitch = by_channel ? 1 : PART + 4;
-    const int left_channels = channels.output - first_channel;
-    const int channel_of_output = group * channels.output + first_channel;
 #if PRODUCTS == 3
     int lost = 0;  // whether a sum is
 #pragma unroll
@@ -324,84 +312,12 @@ __device__ __forceinline__ void convolve(
     }
     lost = __syncthreads_or(lost);
 #endif
-#pragma unroll 1
-    for (int part = 0; part < POSITIONS / PART; ++part) {
-        __syncthreads();  // the stages, or the part before, have been read
-        if (warp_position / PART == part) {
-            float *corner = shared_sums + (warp_position % PART + lane / 4) * position_pitch +
-                            (warp_output + lane % 4 * 2) * channel_pitch;
-#pragma unroll
-            for (int i = 0; i < DOWN; ++i) {
-#pragma unroll
-                for (int j = 0; j < ACROSS; ++j) {
-#pragma unroll
-                    for (int down_by = 0; down_by < 2; ++down_by) {
-                        const float *pair = sums[i][j] + 2 * down_by;
-                        float *to = corner + (i * 16 + down_by * 8) * position_pitch + j * 8 * channel_pitch;
-                        if (by_channel) {
-                            *reinterpret_cast<float2 *>(to) = make_float2(pair[0], pair[1]);
-                        } else {
-                            to[0] = pair[0];
-                            to[channel_pitch] = pair[1];
-                        }
-                    }
-                }
-            }
-        }
-        __syncthreads();
-        if (vectors) {
-            const int packs_a_line = (by_channel ? OUTPUTS : PART) / CHUNK;
-            int seen_channel = -1;
-            ChannelTerms of[CHUNK];
-#pragma unroll 1
-            for (int pack = threadIdx.x; pack < PART * OUTPUTS / CHUNK; pack += THREADS) {
-                const int here = pack / packs_a_line, along = pack % packs_a_line * CHUNK;
-                const int row = by_channel ? here : along, channel = by_channel ? along : here;
-                const long long pixel = places[part * PART + row];
-                if (channel >= left_channels || pixel < 0) continue;
-                const int first = channel_of_output + channel;
-                if (channel != seen_channel) {  // channels-last it is the same in every turn
-                    seen_channel = channel;
-#pragma unroll
-                    for (int k = 0; k < CHUNK; ++k) of[k] = terms_of(terms, first + (by_channel ? k : 0));
-                }
-                const long long place = pixel + first * output_strides.c;
-                float numbers[CHUNK];
-#pragma unroll
-                for (int k = 0; k < CHUNK; k += 4) {
-                    const Pack<float, 4> four = load_pack<4>(
-                        shared_sums + row * position_pitch + channel * channel_pitch + k
-                    );
-#pragma unroll
-                    for (int l = 0; l < 4; ++l) numbers[k + l] = scaled(four.number[l], of[k + l]);
-                }
-                if (terms.residual != nullptr) {
-                    const Pack<scalar_t, CHUNK> more = load_pack<CHUNK>(terms.residual + place);
-#pragma unroll
-                    for (int k = 0; k < CHUNK; ++k) numbers[k] += load(more.number[k]);
-                }
-                activate_all(epilogue.function, numbers, epilogue.negative_slope);
-                Pack<scalar_t, CHUNK> result;
-#pragma unroll
-                for (int k = 0; k < CHUNK; ++k) result.number[k] = store(numbers[k]);
-                store_pack<CHUNK>(output + place, result);
-            }
-        } else {
-#pragma unroll 1
-            for (int element = threadIdx.x; element < PART * OUTPUTS; element += THREADS) {
-                const int row = by_channel ? element / OUTPUTS : element % PART;
-                const int channel = by_channel ? element % OUTPUTS : element / PART;
-                const long long pixel = places[part * PART + row];
-                if (channel < left_channels && pixel >= 0) {
-                    const long long place = pixel + (channel_of_output + channel) * output_strides.c;
-                    output[place] = finished(
-                        shared_sums[row * position_pitch + channel * channel_pitch], terms,
-                        channel_of_output + channel, place, epilogue
-                    );
-                }
-            }
-        }
-    }
+    const int left_channels = channels.output - first_channel;
+    const int channel_of_output = group * channels.output + first_channel;
+    const Written<POSITIONS, OUTPUTS, THREADS> written = {
+        output, output_strides, terms, epilogue, places, channel_of_output, left_channels
+    };
+    written.write(sums, warp_position, warp_output, reinterpret_cast<float *>(stages), vectors);
 #if PRODUCTS == 3
     if (!lost) return;
     __syncthreads();  // what the others have written is there
