@@ -47,7 +47,7 @@ class Tile:
 
 
 # Of the instructions that a step of the compiled loop takes on sm_90, FFMA are 78 to 85 % in the large tile, 73 to
-# 80 % in the medium and 60 to 66 % in the small one, by how the arrays lie. Nine tenths of the least are reckoned
+# 80 % in the medium and 57 to 66 % in the small one, by how the arrays lie. Nine tenths of the least are reckoned
 # with, and somewhat less in the smaller tiles, which fetch and read more for each product [E]. In float64 a
 # multiply-add takes two clocks, which hides as many others.
 IMPLICIT_TILES = (

@@ -23,7 +23,7 @@
 // arithmetic is the limit. From shared memory a thread reads 16 numbers, four loads, for 64 multiply-adds (8 for
 // 16 in the small tile). Counted in the compiled code for sm_90, not measured: a thread's step of the large tile
 // takes 600 to 655 instructions, of which 512 are FFMA, by how filter and image lie, of the medium one 640 to 700;
-// two steps of eight terms of the small one 390 to 430, of which 256 are FFMA. The table takes 120 more of two
+// two steps of eight terms of the small one 390 to 445, of which 256 are FFMA. The table takes 120 more of two
 // warps every 64 terms. Positions and channels are rounded up to the tile: see conv2d_direct.cu for few channels.
 #include "conv2d.cuh"
 
