@@ -145,7 +145,7 @@ def test_what_does_not_fit():
         conv_transpose2d_backward_data(x, weight.transpose(1, 0, 2, 3), padding="same")
     with pytest.raises(ArgumentError, match=r"bias must have shape \(3,\), got \(2,\)"):
         conv_transpose2d_forward(x, weight, bias[:2])
-    with pytest.raises(ArgumentError, match="phases, dilated, col2im, scatter, depthwise"):
+    with pytest.raises(ArgumentError, match="phases, direct, dilated, col2im, scatter, depthwise"):
         conv_transpose2d_forward(x, weight, algorithm="im2col")
     with pytest.raises(ArgumentError, match="'depthwise' needs as many groups"):
         conv_transpose2d_forward(x, weight, algorithm="depthwise")

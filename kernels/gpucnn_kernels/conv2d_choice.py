@@ -32,7 +32,7 @@ import functools
 import os
 from typing import Any
 
-from gpucnn_kernels import conv2d_cost, conv2d_filter_direct, conv2d_tensor
+from gpucnn_kernels import conv2d_cost, conv2d_direct, conv2d_filter_direct, conv2d_tensor
 from gpucnn_kernels.conv2d_direct import DIRECT_CHANNELS
 from gpucnn_kernels.conv2d_forward_paths import is_pointwise
 from gpucnn_kernels.errors import ArgumentError
@@ -78,6 +78,9 @@ def _chosen(
 ) -> str:
     names = candidates(direction, problem, dtype, precision, gpu)
     first = usual(direction, problem, dtype, precision, gpu)
+    # A grid that leaves most multiprocessors idle is a matter of latency, of which the estimates know little.
+    if first == "direct" and conv2d_direct.plan(problem, False, dtype, gpu).blocks < gpu.multiprocessors:
+        return first
     return conv2d_cost.choose(
         first, names, direction, problem, dtype, gpu, precision=precision, channels_last=channels_last
     )
