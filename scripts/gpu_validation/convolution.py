@@ -32,6 +32,7 @@ COLUMN_LIMIT = 300_000  # elements of columns that are followed one by one
 # Larger than any of the shared list: they fill enough of the large tiles for those to be taken.
 WIDE = {
     "many-outputs": Conv2dProblem.from_shapes((5, 5, 31, 30), (136, 5, 3, 3), padding=1),
+    "some-outputs": Conv2dProblem.from_shapes((2, 12, 13, 12), (40, 12, 3, 3), padding=1),
     "many-inputs": Conv2dProblem.from_shapes((9, 72, 31, 30), (5, 72, 3, 3), padding=1),
     "groups-2-of-70": Conv2dProblem.from_shapes((2, 140, 21, 33), (140, 70, 3, 2), stride=2, padding=1, groups=2),
 }
