@@ -25,7 +25,7 @@ def watched_counts(monkeypatch):
     """Counts from now on, of tensor cores' convolutions, whatever so small problems are reckoned to take."""
     monkeypatch.setattr(conv2d_choice, "_chosen", lambda *given: conv2d_choice.usual(*given[:4], given[5]))
     found = Counts()
-    launch, image, weight = Call.launch, conv2d_tensor._packed_image, conv2d_tensor._packed_filter
+    launch, image, weight = Call.launch, conv2d_tensor.packed_image, conv2d_tensor.packed_filter
     copied = HostArrays.ascontiguousarray
 
     def launched(self, source, *rest, **more):
@@ -53,7 +53,7 @@ def watched_counts(monkeypatch):
         return result
 
     monkeypatch.setattr(Call, "launch", launched)
-    monkeypatch.setattr(conv2d_tensor, "_packed_image", packed_image)
-    monkeypatch.setattr(conv2d_tensor, "_packed_filter", packed_filter)
+    monkeypatch.setattr(conv2d_tensor, "packed_image", packed_image)
+    monkeypatch.setattr(conv2d_tensor, "packed_filter", packed_filter)
     monkeypatch.setattr(HostArrays, "ascontiguousarray", contiguous)
     return found

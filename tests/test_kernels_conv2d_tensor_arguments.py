@@ -11,7 +11,7 @@ from gpucnn_kernels import (
     conv2d_backward_filter,
     conv2d_choice,
     conv2d_forward,
-    conv2d_tensor,
+    conv2d_pieces,
     conv_transpose2d_forward,
     runtime,
 )
@@ -64,7 +64,7 @@ def started(devices):
 
 def test_older_gpus_are_refused_in_words(devices: RecordingRuntime) -> None:
     words = r"'tensor' needs a GPU of compute capability 8\.0 or newer, this one's is 7\.5; choose auto"
-    for dtype in conv2d_tensor.DTYPES:
+    for dtype in conv2d_pieces.DTYPES:
         for run in every_direction(dtype, OLD, algorithm="tensor").values():
             with pytest.raises(DeviceError, match=words):
                 run()

@@ -32,7 +32,7 @@ import functools
 import os
 from typing import Any
 
-from gpucnn_kernels import conv2d_cost, conv2d_direct, conv2d_filter_direct, conv2d_tensor
+from gpucnn_kernels import conv2d_cost, conv2d_direct, conv2d_filter_direct, conv2d_pieces, conv2d_tensor
 from gpucnn_kernels.conv2d_direct import DIRECT_CHANNELS
 from gpucnn_kernels.conv2d_forward_paths import is_pointwise
 from gpucnn_kernels.errors import ArgumentError
@@ -106,7 +106,7 @@ def candidates(
     if depth == 1 and problem.groups > 1:
         names.append("depthwise")
     as_exact = dtype == "float32" and precision is None  # three products
-    able = dtype in conv2d_tensor.DTYPES and gpu.capability >= conv2d_tensor.CAPABILITY
+    able = dtype in conv2d_pieces.DTYPES and gpu.capability >= conv2d_tensor.CAPABILITY
     if able and (as_exact or _tensor_cores_asked_for(precision)):
         names.append("tensor")
     return tuple(names)

@@ -25,18 +25,17 @@ GPUs from compute capability 8.0 on; others are refused in words.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
-from gpucnn_kernels.arrays import DeviceArray, image_layout
+from gpucnn_kernels.arrays import DeviceArray
 from gpucnn_kernels.conv2d_forward_paths import Epilogue, axes, channel_counts, strides
+from gpucnn_kernels.conv2d_pieces import DTYPES, chunk_of, packed_filter, packed_image
 from gpucnn_kernels.conv2d_tiles import TENSOR_FILTER_TILES, TENSOR_TILES, tensor_filter_tile, tensor_tile
 from gpucnn_kernels.errors import ArgumentError, DeviceError, DtypeError
 from gpucnn_kernels.launch import Call
 from gpucnn_kernels.problem import Conv2dProblem
 from gpucnn_kernels.runtime import itemsize
 
-DTYPES = ("float32", "float16", "bfloat16")
 PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
 CAPABILITY = (8, 0)
 """The oldest compute capability with cp.async and tensor cores of tf32 and bfloat16."""
@@ -48,7 +47,6 @@ _FORMS: tuple[dict[str, Any], ...] = tuple(
 SOURCES: dict[str, tuple[dict[str, Any], ...]] = {
     "conv2d_tensor": _FORMS,
     "conv2d_tensor_filter": _FORMS,
-    "conv2d_tensor_pack": tuple({"SCALAR": dtype} for dtype in DTYPES),
 }
 
 _STAGES, _LINE = 4, 64  # of the ring in shared memory, and bytes that a row of each holds
@@ -62,7 +60,6 @@ SHARED_BYTES = {
 }
 """Dynamic shared memory of a block, in bytes."""
 
-_PACK_TILES = {"narrow": (256, 16), "wide": (64, 64)}  # pixels and channels that a block packs
 _FILTER_BLOCKS = 512  # that the positions of a filter gradient are split for
 _LEAST_POSITIONS = 256  # of a part: below, adding up the parts costs more than the parts save
 _PARTIAL_BYTES = 64 << 20  # of the workspace for the parts' sums
@@ -122,9 +119,9 @@ def convolve(
     units, positions = phases * problem.groups, problem.N * height * width
     made = tensor_tile(call.gpu, source.dtype, precision, channels["output"], positions, units)
     tiles = -(-positions // made.positions)
-    image = _packed_image(call, source, problem.groups)
-    filters, filter_strides = _packed_filter(call, problem, weight, transposed)
-    chunk = _chunk(source.dtype)
+    image = packed_image(call, source, problem.groups)
+    filters, filter_strides = packed_filter(call, problem, weight, transposed)
+    chunk = chunk_of(source.dtype)
     call.launch(
         "conv2d_tensor",
         made.name,
@@ -158,7 +155,7 @@ def filter_sums(
 ) -> tuple[DeviceArray, int]:
     """(a row of the weight's sums, ordered K, R, S, C / groups, for every part of the positions, their number)."""
     check(call, x.dtype)
-    chunk = _chunk(x.dtype)
+    chunk = chunk_of(x.dtype)
     outputs, depth = problem.K // problem.groups, problem.C // problem.groups
     dy_chunks, x_chunks = -(-outputs // chunk), -(-depth // chunk)
     columns = problem.R * problem.S * x_chunks * chunk
@@ -172,7 +169,7 @@ def filter_sums(
     part = -(-positions // parts)
     part += -part % depth_a_step
     parts = -(-positions // part)
-    image, slopes = _packed_image(call, x, problem.groups), _packed_image(call, dy, problem.groups)
+    image, slopes = packed_image(call, x, problem.groups), packed_image(call, dy, problem.groups)
     steps = _steps(image)
     partial = call.scratch(parts * elements, "float32")
     call.launch(
@@ -208,12 +205,7 @@ def filter_sums(
     return partial, parts
 
 
-# ---------------------------------------------------------------- what is not in pieces of 16 bytes
-
-
-def _chunk(dtype: str) -> int:
-    """Elements of 16 bytes."""
-    return 16 // itemsize(dtype)
+# ---------------------------------------------------------------- how results lie
 
 
 def _steps(image: DeviceArray) -> dict[str, int]:
@@ -222,103 +214,8 @@ def _steps(image: DeviceArray) -> dict[str, int]:
     return {axis: 0 if lengths[axis] == 1 else step for axis, step in strides(image).items()}
 
 
-def _in_pieces(image: DeviceArray | None) -> bool:
-    """Whether channels lie side by side from a multiple of 16 bytes on; of no image, yes."""
-    return image is None or (image.channels_last and image.address % 16 == 0)
-
-
 def _in_vectors(output: DeviceArray, residual: DeviceArray | None, channels: int, chunk: int, phases: int) -> bool:
     """Whether the result's neighbours, ``channels`` of a group or an image's pixels, are in pieces of 16 bytes."""
     steps, (_, _, height, width) = strides(output), output.shape
     whole = channels % chunk == 0 if steps["c"] < steps["w"] else phases == 1 and height * width % chunk == 0
     return whole and all(image is None or image.address % 16 == 0 for image in (output, residual))
-
-
-def _packed_image(call: Call, image: DeviceArray, groups: int) -> DeviceArray:
-    """The image itself where the kernels can read it, or a workspace with each group's channels filled up."""
-    n, c, h, w = image.shape
-    depth, chunk = c // groups, _chunk(image.dtype)
-    padded = -(-depth // chunk) * chunk
-    if padded == depth and _in_pieces(image):
-        return image
-    last = image_layout(image) == "channels_last"
-    wide = groups * padded
-    workspace = dataclasses.replace(
-        call.scratch(n * h * w * wide, image.dtype),
-        shape=(n, wide, h, w),
-        strides=(h * w * wide, 1, w * wide, wide),
-    )
-    _pack(
-        call,
-        image,
-        workspace,
-        group=depth * (1 if last else h * w),
-        image=c * h * w,
-        pixel=c if last else 1,
-        channel=1 if last else h * w,
-        to_group=padded,
-        to_image=h * w * wide,
-        to_pixel=wide,
-        groups=groups,
-        images=n,
-        pixels=h * w,
-        channels=depth,
-        padded=padded,
-    )
-    return workspace
-
-
-def _packed_filter(
-    call: Call, problem: Conv2dProblem, weight: DeviceArray, transposed: bool
-) -> tuple[DeviceArray, dict[str, int]]:
-    """(the filter with the channels that are summed over side by side, FilterStrides): itself where it lies so."""
-    groups, taps = problem.groups, problem.R * problem.S
-    outputs, depth, chunk = problem.K // groups, problem.C // groups, _chunk(weight.dtype)
-    rows, summed = (depth, outputs) if transposed else (outputs, depth)
-    padded = -(-summed // chunk) * chunk
-    steps = {
-        "output": taps * padded,
-        "source": 1,
-        "r": problem.S * padded,
-        "s": padded,
-        "group": rows * taps * padded,
-    }
-    if not transposed and weight.channels_last and padded == depth and weight.address % 16 == 0:
-        return weight, steps
-    last = image_layout(weight) == "channels_last"
-    k, c, tap = depth * taps, 1 if last else taps, depth if last else 1
-    workspace = call.scratch(groups * steps["group"], weight.dtype)
-    _pack(
-        call,
-        weight,
-        workspace,
-        group=outputs * k,
-        image=c if transposed else k,
-        pixel=tap,
-        channel=k if transposed else c,
-        to_group=steps["group"],
-        to_image=steps["output"],
-        to_pixel=padded,
-        groups=groups,
-        images=rows,
-        pixels=taps,
-        channels=summed,
-        padded=padded,
-    )
-    return workspace, steps
-
-
-def _pack(call: Call, source: DeviceArray, packed: DeviceArray, **pack: int) -> None:
-    tile = "narrow" if pack["padded"] <= 16 else "wide"
-    pixels, channels = _PACK_TILES[tile]
-    tiles = -(-pack["pixels"] // pixels) * pack["images"] * pack["groups"]
-    call.launch(
-        "conv2d_tensor_pack",
-        f"conv2d_pack_{tile}",
-        (tiles, -(-pack["padded"] // channels)),
-        256,
-        scalar=source.dtype,
-        given=source,
-        packed=packed,
-        pack=pack,
-    )

@@ -12,7 +12,7 @@ from typing import Any
 
 from gpucnn_kernels.arrays import DeviceArray
 from gpucnn_kernels.conv2d_forward_paths import Epilogue, axes, channel_counts, strides
-from gpucnn_kernels.conv2d_tensor import _chunk, _in_pieces, _packed_filter, _packed_image
+from gpucnn_kernels.conv2d_pieces import chunk_of, in_pieces, packed_filter, packed_image
 from gpucnn_kernels.conv2d_tiles import WGMMA_TILES, wgmma_tile
 from gpucnn_kernels.errors import DeviceError, DtypeError
 from gpucnn_kernels.launch import Call
@@ -70,9 +70,9 @@ def convolve(
         height, width = -(-height // problem.stride[0]), -(-width // problem.stride[1])
     units, positions = phases * problem.groups, problem.N * height * width
     tile = wgmma_tile(call.gpu, source.dtype, channels["output"], positions, units)
-    image = _packed_image(call, source, problem.groups)
-    filters, filter_strides = _packed_filter(call, problem, weight, transposed)
-    chunk = _chunk(source.dtype)
+    image = packed_image(call, source, problem.groups)
+    filters, filter_strides = packed_filter(call, problem, weight, transposed)
+    chunk = chunk_of(source.dtype)
     call.launch(
         "conv2d_wgmma",
         tile.name,
@@ -93,6 +93,6 @@ def convolve(
         horizontal=horizontal,
         transposed=int(transposed),
         epilogue=epilogue.fields,
-        vectors=int(channels["output"] % chunk == 0 and _in_pieces(output) and _in_pieces(epilogue.residual)),
+        vectors=int(channels["output"] % chunk == 0 and in_pieces(output) and in_pieces(epilogue.residual)),
         units=units,
     )

@@ -11,7 +11,7 @@ from typing import Any
 import numpy
 
 import gpucnn_kernels as kernels
-from gpucnn_kernels import conv2d_filter, conv2d_filter_direct, conv2d_tensor, conv2d_wgmma
+from gpucnn_kernels import conv2d_filter, conv2d_filter_direct, conv2d_pieces, conv2d_tensor, conv2d_wgmma
 from gpucnn_kernels import conv2d_forward_paths as forward_paths
 from gpucnn_kernels import conv2d_tiles as tiles
 from gpucnn_kernels.conv2d_tiles import Tile
@@ -181,7 +181,7 @@ def check_tensor_cores(bench: Bench) -> None:
     """Tensor cores in every precision, with every size of tile: large ones even where they leave few blocks."""
     with largest_tiles():
         for numbers in bench.numbers():
-            forms = [(dtype, None) for dtype in numbers.dtypes if dtype in conv2d_tensor.DTYPES]
+            forms = [(dtype, None) for dtype in numbers.dtypes if dtype in conv2d_pieces.DTYPES]
             if numbers.half and "float32" in bench.dtypes:
                 forms.append(("float32", "tf32"))  # which has all digits of these numbers
             ways = [("tensor", *form) for form in forms]

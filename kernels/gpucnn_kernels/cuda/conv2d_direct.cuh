@@ -12,8 +12,7 @@
 // for each of its columns, and a tap of each.
 //
 // The input gradient is the same sum, see conv2d.cuh: each stride phase is a convolution of dy with stride 1 and a
-// part of the filter, here read from its far end so that rows and columns of dy rise. With PHASES = 2 (stride 2) a
-// thread makes two by two phases, whose windows overlap, from one patch; otherwise a block makes one phase.
+// part of the filter, here read from its far end so that rows and columns of dy rise.
 //
 // Sums are taken in the order of the loops here, whatever the patch, unless it comes in slices.
 #include "activation_packs.cuh"
