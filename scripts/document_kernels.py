@@ -62,7 +62,7 @@ y = gpucnn_kernels.conv2d_forward(x, weight, stride=2)
 - `out=` takes the result, `stream=` a stream of any of these libraries.
 - Sums are in float32 (float64 for float64).
 - A kernel compiles when it is first used and is kept on disk. `gpucnn_kernels.warm_up(("float32", "float16"))` or
-  `gpucnn warm-up` compiles all of them ahead.
+  `gpucnn warm-up` compiles all of them ahead, `processes=` (`--processes`) of them at a time.
 - `GPUCNN_KERNELS_RUNTIME=host` runs the same source on the CPU, on NumPy arrays: for tests, not for speed.
 - Kernels of your own: `gpucnn_kernels.source.source_from_text` and `gpucnn_kernels.launch.Call` give them the same
   compiler, cache and checks.
@@ -102,9 +102,19 @@ format, `activation` by name. A residual block's sum and ReLU, or a batch norm i
 their own. im2col, whose products are cuBLAS's, ends in a second launch.
 
 `conv2d_max_pool2d_forward` also pools: one launch from the images to the maxima and their places, which
-`max_pool2d_backward` takes; the convolution's result is stored nowhere. `conv2d_max_pool2d_pays` says where it is
-taken by `compile_for_inference`: at most 160 terms a sum, at most 32 output channels, windows that do not overlap.
+`max_pool2d_backward` takes; the convolution's result is stored nowhere. `conv2d_max_pool2d_pays` says where gpucnn
+takes it, in training and in `compile_for_inference`: at most 160 terms a sum, at most 32 output channels, windows that do not overlap.
 Those bounds are counted, not measured.
+
+`conv2d_backward_filter(..., bias_out=...)` makes the bias's gradient with the weight's, in the same pass over dy
+where its way allows that, and `max_pool2d_backward(..., y=, activation=)` goes back through the activation as well.
+Batch norm takes a `residual` and an `activation`, and gives the gradients of both.
+
+## Fully connected layers
+
+`linear_forward(..., activation=)` and `linear_backward`, which gives all three gradients, are one launch each where
+the layer is so small that launches are its time (`linear_choice.py` reckons where cuBLAS's products are better):
+both factors through shared memory, a block's warps sharing out the sum, bias and activation before it is stored.
 
 ## What "auto" is
 
