@@ -229,7 +229,10 @@ def test_only_what_can_be_done_is_chosen(
 def test_a_larger_problem_takes_no_less_time(
     problem: Conv2dProblem, form: tuple[str, str | None], direction: str, letter: str
 ) -> None:
-    """By every way, whatever of it doubles; but for the rounding of how a filter's sum is split into parts."""
+    """By every way, whatever of it doubles; but for the rounding of how a filter's sum is split into parts.
+
+    And but for direct blocks of few warps: those of more channels have more, which hide each other's latencies.
+    """
     dtype, precision = form
     larger = dataclasses.replace(problem, **{letter: 2 * getattr(problem, letter) or 1})
     for way in candidates(direction, problem, dtype, precision, H200):
@@ -240,6 +243,8 @@ def test_a_larger_problem_takes_no_less_time(
             conv2d_cost.estimate(way, direction, each, dtype, H200, **options) for each in (problem, larger)
         )
         slack = 0.8 if direction == "backward_filter" and way in ("implicit_gemm", "direct", "tensor") else 1.0
+        if way == "direct" and direction != "backward_filter":
+            slack = 0.9
         assert large.seconds >= slack * small.seconds - 1e-12, way
 
 
