@@ -103,18 +103,18 @@ their own. im2col, whose products are cuBLAS's, ends in a second launch.
 
 `conv2d_max_pool2d_forward` also pools: one launch from the images to the maxima and their places, which
 `max_pool2d_backward` takes; the convolution's result is stored nowhere. `conv2d_max_pool2d_pays` says where gpucnn
-takes it, in training and in `compile_for_inference`: at most 160 terms a sum, at most 32 output channels, windows that do not overlap.
-Those bounds are counted, not measured.
+takes it, in training and in `compile_for_inference`: at most 160 terms a sum, at most 32 output channels, windows
+that do not overlap. Those bounds are counted, not measured.
 
 `conv2d_backward_filter(..., bias_out=...)` makes the bias's gradient with the weight's, in the same pass over dy
-where its way allows that, and `max_pool2d_backward(..., y=, activation=)` goes back through the activation as well.
+where its way allows that, and `max_pool2d_backward(..., y=, activation=)` goes back through the activation, too.
 Batch norm takes a `residual` and an `activation`, and gives the gradients of both.
 
 ## Fully connected layers
 
-`linear_forward(..., activation=)` and `linear_backward`, which gives all three gradients, are one launch each where
-the layer is so small that launches are its time (`linear_choice.py` reckons where cuBLAS's products are better):
-both factors through shared memory, a block's warps sharing out the sum, bias and activation before it is stored.
+`linear_forward(..., activation=)` and `linear_backward`, which gives all three gradients, are one launch each
+where the layer is so small that launches are its time (`linear_choice.py` reckons where cuBLAS is better): both
+factors through shared memory, a block's warps sharing out the sum, bias and activation before it is stored.
 
 ## What "auto" is
 
