@@ -211,13 +211,15 @@ def test_infinities_and_nans_reach_only_the_taps_that_meet_them(algorithm, value
                 assert numpy.array_equal(numpy.isnan(dw), numpy.isnan(expected)), (width, stride, padding, h, w)
 
 
-def test_direct_reads_images_wherever_they_start():
-    """Four numbers at a time only where their address allows it, whatever the shape."""
-    problem = Conv2dProblem.from_shapes((2, 3, 9, 16), (5, 3, 3, 3), padding=1)
-    x, _, _, dy = arrays(problem, numpy.float32)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("shapes", [((2, 3, 9, 16), (5, 3, 3, 3)), ((24, 1, 4, 4), (3, 1, 3, 3))], ids=str)
+def test_direct_reads_images_wherever_they_start(shapes, dtype):
+    """Four numbers at a time only where their address allows it; the sums' order is that of the shape alone."""
+    problem = Conv2dProblem.from_shapes(*shapes, padding=1)
+    x, _, _, dy = arrays(problem, dtype)
     expected = gradient(dy, x, problem, algorithm="direct")
     for start in range(5):
-        memory = numpy.empty(dy.size + 8, numpy.float32)
+        memory = numpy.empty(dy.size + 8, dtype)
         shifted = memory[start : start + dy.size].reshape(dy.shape)
         shifted[:] = dy
         assert gradient(shifted, x, problem, algorithm="direct").tobytes() == expected.tobytes()

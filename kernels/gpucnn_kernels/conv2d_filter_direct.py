@@ -219,7 +219,7 @@ def filter_sums(
     """(rows of the weight's sums for every part of the positions, of the bias's where asked for, their number)."""
     check(problem, x.dtype)
     quads = _in_quads(dy)
-    made = plan(problem, x.dtype, call.gpu, quads=quads, bias=bias)
+    made = plan(problem, x.dtype, call.gpu, quads=quads, bias=bias)  # not by dy's address: it sets the sums' order
     accumulated = SCALARS[x.dtype][1]
     columns = problem.C // problem.groups * problem.R * problem.S
     partial = call.scratch(made.parts * problem.K * columns, accumulated)
@@ -261,7 +261,7 @@ def filter_sums(
             "by_row_quads": _reciprocal(made.row_quads),
             "channels_fastest": channels_fastest,
             "dy_across": image_layout(dy) == "channels_last",
-            "dy_quads": quads,
+            "dy_quads": quads and dy.address % (4 * itemsize(dy.dtype)) == 0,
         },
     )
     return partial, bias_partial, made.parts
@@ -279,10 +279,9 @@ def _steps(image: DeviceArray) -> list[int]:
 
 
 def _in_quads(dy: DeviceArray) -> bool:
-    """Whether four neighbouring positions can be read at once, wherever a multiple of four starts."""
+    """Whether a multiple of four positions starts a multiple of four numbers behind dy's first."""
     n, k, p, q = _steps(dy)
-    aligned = dy.address % (4 * itemsize(dy.dtype)) == 0
-    return aligned and dy.shape[3] % 4 == 0 and q == 1 and all(step % 4 == 0 for step in (n, k, p))
+    return dy.shape[3] % 4 == 0 and q == 1 and all(step % 4 == 0 for step in (n, k, p))
 
 
 def _neighbours(splits: int) -> int:
