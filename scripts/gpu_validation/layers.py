@@ -112,6 +112,15 @@ def check_pooling(bench: Bench) -> None:
                 ),
                 [dx], [rounding(dtype, dx, size, terms)],
             )  # fmt: skip
+            through = pooling_oracle.max_pool_backward(numpy.where(y > 0, dy, 0), argmax, case.shape, *windows)
+            bench.check(
+                "max_pool2d_backward", f"{title}, through relu", dtype,
+                lambda: kernels.max_pool2d_backward(
+                    put(dy), put(argmax.astype(small), None), input_size=case.shape[2:], **case.options,
+                    dilation=case.dilation, y=put(numpy.maximum(y, 0)), activation="relu",
+                ),
+                [through], [rounding(dtype, through, size, terms)],
+            )  # fmt: skip
         if case.dilation == (1, 1):
             check_means(bench, case, numbers, x, dy)
     check_adaptive(bench)
@@ -177,13 +186,14 @@ def check_adaptive(bench: Bench) -> None:
 
 
 def check_batch_norm(bench: Bench) -> None:
-    """Training, its gradient, inference; a channel of a large mean."""
-    # The last two take three launches, number by number and in packs.
-    shapes = [(4, 3, 5, 7), (6, 40, 3, 2), (33, 5), (2, 2, 31, 9), (300, 3, 6, 5), (130, 8, 8, 8)]
+    """Training, its gradient, inference; a channel of a large mean; with a residual and ReLU, both ways."""
+    # The last two take three launches, number by number and in packs; the second one several blocks share.
+    shapes = [(4, 3, 5, 7), (30, 2, 17, 18), (6, 40, 3, 2), (33, 5), (2, 2, 31, 9), (300, 3, 6, 5), (130, 8, 8, 8)]
     for numbers, shape in product(bench.numbers(), shapes if bench.whole else shapes[:2]):
         channels, epsilon = shape[1], 1e-5
         x, dy = numbers.normal(*shape), numbers.normal(*shape)
         x = numbers.rounded(x + numbers.normal(1, channels, *[1] * (len(shape) - 2), scale=2))
+        residual, mask = numbers.normal(*shape), numpy.maximum(numbers.normal(*shape), 0)
         weight, bias, mean0 = numbers.normal(channels), numbers.normal(channels), numbers.normal(channels)
         var0 = numbers.uniform(0.5, 2.0, channels)
         y, mean, inverse = normalization_oracle.batch_norm(x, weight, bias, epsilon)
@@ -227,6 +237,35 @@ def check_batch_norm(bench: Bench) -> None:
                     rounding(dtype, dx, backward_over, 16),
                     rounding(wide, dweight, sums, 4),
                     rounding(wide, dbias, sums, 4),
+                ],
+            )  # fmt: skip
+            total = numpy.maximum(y + residual, 0)
+            bench.check(
+                "batch_norm_forward", f"{title}, residual, relu", dtype,
+                lambda: kernels.batch_norm_forward(
+                    bench.put(x, dtype, layout), *(bench.put(values, wide) for values in (weight, bias)),
+                    epsilon=epsilon, residual=bench.put(residual, dtype, layout), activation="relu",
+                )[0],
+                [total], [rounding(dtype, total, over + numpy.abs(residual).max(), 18)],
+            )  # fmt: skip
+            through = normalization_oracle.batch_norm_backward(numpy.where(mask > 0, dy, 0), x, weight, epsilon)
+
+            def backward(dtype: str = dtype, layout: str = layout, wide: str = wide) -> Any:
+                passed = bench.put(numpy.full(dy.shape, numpy.nan), dtype, layout)
+                results = kernels.batch_norm_backward(
+                    bench.put(dy, dtype, layout), bench.put(x, dtype, layout),
+                    *(bench.put(values, wide) for values in (weight, mean, inverse)),
+                    y=bench.put(mask, dtype, layout), activation="relu", out_residual=passed,
+                )  # fmt: skip
+                return (*results, passed)
+
+            bench.check(
+                "batch_norm_backward", f"{title}, through relu", dtype, backward,
+                [*through, numpy.where(mask > 0, dy, 0)],
+                [
+                    rounding(dtype, through[0], backward_over, 16),
+                    *(rounding(wide, part, sums, 4) for part in through[1:]),
+                    0.0,
                 ],
             )  # fmt: skip
             bench.check(
