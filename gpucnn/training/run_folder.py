@@ -40,19 +40,27 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Make the folder, and keep it from every other process, and every other RunFolder, that asks for this.
 
-        Again inside of the block, it does nothing. Raises ArgumentError where another one has it, StorageError
-        where the folder cannot be made.
+        Again inside of the block, it does nothing. A folder that was made here goes again where the block raises
+        before anything was written. Raises ArgumentError where another one has it, StorageError where the folder
+        cannot be made.
         """
         if self._holds_lock:
             yield
             return
+        is_new = not self.path.exists()
         make_folder(self.path)
-        with run_lock.locked(self.path):
-            self._holds_lock = True
-            try:
-                yield
-            finally:
-                self._holds_lock = False
+        try:
+            with run_lock.locked(self.path):
+                self._holds_lock = True
+                try:
+                    yield
+                finally:
+                    self._holds_lock = False
+        except BaseException:
+            if is_new:
+                with contextlib.suppress(OSError):  # it is not empty
+                    self.path.rmdir()
+            raise
 
     @property
     def config_path(self) -> Path:
