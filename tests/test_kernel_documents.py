@@ -84,7 +84,7 @@ def test_the_counts_are_of_the_sources_as_they_are() -> None:
             assert numbers[0] >= sum(numbers[1:]), (title, kernel)
             assert numbers[4] > 0, (title, kernel)  # no kernel leaves memory alone
             # Products on tensor cores are where they are said to be, and nowhere else.
-            tensor = title.startswith("conv2d_tensor") and "pack" not in title
+            tensor = title.startswith(("conv2d_tensor", "conv2d_wgmma")) and "pack" not in title
             assert (numbers[2] > 0) == tensor, (title, kernel)
 
 
@@ -110,8 +110,10 @@ def test_a_prediction_by_hand() -> None:
     assert entry["limit_datasheet"] == pytest.approx(operations / 67e12, rel=1e-3)
     assert entry["limit_reached"] == pytest.approx(operations / 52e12, rel=1e-3)
     assert entry["memory"] == pytest.approx(moved / 4.32e12, rel=1e-3)
+    # Three products of tf32, of 2048 operations a clock of a multiprocessor; 58 % of that are reckoned with.
     blocks = positions // 128
-    arithmetic = -(-blocks // 132) * 2 * 64 * 128 * 576 / (0.6 * 256 * 1.98e9)
+    arithmetic = -(-blocks // 132) * 2 * 64 * 128 * 576 / (0.58 * 2048 / 3 * 1.98e9)
+    assert (entry["path"], entry["tile"]) == ("tensor", "conv2d_tensor_large")
     assert entry["seconds"] == pytest.approx(arithmetic + 3e-6, rel=1e-3)
     pool = rows["max-pool k2 64x56 N256 forward, bfloat16, libraries"]
     assert pool["limit_datasheet"] == pytest.approx(2 * 256 * 64 * 56 * 56 * 1.25 / 4.8e12, rel=1e-3)
@@ -119,9 +121,11 @@ def test_a_prediction_by_hand() -> None:
 
 
 def test_no_prediction_is_better_than_the_datasheet_allows() -> None:
+    """Of float32 by tensor cores, a third of what it allows tf32."""
     for key, entry in predictions.table().items():
         if "seconds" in entry:
-            assert entry["seconds"] > entry["limit_datasheet"], key
+            products = 495 / 67 / 3 if "float32" in key and entry["path"] == "tensor" else 1
+            assert entry["seconds"] > entry["limit_datasheet"] / products, key
 
 
 def test_every_page_says_that_it_is_no_measurement() -> None:

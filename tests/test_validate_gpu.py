@@ -118,7 +118,18 @@ def test_every_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         convolution,
         "REDUCED",
-        ("k3-d2-s2", "depthwise-s2", "bottleneck", "resnet-block", "many-outputs", "some-outputs", "many-inputs"),
+        (
+            "k3-d2-s2",
+            "depthwise",
+            "depthwise-s2",
+            "depthwise-k5",
+            "depthwise-k5-s2",
+            "bottleneck",
+            "resnet-block",
+            "many-outputs",
+            "some-outputs",
+            "many-inputs",
+        ),
     )
     assert set(convolution.REDUCED) <= set(convolution.problems(bench(whole=True)))
     whole_families = ((module.CHECKS, True) for module in (layers, steps, augmentation, captured))

@@ -29,12 +29,14 @@ ATOMIC = ("scatter",)
 COLUMN_LIMIT = 300_000  # elements of columns that are followed one by one
 
 
-# Larger than any of the shared list: they fill enough of the large tiles for those to be taken.
+# Beside the shared list: they fill enough of the large tiles for those to be taken, and have forms of their own.
 WIDE = {
     "many-outputs": Conv2dProblem.from_shapes((5, 5, 31, 30), (136, 5, 3, 3), padding=1),
     "some-outputs": Conv2dProblem.from_shapes((2, 12, 13, 12), (40, 12, 3, 3), padding=1),
     "many-inputs": Conv2dProblem.from_shapes((9, 72, 31, 30), (5, 72, 3, 3), padding=1),
     "groups-2-of-70": Conv2dProblem.from_shapes((2, 140, 21, 33), (140, 70, 3, 2), stride=2, padding=1, groups=2),
+    "depthwise-k5": Conv2dProblem.from_shapes((2, 9, 14, 23), (9, 1, 5, 5), padding=2, groups=9),
+    "depthwise-k5-s2": Conv2dProblem.from_shapes((2, 9, 15, 22), (9, 1, 5, 5), stride=2, padding=2, groups=9),
 }
 
 
@@ -194,10 +196,15 @@ def check_tensor_cores(bench: Bench) -> None:
 
 @contextlib.contextmanager
 def largest_tiles() -> Iterator[None]:
-    """Inside, the largest tile is taken of whose channels more than half are used, whatever blocks it leaves."""
+    """Inside, the largest tile is taken of whose channels more than half are used, whatever blocks it leaves.
+
+    Tiles of as many channels have their turns.
+    """
 
     def filled(tiles: Sequence[Tile], channels: int) -> Tile:
-        return next((tile for tile in tiles if channels > tile.channels / 2), tiles[-1])
+        most = next((tile for tile in tiles if channels > tile.channels / 2), tiles[-1])
+        alike = [tile for tile in tiles if tile.channels == most.channels]
+        return alike[channels // 64 % len(alike)]
 
     def plain(wide: Sequence[Tile], narrow: Sequence[Tile]) -> Callable[..., Tile]:
         return lambda gpu, dtype, channels, *others: filled(narrow if dtype == "float64" else wide, channels)

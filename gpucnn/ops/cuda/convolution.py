@@ -169,7 +169,7 @@ def _gradient_target(
     out: Array | None, shape: Sequence[int], dtype: Any, computed: Any, *reads: Array, layout: Layout
 ) -> Array | None:
     """``out`` where a kernel may write a parameter's gradient to it, in float32 also beside arrays in 16 bits."""
-    if out is not None and out.dtype == accumulating_dtype(computed):
+    if getattr(out, "dtype", None) == accumulating_dtype(computed):
         dtype = computed = out.dtype
     return usable(out, shape, dtype, computed, *reads, layout=layout)
 
