@@ -169,8 +169,9 @@ def _gradient_target(
     out: Array | None, shape: Sequence[int], dtype: Any, computed: Any, *reads: Array, layout: Layout
 ) -> Array | None:
     """``out`` where a kernel may write a parameter's gradient to it, in float32 also beside arrays in 16 bits."""
-    if getattr(out, "dtype", None) == accumulating_dtype(computed):
-        dtype = computed = out.dtype
+    given = getattr(out, "dtype", None)  # what is no array is for ``usable`` to refuse
+    if given is not None and given == accumulating_dtype(computed):
+        dtype = computed = given
     return usable(out, shape, dtype, computed, *reads, layout=layout)
 
 
