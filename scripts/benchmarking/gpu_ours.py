@@ -25,9 +25,9 @@ class OursOnGpu(Ours):
 
     variants = ("", "channels-last", "tensor", "wgmma", "autotuned", "captured")
     """The algorithm that is chosen by itself, on contiguous arrays and on channels-last ones; tensor cores for
-    float32-accurate convolutions, and products of warpgroups on channels-last 16-bit ones, which are not chosen by
-    themselves; what was measured to be the fastest; and training steps as ``fit`` takes them on a GPU, by one CUDA
-    graph."""
+    float32-accurate convolutions, also where they are not chosen, and products of warpgroups on channels-last
+    16-bit ones, which never are; what was measured to be the fastest; and training steps as ``fit`` takes them on
+    a GPU, by one CUDA graph."""
 
     def __init__(self) -> None:
         super().__init__("cuda")
