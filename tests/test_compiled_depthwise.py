@@ -85,7 +85,7 @@ def plain(problem: Conv2dProblem, x: Any, weight: Any, bias: Any, dy: Any, dtype
     )
 
 
-def compare(problem: Conv2dProblem) -> None:
+def assert_as_exact_as_plain_sums(problem: Conv2dProblem) -> None:
     given = arrays(problem, "float32")
     x, weight, _, dy = (float(abs(array).max()) for array in given)
     for ours, in_float32, truth, term in zip(
@@ -101,7 +101,7 @@ def compare(problem: Conv2dProblem) -> None:
 
 @CASES
 def test_three_directions(problem: Conv2dProblem) -> None:
-    compare(problem)
+    assert_as_exact_as_plain_sums(problem)
 
 
 @settings(max_examples=60, deadline=None)
@@ -118,7 +118,9 @@ def test_random_problems(data: st.DataObject) -> None:
     ]
     height, width = least[0] + draw(st.integers(0, 9)), least[1] + draw(st.integers(0, 40))
     shape = draw(st.integers(1, 2)), draw(st.integers(1, 3)), height, width
-    compare(depthwise(shape, kernel, draw(st.integers(1, 2)), stride=stride, padding=padding, dilation=dilation))
+    assert_as_exact_as_plain_sums(
+        depthwise(shape, kernel, draw(st.integers(1, 2)), stride=stride, padding=padding, dilation=dilation)
+    )
 
 
 @pytest.mark.parametrize("problem", [*WIDTHS.values(), *list(OTHERS.values())[:12]], ids=str)

@@ -429,9 +429,17 @@ def test_the_cpu_goes_layer_by_layer(monkeypatch):
         raise AssertionError("fused")
 
     monkeypatch.setattr(layers.BatchNorm2d, "forward_ending", refuse)
-    model = norms().train()
-    y = model(numpy.zeros((2, 3, 12, 12), "float32"))
-    model.backward(numpy.ones_like(y))
+    model, twin = norms().train(), norms().train()
+    twin.load_state_dict(model.state_dict())
+    x = numpy.random.default_rng(3).standard_normal((2, 3, 12, 12)).astype("float32")
+    y, expected = model(x), x
+    for layer in twin:
+        expected = layer(expected)
+    assert numpy.array_equal(y, expected)
+    dx, expected = model.backward(numpy.ones_like(y)), numpy.ones_like(y)
+    for layer in reversed(list(twin)):
+        expected = layer.backward(expected)
+    assert numpy.array_equal(dx, expected)
 
 
 def test_the_switch_reaches_every_container_and_is_part_of_a_copy():

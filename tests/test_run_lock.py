@@ -115,8 +115,10 @@ def test_where_there_are_no_locks_training_goes_on(
         raise OSError(error, os.strerror(error))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with RunFolder(tmp_path).locked():
-        lock(tmp_path)
+    entered = []
+    with RunFolder(tmp_path).locked(), RunFolder(tmp_path).locked():
+        entered.append(sorted(path.name for path in tmp_path.iterdir()))
+    assert len(entered) == 1, "neither the first nor the second was let in"
 
 
 def test_what_cannot_be_locked_is_left_to_who_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
