@@ -120,6 +120,32 @@ def axes(problem: Conv2dProblem, transposed: bool) -> tuple[dict[str, int], dict
     return made[0], made[1]
 
 
+def stride_phases(problem: Conv2dProblem, transposed: bool) -> tuple[int, int]:
+    """(how many phases of the stride hold any row and column, the positions of the largest over the batch)."""
+    if not transposed:
+        return 1, problem.N * problem.P * problem.Q
+    down, across = problem.stride
+    positions = problem.N * -(-problem.H // down) * -(-problem.W // across)
+    return min(down, problem.H) * min(across, problem.W), positions
+
+
+def product_arguments(
+    problem: Conv2dProblem, output: DeviceArray, epilogue: Epilogue, transposed: bool, chunk: int = 1
+) -> dict[str, Any]:
+    """What every implicit matrix product is told beside its factors, source channels rounded up to ``chunk``."""
+    channels, (vertical, horizontal) = channel_counts(problem, transposed), axes(problem, transposed)
+    return {
+        **epilogue.terms,
+        "output": output,
+        "output_strides": strides(output),
+        "channels": {**channels, "source": -(-channels["source"] // chunk) * chunk},
+        "vertical": vertical,
+        "horizontal": horizontal,
+        "transposed": int(transposed),
+        "epilogue": epilogue.fields,
+    }
+
+
 # ---------------------------------------------------------------- the paths
 
 
@@ -135,20 +161,15 @@ def implicit_gemm(
 ) -> None:
     """Fill ``output``, y from x or (``transposed``) dx from dy: tiles through shared memory, one launch."""
     channels = channel_counts(problem, transposed)
-    vertical, horizontal = axes(problem, transposed)
-    height, width, phases = vertical["output"], horizontal["output"], 1
-    if transposed:
-        # The largest phase, and how many of them hold any row and column.
-        phases = min(problem.stride[0], height) * min(problem.stride[1], width)
-        height, width = -(-height // problem.stride[0]), -(-width // problem.stride[1])
+    phases, positions = stride_phases(problem, transposed)
     units = phases * problem.groups
-    tile = implicit_tile(call.gpu, source.dtype, channels["output"], problem.N * height * width, units)
+    tile = implicit_tile(call.gpu, source.dtype, channels["output"], positions, units)
     for first in range(0, units, _MOST_UNITS):
         call.launch(
             "conv2d_implicit_gemm",
             tile.name,
             (
-                -(-problem.N * height * width // tile.positions),
+                -(-positions // tile.positions),
                 -(-channels["output"] // tile.channels),
                 min(units - first, _MOST_UNITS),
             ),
@@ -158,14 +179,7 @@ def implicit_gemm(
             input_strides=strides(source),
             filter=weight,
             filter_strides=filter_strides(weight, problem, transposed),
-            **epilogue.terms,
-            output=output,
-            output_strides=strides(output),
-            channels=channels,
-            vertical=vertical,
-            horizontal=horizontal,
-            transposed=int(transposed),
-            epilogue=epilogue.fields,
+            **product_arguments(problem, output, epilogue, transposed),
             first_unit=first,
         )
 

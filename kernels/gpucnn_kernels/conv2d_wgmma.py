@@ -11,7 +11,13 @@ from __future__ import annotations
 from typing import Any
 
 from gpucnn_kernels.arrays import DeviceArray
-from gpucnn_kernels.conv2d_forward_paths import Epilogue, axes, channel_counts, strides
+from gpucnn_kernels.conv2d_forward_paths import (
+    Epilogue,
+    channel_counts,
+    product_arguments,
+    stride_phases,
+    strides,
+)
 from gpucnn_kernels.conv2d_pieces import chunk_of, in_pieces, packed_filter, packed_image
 from gpucnn_kernels.conv2d_tiles import WGMMA_TILES, wgmma_tile
 from gpucnn_kernels.errors import DeviceError, DtypeError
@@ -62,13 +68,8 @@ def convolve(
     """Fill ``output``, y from x or (``transposed``) dx from dy."""
     check(call, source.dtype)
     channels = channel_counts(problem, transposed)
-    vertical, horizontal = axes(problem, transposed)
-    height, width, phases = vertical["output"], horizontal["output"], 1
-    if transposed:
-        # The largest phase, and how many of them hold any row and column.
-        phases = min(problem.stride[0], height) * min(problem.stride[1], width)
-        height, width = -(-height // problem.stride[0]), -(-width // problem.stride[1])
-    units, positions = phases * problem.groups, problem.N * height * width
+    phases, positions = stride_phases(problem, transposed)
+    units = phases * problem.groups
     tile = wgmma_tile(call.gpu, source.dtype, channels["output"], positions, units)
     image = packed_image(call, source, problem.groups)
     filters, filter_strides = packed_filter(call, problem, weight, transposed)
@@ -85,14 +86,7 @@ def convolve(
         input_strides=strides(image),
         filter=filters,
         filter_strides=filter_strides,
-        **epilogue.terms,
-        output=output,
-        output_strides=strides(output),
-        channels={**channels, "source": -(-channels["source"] // chunk) * chunk},
-        vertical=vertical,
-        horizontal=horizontal,
-        transposed=int(transposed),
-        epilogue=epilogue.fields,
+        **product_arguments(problem, output, epilogue, transposed, chunk),
         vectors=int(channels["output"] % chunk == 0 and in_pieces(output) and in_pieces(epilogue.residual)),
         units=units,
     )
