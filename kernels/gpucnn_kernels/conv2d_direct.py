@@ -92,16 +92,25 @@ class Plan:
 
     def seconds(self, gpu: Gpu) -> float:
         """Of the busiest multiprocessor, which issues four instructions a clock where it has warps enough."""
-        busiest = max(1, -(-self.blocks // gpu.multiprocessors))
+        busiest, resident = self._busiest(gpu), self._resident(gpu)
+        rate = 4 * gpu.clock * _ISSUED * min(1.0, self.warps(gpu) / _BUSY_WARPS)
+        return (busiest * self.instructions + (busiest - resident) * self.beginning) / rate
+
+    def warps(self, gpu: Gpu) -> int:
+        """That are at work at a time on the busiest multiprocessor."""
+        return self._resident(gpu) * self.threads // _WARP
+
+    def hides_latencies(self, gpu: Gpu) -> bool:
+        """Whether these are enough for its schedulers to find one that can go on."""
+        return self.warps(gpu) >= _BUSY_WARPS
+
+    def _busiest(self, gpu: Gpu) -> int:
+        return max(1, -(-self.blocks // gpu.multiprocessors))
+
+    def _resident(self, gpu: Gpu) -> int:
         shared = max((size for size in _SHARED_KIB if size <= gpu.capability), default=(7, 5))
-        resident = min(
-            busiest,
-            _RESIDENT_THREADS[self.kernel] // self.threads,
-            (_SHARED_KIB[shared] << 10) // (self.shared_bytes + 1024),
-        )
-        warps = max(1, resident) * self.threads // _WARP
-        rate = 4 * gpu.clock * _ISSUED * min(1.0, warps / _BUSY_WARPS)
-        return (busiest * self.instructions + (busiest - min(busiest, resident)) * self.beginning) / rate
+        fitting = (_SHARED_KIB[shared] << 10) // (self.shared_bytes + 1024)
+        return max(1, min(self._busiest(gpu), _RESIDENT_THREADS[self.kernel] // self.threads, fitting))
 
 
 def sides(problem: Conv2dProblem, transposed: bool) -> tuple[Side, Side]:
