@@ -124,7 +124,23 @@ def pooled(activation=layers.ReLU):
     )
 
 
-NETWORKS = [norms, residuals, basic, bottleneck, inverted, activated, pooled]
+def rows():
+    return layers.Sequential(
+        layers.Conv2d(3, 8, 3, padding=1),
+        layers.Linear(12, 9),
+        layers.ReLU(),
+        layers.Linear(9, 8),
+        layers.LeakyReLU(0.1),
+        layers.Linear(8, 5),
+        layers.Sigmoid(),
+        layers.Flatten(2),
+        layers.Linear(60, 6),
+        layers.Tanh(),
+        layers.Flatten(),
+    )
+
+
+NETWORKS = [rows, norms, residuals, basic, bottleneck, inverted, activated, pooled]
 
 
 def made(network, fused=True, precision="float32", channels_last=None):

@@ -105,6 +105,14 @@ def test_feature_layers(backend, make, transposed):
 
 
 @BACKENDS
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last", "sliced"])
+def test_a_linear_layer_on_the_last_of_four_axes(backend, layout):
+    check_on(
+        backend, layers.Sequential(layers.Linear(7, 5), layers.Tanh(), layers.Linear(5, 2)), image_input(layout)
+    )
+
+
+@BACKENDS
 @pytest.mark.parametrize("kind", [layers.Dropout, layers.Dropout2d])
 def test_dropout(backend, kind):
     layer, rewind = dropout(kind)

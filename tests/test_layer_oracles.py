@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpucnn import layers
+from gpucnn.errors import ShapeError
 from gpucnn.random import Generator, words
 from tests import problems
 from tests.accuracy import awkward, channels_last, max_error
@@ -216,6 +217,46 @@ def test_linear(backend, transposed):
     assert max_error(placed.backward(dy), dx) <= TOLERANCE
     assert max_error(placed.gradient("weight"), dweight) <= TOLERANCE
     assert max_error(placed.gradient("bias"), dbias) <= TOLERANCE
+
+
+@BACKENDS
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last", "sliced"])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3), (2, 3, 4), (2, 1, 3, 2), (2, 0)])
+def test_linear_works_on_the_last_axis(backend, lead, frozen, layout):
+    x, dy = random_array(*lead, 7), random_array(*lead, 3, seed=1)
+    rows, dy_rows = x.reshape(-1, 7), dy.reshape(-1, 3)
+    layer = layers.Linear(7, 3).to(dtype=numpy.float64)
+    layer.weight.requires_grad = not frozen
+    placed = Placed(backend, layer)
+    given = x
+    if layout == "channels-last" and len(lead) == 3:
+        given = numpy.ascontiguousarray(x.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+    elif layout == "sliced":
+        given = numpy.repeat(x, 2, axis=-1)[..., ::2]
+    y = placed(given)
+    assert y.shape == (*lead, 3)
+    expected = linear.forward(rows, placed.value("weight"), placed.value("bias"))
+    assert max_error(y.reshape(-1, 3), expected) <= TOLERANCE
+    dx, dweight, dbias = linear.backward(dy_rows, rows, placed.value("weight"))
+    found = placed.backward(dy)
+    assert found.shape == x.shape
+    assert max_error(found.reshape(-1, 7), dx) <= TOLERANCE
+    assert max_error(placed.gradient("weight"), numpy.zeros_like(dweight) if frozen else dweight) <= TOLERANCE
+    assert max_error(placed.gradient("bias"), dbias) <= TOLERANCE
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (2, 5, 6), (2, 7, 3, 6)])
+def test_linear_says_what_does_not_fit_its_last_axis(shape):
+    layer = layers.Linear(7, 3)
+    missing = "a Flatten that is missing" if len(shape) == 4 else "another size than the network was made for"
+    with pytest.raises(ShapeError, match=f"expected 7 input features, got 6 .*{missing}"):
+        layer(numpy.zeros(shape, numpy.float32))
+    with pytest.raises(ShapeError, match="a single number"):
+        layer(numpy.zeros((), numpy.float32))
+    y = layer(numpy.zeros((*shape[:-1], 7), numpy.float32))
+    with pytest.raises(ShapeError, match="the gradient has shape"):
+        layer.backward(y.reshape(-1))
 
 
 def test_dropout_keeps_what_the_stream_says():

@@ -383,9 +383,9 @@ def _as_array(value: Any) -> Any:
 
 
 def check_input(
-    x: Any, dimensions: int, meaning: str, weight: Array | None = None, *, narrow_too: bool = False
+    x: Any, dimensions: int | None, meaning: str, weight: Array | None = None, *, narrow_too: bool = False
 ) -> None:
-    """Raise DtypeError or ShapeError unless x is a floating-point array of that many dimensions.
+    """Raise DtypeError or ShapeError unless x is a floating-point array of that many dimensions (None: of any).
 
     With ``weight``, x must have its dtype and be on its device: DtypeError and DeviceError otherwise. With
     ``narrow_too``, x may be in 16 bits where the weight is float32.
@@ -399,7 +399,9 @@ def check_input(
         raise DtypeError(
             f"expected floating-point numbers, got dtype {x.dtype}; convert with x.astype(numpy.float32)"
         )
-    if len(shape) != dimensions:
+    if dimensions is None and len(shape) == 0:
+        raise ShapeError(f"expected an array of shape {meaning}, got a single number")
+    if dimensions is not None and len(shape) != dimensions:
         raise ShapeError(f"expected {dimensions} dimensions {meaning}, got shape {tuple(shape)}")
     if weight is None:
         return

@@ -19,6 +19,9 @@ from gpucnn.parameters import Parameter
 class Linear(Layer):
     """y = x @ weight.T + bias, as ``torch.nn.Linear``: (N, in_features) -> (N, out_features).
 
+    It works on the last axis, and any number of others, or none, may stand before it: (N, L, in_features) ->
+    (N, L, out_features).
+
     Parameters: ``weight`` (out_features, in_features), ``bias`` (out_features,); both start uniform in
     +-1 / sqrt(in_features).
     """
@@ -31,35 +34,42 @@ class Linear(Layer):
         initializers.default_weight_and_bias(self.weight.data, None if self.bias is None else self.bias.data)
 
     def forward(self, x: Array) -> Array:
-        """Apply to x (N, in_features)."""
+        """Apply to x (..., in_features)."""
         return self.forward_ending(x)
 
     def forward_ending(self, x: Array, **activation: Any) -> Array:
         """activation(forward(x)) by one operation, which takes ``activation`` so."""
-        check_input(x, 2, f"(N, {self.in_features})", self.weight.working)
-        if x.shape[1] != self.in_features:
+        check_input(x, None, f"(..., {self.in_features})", self.weight.working)
+        if x.shape[-1] != self.in_features:
             raise ShapeError(
-                f"expected {self.in_features} input features, got {x.shape[1]} (shape {x.shape}); an image of "
+                f"expected {self.in_features} input features, got {x.shape[-1]} (shape {x.shape}); an image of "
                 "another size than the network was made for does this"
+                + (", and so does a Flatten that is missing before this layer" if x.ndim == 4 else "")
             )
         bias = None if self.bias is None else self.bias.working
-        y = backend_of(x).linear_forward(x, self.weight.working, bias, **activation)
-        self._save(x)
-        return y
+        rows = _rows(x)
+        y = backend_of(x).linear_forward(rows, self.weight.working, bias, **activation)
+        self._save(rows, x.shape, is_channels_last(x))
+        return y if rows is x else y.reshape(*x.shape[:-1], self.out_features)
 
     def backward(self, dy: Array) -> Array:
         """The gradient for x; adds to ``weight.gradient`` and ``bias.gradient``."""
-        (x,) = self._take_saved()
-        check_gradient(dy, (x.shape[0], self.out_features), x)
-        ops = backend_of(dy)
         if self.trains_all:
-            return self._backward_together(dy, x)
+            return self.backward_ending(dy)
+        dy, x, shape, channels_last = self._taken(dy)
+        ops = backend_of(dy)
         if self.bias is not None:
             self.bias.add_gradient_by(ops.linear_backward_bias, dy)
         self.weight.add_gradient_by(ops.linear_backward_weight, dy, x)
         if not self.input_needs_gradient:
             return None
-        return ops.linear_backward_data(dy, self.weight.working)
+        return _as_it_lay(ops.linear_backward_data(dy, self.weight.working), shape, channels_last)
+
+    def _taken(self, dy: Array) -> tuple[Array, Array, tuple[int, ...], bool]:
+        """dy and x of the last forward as matrices, the shape of x and whether it lay channels-last."""
+        x, shape, channels_last = self._take_saved()
+        check_gradient(dy, (*shape[:-1], self.out_features), x)
+        return _rows(dy), x, shape, channels_last
 
     @property
     def trains_all(self) -> bool:
@@ -69,14 +79,11 @@ class Linear(Layer):
     def backward_ending(self, dy: Array, **ending: Any) -> Array:
         """:meth:`backward` for dy of y, which :meth:`forward_ending` gave; ``ending`` is y and the activation.
 
-        For layers that train all of their parameters.
+        For layers that train all of their parameters, whose gradients come right where the first ones belong.
         """
-        (x,) = self._take_saved()
-        check_gradient(dy, (x.shape[0], self.out_features), x)
-        return self._backward_together(dy, x, **ending)
-
-    def _backward_together(self, dy: Array, x: Array, **ending: Any) -> Array:
-        """All gradients by one operation, those for the parameters right where the first ones belong."""
+        dy, x, shape, channels_last = self._taken(dy)
+        if "y" in ending:
+            ending["y"] = _rows(ending["y"])
         trained = [self.weight] if self.bias is None else [self.weight, self.bias]
         places = [parameter.first_gradient_place for parameter in trained]
         options: dict[str, Any] = dict(zip(("weight_gradient", "bias_gradient"), places, strict=False))
@@ -94,7 +101,7 @@ class Linear(Layer):
                 parameter.add_gradient(gradient)
             else:
                 parameter.first_gradient_is_there()
-        return dx
+        return None if dx is None else _as_it_lay(dx, shape, channels_last)
 
     def skip_input_gradient(self, skip: bool = True) -> None:
         """Leave the gradient for x out of backward (or, with False, compute it again)."""
@@ -104,6 +111,23 @@ class Linear(Layer):
         """The sizes."""
         text = f"in_features={self.in_features}, out_features={self.out_features}"
         return text if self.bias is not None else text + ", bias=False"
+
+
+def _rows(x: Array) -> Array:
+    """x (..., features) as a matrix: itself where it is one, otherwise a view of x or of a copy in C order."""
+    if x.ndim == 2:
+        return x
+    if is_channels_last(x):
+        x = to_contiguous(x)
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _as_it_lay(rows: Array, shape: tuple[int, ...], channels_last: bool) -> Array:
+    """A matrix with the ``shape`` of the input whose rows it has, in its memory format."""
+    if len(shape) == 2:
+        return rows
+    dx = rows.reshape(shape)
+    return to_channels_last(dx) if channels_last else dx
 
 
 class Flatten(Layer):
