@@ -32,7 +32,6 @@ SHARED_BYTES = {"conv2d_direct_wide": MOST_BYTES, "conv2d_direct_narrow": MOST_B
 
 _QUAD = 4  # neighbouring positions of a row that a thread makes
 _WARP = 32
-_RESIDENT_THREADS = {"conv2d_direct_wide": 512, "conv2d_direct_narrow": 384}  # of a multiprocessor, by registers
 _SHARED_KIB = {(7, 5): 64, (8, 0): 164, (8, 6): 100, (8, 9): 100, (9, 0): 228, (10, 0): 228, (12, 0): 100}
 
 # Instructions of a warp, counted in the code for sm_90 (float32).
@@ -58,9 +57,10 @@ class Kernel:
     quads: int
     outputs: int
     most_threads: int
+    resident_threads: int  # of a multiprocessor, by registers
 
 
-KERNELS = (Kernel("conv2d_direct_wide", 2, 8, 256), Kernel("conv2d_direct_narrow", 4, 4, 192))
+KERNELS = (Kernel("conv2d_direct_wide", 2, 8, 256, 512), Kernel("conv2d_direct_narrow", 4, 4, 192, 384))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +82,7 @@ class Plan:
     """The kernel's struct Patch, a block's threads and shared memory, and what they cost."""
 
     kernel: str
+    resident_threads: int  # of a multiprocessor, by registers
     patch: dict[str, int]
     threads: int
     blocks: int
@@ -110,7 +111,7 @@ class Plan:
     def _resident(self, gpu: Gpu) -> int:
         shared = max((size for size in _SHARED_KIB if size <= gpu.capability), default=(7, 5))
         fitting = (_SHARED_KIB[shared] << 10) // (self.shared_bytes + 1024)
-        return max(1, min(self._busiest(gpu), _RESIDENT_THREADS[self.kernel] // self.threads, fitting))
+        return max(1, min(self._busiest(gpu), self.resident_threads // self.threads, fitting))
 
 
 def sides(problem: Conv2dProblem, transposed: bool) -> tuple[Side, Side]:
@@ -146,18 +147,23 @@ def plan(
     if transposed:
         outputs, summed = summed, outputs
     down, across = sides(problem, transposed)
-    # A multiply-add's clocks of a scheduler: half a clock's worth of float64 on an H200, a sixty-fourth elsewhere.
-    clocks = 4 / (plain_rate(gpu, dtype) / (64 * gpu.multiprocessors * gpu.clock))
-    given = outputs, summed, down, across, item, clocks, most_bytes
+    given = outputs, summed, down, across, item, multiply_add_clocks(gpu, dtype), most_bytes
     plans = [
-        _made(kernel, problem, tile, *given)
+        made_of(kernel, problem, tile, *given)
         for kernel in kernels
         for tile in _tiles(kernel, max(1, problem.N), outputs, down, across, item)
     ]
     fitting = [made for made in plans if made is not None]
     # A quad alone fits in any memory.
-    fitting = fitting or [made for kernel in kernels if (made := _made(kernel, problem, (32, 1, 1, 1, 1), *given))]
+    fitting = fitting or [
+        made for kernel in kernels if (made := made_of(kernel, problem, (32, 1, 1, 1, 1), *given))
+    ]
     return min(fitting, key=lambda made: made.seconds(gpu))
+
+
+def multiply_add_clocks(gpu: Gpu, dtype: str) -> float:
+    """Of a scheduler, for a warp: two of float64 on an H200, 64 elsewhere."""
+    return 4 / (plain_rate(gpu, dtype) / (64 * gpu.multiprocessors * gpu.clock))
 
 
 def _tiles(
@@ -184,7 +190,7 @@ def _tiles(
                     break
 
 
-def _made(
+def made_of(
     kernel: Kernel,
     problem: Conv2dProblem,
     tile: tuple[int, int, int, int, int],
@@ -196,6 +202,11 @@ def _made(
     clocks: float,
     most_bytes: int,
 ) -> Plan | None:
+    """The plan of a ``tile`` of (threads of a team, teams, images, rows, quads), or None where it does not fit.
+
+    ``outputs`` and ``summed`` are a group's channels, ``item`` an accumulated number's bytes, ``clocks`` a
+    multiply-add's of a scheduler.
+    """
     threads, teams, images, rows, quads = tile
     warps, width = threads * teams // _WARP, teams * kernel.outputs
     writing = warps * _WARP * _QUAD
@@ -245,6 +256,7 @@ def _made(
     }
     return Plan(
         kernel.name,
+        kernel.resident_threads,
         patch,
         threads * teams,
         blocks * share,
