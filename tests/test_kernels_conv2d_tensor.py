@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 
 import numpy
 import pytest
@@ -383,6 +383,28 @@ def test_axes_of_length_1_may_have_any_stride(form):
     assert_right(dx, problem, form, "backward_data", "strange")
     dw = conv2d_backward_filter(strange(dy), strange(x), kernel_size=3, **more)
     assert_right(dw, problem, form, "backward_filter", "strange")
+
+
+@EVERY_FORM
+@pytest.mark.parametrize("direction", ["forward", "backward_data"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_images_of_one_column_are_written_as_they_lie(form, direction, layout):
+    """The stride of a column that has no neighbour says nothing of the layout: signals are images of width 1."""
+    problem = shaped((2, 16, 8, 1), (16, 16, 3, 1), padding=(1, 0))
+    x, _, _, dy = inputs(problem, FORMS[form][0])
+
+    def strange(array, column):
+        arranged = LAYOUTS[layout](array)
+        strides = (*arranged.strides[:3], column * array.itemsize)
+        return numpy.lib.stride_tricks.as_strided(arranged, strides=strides)
+
+    for column in (0, 1, 1000):
+        out = strange(numpy.zeros_like(x if direction == "backward_data" else dy), column)
+        given = partial(strange, column=column)
+        label = f"{layout}, column stride {column}"
+        assert_right(run(problem, form, direction, given, channels_last), problem, form, direction, label)
+        assert run(problem, form, direction, given, channels_last, out=out) is out
+        assert_right(out, problem, form, direction, f"{label}, out")
 
 
 @EVERY_FORM

@@ -78,8 +78,17 @@ class Epilogue:
 
 
 def strides(array: DeviceArray) -> dict[str, int]:
-    """The strides of an image, or of a filter as N C H W."""
-    return dict(zip("nchw", array.strides, strict=True))
+    """The strides of an image, or of a filter as N C H W.
+
+    An axis of length 1 may have any. Here it has what the layout gives it, as kernels tell by the strides of
+    channels and columns which of the two is the inner one: an image of one column is no exception.
+    """
+    found = array.strides
+    if 1 in array.shape:
+        _, c, h, w = array.shape
+        last = array.channels_last and c > 1
+        found = (h * w * c, 1, w * c, c) if last else (c * h * w, h * w, w, 1)
+    return dict(zip("nchw", found, strict=True))
 
 
 def channel_counts(problem: Conv2dProblem, transposed: bool) -> dict[str, int]:

@@ -132,7 +132,7 @@ def convolve(
         definitions=_definitions(source.dtype, precision),
         shared_bytes=SHARED_BYTES[made.name],
         input=image,
-        input_strides=_steps(image),
+        input_strides=strides(image),
         filter=filters,
         filter_strides=filter_strides,
         **product_arguments(problem, output, epilogue, transposed, chunk),
@@ -164,7 +164,7 @@ def filter_sums(
     part += -part % depth_a_step
     parts = -(-positions // part)
     image, slopes = packed_image(call, x, problem.groups), packed_image(call, dy, problem.groups)
-    steps = _steps(image)
+    steps = strides(image)
     partial = call.scratch(parts * elements, "float32")
     call.launch(
         "conv2d_tensor_filter",
@@ -200,12 +200,6 @@ def filter_sums(
 
 
 # ---------------------------------------------------------------- how results lie
-
-
-def _steps(image: DeviceArray) -> dict[str, int]:
-    """Its strides; of an axis of length 1, which may have any, 0, so that what lies outside is in pieces, too."""
-    lengths = dict(zip("nchw", image.shape, strict=True))
-    return {axis: 0 if lengths[axis] == 1 else step for axis, step in strides(image).items()}
 
 
 def _in_vectors(output: DeviceArray, residual: DeviceArray | None, channels: int, chunk: int, phases: int) -> bool:
