@@ -159,7 +159,7 @@ def occupancy(architecture: str, threads: int, registers: int, shared_bytes: int
 
 
 def compile_all(known: Table | None) -> Table:
-    """The table of all kernels; forms whose text is that of ``known``'s are taken from there."""
+    """The table of all kernels; forms whose code is that of ``known``'s are taken from there."""
     usable, version = nvrtc.available()
     if not usable:
         sys.exit(f"document_kernels.py: {version}")
@@ -168,7 +168,7 @@ def compile_all(known: Table | None) -> Table:
     old = known["sources"] if known is not None and same else {}
     needed, dynamic = catalog.capabilities(), catalog.shared_bytes()
     sources = list(needed)
-    fresh = [made for made in sources if old.get(made.title, {}).get("fingerprint") != made.fingerprint]
+    fresh = [made for made in sources if old.get(made.title, {}).get("fingerprint") != made.code_fingerprint]
     print(f"{version}: compiling {len(fresh)} of {len(sources)} sources for {len(architectures)} architectures")
     found = nvrtc.resources_of(
         (made, architecture) for made in fresh for architecture in nvrtc.architectures_of(made, needed[made])
@@ -194,7 +194,7 @@ def compile_all(known: Table | None) -> Table:
                     continue
                 if report.spill_store_bytes or report.spill_load_bytes or report.stack_bytes:
                     sys.exit(f"document_kernels.py: {made.title}: {name} on {architecture}: {report}")
-        table["sources"][made.title] = {"fingerprint": made.fingerprint, "kernels": kernels}
+        table["sources"][made.title] = {"fingerprint": made.code_fingerprint, "kernels": kernels}
     return table
 
 
@@ -246,14 +246,14 @@ def count_instructions(table: Table) -> Table:
     counted: Table = {}
     for made, capability in catalog.capabilities().items():
         old = known.get(made.title)
-        if old is not None and old["fingerprint"] == made.fingerprint:
+        if old is not None and old["fingerprint"] == made.code_fingerprint:
             counted[made.title] = old
         elif tool is not None and made.title in table["sources"]:
             assert COUNTED in nvrtc.architectures_of(made, capability)
             cubin, _ = nvrtc.compile_source(made, COUNTED)
             kernels = instructions.count(cubin, tool)
             counted[made.title] = {
-                "fingerprint": made.fingerprint,
+                "fingerprint": made.code_fingerprint,
                 "kernels": {
                     name: kernels[name]
                     for kernel in made.kernels

@@ -58,6 +58,16 @@ def test_the_fingerprint_is_that_of_everything_that_the_compiler_sees(
     assert read(text, ("A", "1")).fingerprint != read(text, ("A", "2")).fingerprint
 
 
+def test_the_codes_fingerprint_knows_no_comments() -> None:
+    text = 'extern "C" __global__ void k(int a) {\n    asm("// %0" : : "r"(a));\n    a = 1;\n}\n'
+    first = read(text).code_fingerprint
+    commented = "/* head\n   of two lines */\n\n" + text.replace("a = 1;", "a  =  1;  // why")
+    assert read(commented).code_fingerprint == first
+    assert read(commented).fingerprint != read(text).fingerprint
+    for other in (text.replace("a = 1", "a = 2"), text.replace("// %0", "// %1"), "#define B\n" + text):
+        assert read(other).code_fingerprint != first
+
+
 def test_an_include_at_the_very_end_is_found_and_one_in_a_comment_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -109,6 +109,13 @@ class Source:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
     @cached_property
+    def code_fingerprint(self) -> str:
+        """SHA-256 of the code alone: the same whatever its comments, and the spaces and lines around them, are."""
+        code = _COMMENT.sub(lambda found: found[1] or " ", self.text)
+        lines = (" ".join(line.split()) for line in code.splitlines())
+        return hashlib.sha256("\n".join(line for line in lines if line).encode()).hexdigest()
+
+    @cached_property
     def kernels(self) -> Mapping[str, Kernel]:
         """The kernels of the file, by name."""
         return _kernels(self.text, dict(self.definitions), self.title)
