@@ -137,9 +137,9 @@ Compiled by NVRTC {version}, with no GPU at hand: registers a thread for each ar
 lacks the instructions), shared memory in bytes a block, static and, behind a plus, dynamic. No kernel spills
 registers to memory or needs a stack frame. Occupancy is the share of a multiprocessor's warps that are at work
 with the largest block allowed, on an H100 or H200 (sm_90) and the least of all seven; it is arithmetic, not a
-measurement. This page is written by `scripts/document_kernels.py`. Tests hold it to the sources as they are, and its
-numbers to the compiler's on four of the architectures (`GPUCNN_TEST_ARCHITECTURES=all`: on all seven): exactly for
-NVRTC {version}, within a quarter or 8 registers for others. The occupancy on every architecture and
+measurement. This page is written by `scripts/document_kernels.py`. Tests hold it to the sources as they are, and
+its numbers to the compiler's on four of the architectures (`GPUCNN_TEST_ARCHITECTURES=all`: on all seven), exactly
+for NVRTC {version}, within a quarter or 8 registers for others. The occupancy on every architecture and
 the instructions of the compiled code are in [kernels/compiled.md](kernels/compiled.md), what is predicted of their
 times in [kernels/predictions.md](kernels/predictions.md).
 """

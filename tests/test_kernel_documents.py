@@ -74,7 +74,7 @@ def test_the_counts_are_of_the_sources_as_they_are() -> None:
     sources = {made.title: made for made in catalog.variants()}
     assert counted
     for title, source in counted.items():
-        assert source["fingerprint"] == sources[title].code_fingerprint, f"{title}: run scripts/document_kernels.py"
+        assert source["fingerprint"] == sources[title].code_fingerprint, f"{title}: scripts/document_kernels.py"
         assert {name for name in source["kernels"] if " " not in name} == set(sources[title].kernels)
         for kernel, numbers in source["kernels"].items():
             if kernel.endswith(instructions.MAIN_LOOP):

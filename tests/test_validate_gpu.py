@@ -105,7 +105,7 @@ def test_every_algorithm_is_checked(rehearsal: tuple[str, dict[str, Any]]) -> No
 
 
 def test_every_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With all problems, of which the convolutions' are here only those that take kernels of their own, and small."""
+    """With all problems, but of the convolutions' few and small ones that take kernels of their own."""
     from gpucnn_kernels import catalog, launch
 
     started: set[tuple[str, str]] = set()
