@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from gpucnn.device import Device, device_of, require_same_device, to_cpu, to_device
 from gpucnn.errors import ArgumentError, DtypeError, ShapeError, StateError
 from gpucnn.ops import Array, backend_of
+from gpucnn.ops.checks import check_ignore_index
 
 
 class Loss:
@@ -97,12 +98,15 @@ class CrossEntropyLoss(Loss):
     """Softmax cross-entropy of logits (N, C), as ``torch.nn.CrossEntropyLoss``.
 
     Targets are class numbers (N,) or probabilities (N, C). With class numbers and weights, "mean" divides by the
-    sum of the targets' weights.
+    sum of the targets' weights. Samples whose class number is ``ignore_index`` have neither loss nor gradient, and
+    "mean" does not count them: over nothing but such samples it is NaN.
 
     Args:
         weight: a weight for each class, (C,).
         label_smoothing: the share e of the target spread evenly: (1 - e) * one_hot + e / C (Szegedy et al. 2016).
         reduction: "mean", "sum" or "none".
+        ignore_index: the class number whose samples are left out, any integer; None leaves out none. With
+            probabilities it must be negative or None.
 
     Attributes:
         check_targets: whether each forward looks for class numbers out of range, for which a GPU has to be waited
@@ -111,8 +115,16 @@ class CrossEntropyLoss(Loss):
 
     check_targets: bool = True
 
-    def __init__(self, weight: Any | None = None, label_smoothing: float = 0.0, reduction: str = "mean") -> None:
+    def __init__(
+        self,
+        weight: Any | None = None,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+        ignore_index: int | None = -100,
+    ) -> None:
         super().__init__(reduction)
+        check_ignore_index(ignore_index)
+        self.ignore_index = ignore_index
         if not 0 <= label_smoothing <= 1:
             raise ArgumentError(f"label_smoothing must be between 0 and 1, got {label_smoothing}")
         self._weight = _weight(weight)
@@ -139,6 +151,7 @@ class CrossEntropyLoss(Loss):
             target,
             weight=weight,
             label_smoothing=self.label_smoothing,
+            ignore_index=self.ignore_index,
             reduction=self.reduction,
             check_targets=self.check_targets,
         )
@@ -149,7 +162,12 @@ class CrossEntropyLoss(Loss):
         """The gradient for the logits, (N, C)."""
         probabilities, target, weight = self._take_saved()
         return backend_of(probabilities).softmax_cross_entropy_backward(
-            probabilities, target, weight=weight, label_smoothing=self.label_smoothing, reduction=self.reduction
+            probabilities,
+            target,
+            weight=weight,
+            label_smoothing=self.label_smoothing,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
         )
 
 

@@ -171,6 +171,19 @@ def test_a_number_that_stays_behind_shows(stale: str, monkeypatch: pytest.Monkey
         assert_same(captured, plain)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_class_that_is_ignored(precision: str, launches: list[int]) -> None:
+    runs = []
+    for capture, ignored in (("on", 1), ("off", 1), ("off", None)):
+        made = trainer(capture, precision=precision, epochs=1)
+        made.loss.ignore_index = ignored
+        made.fit()
+        runs.append(made)
+    assert_same(*runs[:2])
+    assert len(launches) > 1
+    assert end(runs[1])["history"] != end(runs[2])["history"]
+
+
 class OwnLoss(CrossEntropyLoss):
     """A loss of one's own: it may be anything, so it is computed by its own operations."""
 

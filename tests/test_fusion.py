@@ -476,7 +476,7 @@ def nodes(name, channels, size, n, precision, monkeypatch, **options):
     model = models.create(name, num_classes=4, in_channels=channels, image_size=size, **options).to("cuda")
     model.compute_in(precision).train()
     model.skip_input_gradient()
-    loss = losses.CrossEntropyLoss()
+    loss = losses.CrossEntropyLoss(ignore_index=None)
     loss.check_targets = False
     optimizer = optimizers.SGD(model.parameters(), lr=0.01, momentum=0.9)
     parts = StepParts(model, loss, optimizer, BufferCopy(model), RandomState(model), None, None, None)

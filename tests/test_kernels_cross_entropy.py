@@ -244,6 +244,94 @@ def test_unchecked_labels_in_range_give_the_same():
             numpy.testing.assert_array_equal(one, other)
 
 
+# ---------------------------------------------------------------- samples that are ignored
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("labels", "ignored"), [("uint8", 255), ("int32", -100), ("int64", 2), ("int64", -(2**63))]
+)
+def test_samples_that_are_ignored_are_as_if_they_were_not_there(dtype, labels, ignored):
+    for size, weighted, smoothing in product([(23, 5), (5, 1100), (4500, 3)], (False, True), (0.0, 0.1)):
+        logits, targets, weight = classification("labels", weighted, *size, seed=2)
+        logits, targets, weight = in_dtypes(dtype, logits, targets, weight, labels)
+        targets[::4] = ignored
+        kept = numpy.flatnonzero(targets != ignored)
+        others = (logits[kept], targets[kept])
+        logits[0] = numpy.nan
+        for reduction in REDUCTIONS:
+            where = f"{size} weighted {weighted} smoothing {smoothing} {reduction}"
+            options = {"weight": weight, "label_smoothing": smoothing, "reduction": reduction}
+            expected, probabilities = kernels.softmax_cross_entropy_forward(*others, **options)
+            slopes = kernels.softmax_cross_entropy_backward(probabilities, others[1], **options)
+            options["ignore_index"] = ignored
+            loss, probabilities = kernels.softmax_cross_entropy_forward(logits, targets, **options)
+            gradient = kernels.softmax_cross_entropy_backward(probabilities, targets, **options)
+            if reduction == "none":
+                numpy.testing.assert_array_equal(numpy.delete(loss, kept), 0, err_msg=where)
+                loss = loss[kept]
+            # The others are in other blocks, whose sums, in float64, are then other ones in the last digits.
+            near = EPSILON[dtype] * (64 if dtype == "float64" else 1)
+            assert max_error(wide(loss), wide(expected)) <= near * abs(wide(expected)).max(), where
+            numpy.testing.assert_array_equal(numpy.delete(gradient, kept, axis=0), 0, err_msg=where)
+            assert max_error(wide(gradient[kept]), wide(slopes)) <= near * abs(wide(slopes)).max(), where
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_that_ignores_samples_has_the_same_bits(dtype):
+    for size, weighted, smoothing in product([(23, 5), (2, 1100), (4500, 3)], (False, True), (0.0, 0.1)):
+        logits, targets, weight = in_dtypes(dtype, *classification("labels", weighted, *size), "int64")
+        targets[::4] = -100
+        for reduction in ("mean", "sum"):
+            where = f"{size} weighted {weighted} smoothing {smoothing} {reduction}"
+            options = {
+                "weight": weight,
+                "label_smoothing": smoothing,
+                "reduction": reduction,
+                "ignore_index": -100,
+            }
+            expected_loss, probabilities = kernels.softmax_cross_entropy_forward(logits, targets, **options)
+            expected = kernels.softmax_cross_entropy_backward(probabilities, targets, **options)
+            loss, gradient, correct = step(logits, targets, **options)
+            assert loss.tobytes() == expected_loss.tobytes(), where
+            assert gradient.tobytes() == expected.tobytes(), where
+            assert correct == (wide(logits).argmax(axis=1) == targets).sum(), where
+    scaled = step(logits, targets, ignore_index=-100, scaling=numpy.array([numpy.inf]))[1]
+    numpy.testing.assert_array_equal(scaled[::4], 0)
+
+
+def test_ignoring_takes_a_launch_where_the_labels_can_be_ignored(monkeypatch):
+    names, launch = [], Call.launch
+
+    def noted(self, source, kernel, *arguments, **options):
+        names.append(kernel)
+        launch(self, source, kernel, *arguments, **options)
+
+    monkeypatch.setattr(Call, "launch", noted)
+    logits, targets, _ = in_dtypes("float32", *classification("labels", False, 70, 10))
+    step(logits, targets.astype("uint8"), ignore_index=-100)
+    step(logits, targets, ignore_index=-100, reduction="sum")
+    step(logits, targets)
+    assert names == ["cross_entropy_step"] * 3
+    names.clear()
+    step(logits, targets, ignore_index=-100)
+    assert names == ["cross_entropy_divisor", "cross_entropy_step"]
+    for ignored in (-100, 3):
+        assert host.order_independent(lambda ignored=ignored: list(step(logits, targets, ignore_index=ignored)))
+
+
+def test_what_cannot_be_ignored():
+    logits, targets, _ = in_dtypes("float32", *classification("labels", False))
+    for wrong in (True, 1.0, "none"):
+        with pytest.raises(ArgumentError, match="ignore_index must be an integer or None, got"):
+            kernels.softmax_cross_entropy_forward(logits, targets, ignore_index=wrong)
+    with pytest.raises(ArgumentError, match=r"ignore_index=2 is a class number, and targets of shape \(7, 5\)"):
+        kernels.softmax_cross_entropy_forward(logits, logits, ignore_index=2)
+    targets[3] = -1
+    with pytest.raises(ArgumentError, match="label -1 at position 3 is out of range"):
+        kernels.softmax_cross_entropy_forward(logits, targets, ignore_index=-100)
+
+
 # ---------------------------------------------------------------- all of a training step
 
 

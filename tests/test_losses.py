@@ -38,6 +38,25 @@ def test_cross_entropy_value_by_hand():
     assert CrossEntropyLoss(reduction="none")(logits, labels).shape == (5,)
 
 
+def test_cross_entropy_ignores_as_pytorch_does():
+    logits, labels, _ = data()
+    some = labels.copy()
+    some[[1, 4]] = -100
+    loss = CrossEntropyLoss([0.5, 1.0, 2.0, 3.0], 0.1)
+    value = loss(logits, some)
+    gradient = loss.backward()
+    kept = [0, 2, 3]
+    assert abs(value - loss(logits[kept], labels[kept])) <= 1e-14
+    numpy.testing.assert_allclose(gradient[kept], loss.backward(), rtol=1e-14)
+    assert not gradient[[1, 4]].any()
+    every = CrossEntropyLoss(ignore_index=None)
+    with pytest.raises(ArgumentError, match="label -100 at position 1 is out of range"):
+        every(logits, some)
+    assert math.isnan(CrossEntropyLoss(ignore_index=7)(logits, numpy.full(5, 7)))
+    with pytest.raises(ArgumentError, match=r"ignore_index must be an integer or None, got 0\.5"):
+        CrossEntropyLoss(ignore_index=0.5)
+
+
 def losses():
     _, labels, random = data()
     soft = random.random((5, 4))

@@ -74,6 +74,64 @@ def test_cross_entropy_gradient(backend, reduction, kind, weighted, smoothing):
 
 
 @BACKENDS
+@REDUCTIONS
+@DTYPES
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("ignored", [-100, 2, 255])
+def test_cross_entropy_ignores_samples(backend, reduction, dtype, weighted, smoothing, ignored):
+    """Of an ignored class number neither loss nor gradient, and "mean" is over the others, whatever the logits."""
+    logits, targets, weight = classification(dtype, "labels", weighted, count=23, seed=3)
+    targets[::4] = ignored
+    targets = targets.astype("uint8" if ignored == 255 else "int64")
+    left_out = targets == ignored
+    options = {"weight": weight, "label_smoothing": smoothing, "reduction": reduction}
+    expected = oracle.cross_entropy(logits, targets, weight, smoothing, reduction, ignored)
+    whole = oracle.cross_entropy(logits[~left_out], targets[~left_out], weight, smoothing, reduction)
+    numpy.testing.assert_allclose(expected[~left_out] if reduction == "none" else expected, whole, rtol=1e-14)
+    logits[0], logits[4] = numpy.nan, numpy.inf
+    loss, probabilities = backend.softmax_cross_entropy_forward(logits, targets, **options, ignore_index=ignored)
+    assert max_error(loss, expected) <= 8 * numpy.finfo(dtype).eps * numpy.abs(expected).max()
+    gradient = backend.softmax_cross_entropy_backward(probabilities, targets, **options, ignore_index=ignored)
+    kept = numpy.ascontiguousarray(probabilities[~left_out])
+    others = backend.softmax_cross_entropy_backward(kept, targets[~left_out], **options)
+    numpy.testing.assert_array_equal(gradient[left_out], 0)
+    assert max_error(gradient[~left_out], others) <= 2 * numpy.finfo(dtype).eps * numpy.abs(others).max()
+
+
+@BACKENDS
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cross_entropy_of_ignored_samples_alone(backend, smoothing):
+    logits, labels = numpy.ones((3, 4), numpy.float32), numpy.full(3, -1)
+    options = {"label_smoothing": smoothing, "ignore_index": -1}
+    loss, probabilities = backend.softmax_cross_entropy_forward(logits, labels, **options)
+    assert numpy.isnan(loss), "the mean of nothing, as PyTorch's"
+    assert backend.softmax_cross_entropy_forward(logits, labels, **options, reduction="sum")[0] == 0
+    gradient = backend.softmax_cross_entropy_backward(probabilities, labels, **options)
+    numpy.testing.assert_array_equal(gradient, numpy.zeros((3, 4)))
+
+
+@BACKENDS
+def test_what_is_not_ignored_is_still_checked(backend):
+    logits, labels = numpy.zeros((4, 3), numpy.float32), numpy.array([-100, 0, -1, 3])
+    forward = backend.softmax_cross_entropy_forward
+    with pytest.raises(ArgumentError, match=r"label -1 at position 2 is out of range"):
+        forward(logits, labels, ignore_index=-100)
+    with pytest.raises(ArgumentError, match=r"label 3 at position 3 is out of range"):
+        forward(logits, numpy.array([-1, 0, -1, 3]), ignore_index=-1)
+    # What the labels' dtype has no number for is no label: 156 is what -100 would be in eight bits.
+    with pytest.raises(ArgumentError, match=r"label 156 at position 1 is out of range"):
+        forward(logits[:2], numpy.array([1, 156], numpy.uint8), ignore_index=-100)
+    for wrong in (True, 1.5, "no"):
+        with pytest.raises(ArgumentError, match="ignore_index must be an integer or None"):
+            forward(logits, labels, ignore_index=wrong)
+    soft = numpy.full((4, 3), 1 / 3, numpy.float32)
+    with pytest.raises(ArgumentError, match=r"ignore_index=1 is a class number, and targets of shape \(4, 3\)"):
+        forward(logits, soft, ignore_index=1)
+    assert max_error(forward(logits, soft, ignore_index=-100)[0], math.log(3)) <= 1e-6
+
+
+@BACKENDS
 def test_cross_entropy_gradient_keeps_its_digits_in_single_precision(backend):
     logits = numpy.random.default_rng(4).uniform(-30, 0, (40, 5)).astype(numpy.float32)
     labels = numpy.arange(40) % 5

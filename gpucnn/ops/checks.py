@@ -319,7 +319,13 @@ def check_linear_weight(dy: Any, x: Any) -> None:
 
 
 def check_classification(
-    scores: Any, name: str, targets: Any, weight: Any, label_smoothing: float, reduction: str
+    scores: Any,
+    name: str,
+    targets: Any,
+    weight: Any,
+    label_smoothing: float,
+    reduction: str,
+    ignore_index: int | None = None,
 ) -> None:
     """Raise unless scores (N, C) and targets (N,) or (N, C) go together; labels' values are not looked at."""
     require_floating(scores, name)
@@ -328,6 +334,7 @@ def check_classification(
     n, classes = scores.shape
     if not 0 <= label_smoothing <= 1:
         raise ArgumentError(f"label_smoothing must lie between 0 and 1, got {label_smoothing!r}")
+    check_ignore_index(ignore_index)
     if weight is not None:
         require_array(weight, "the class weights")
         require_shape(weight, (classes,), "the class weights")
@@ -346,6 +353,17 @@ def check_classification(
                 f"{targets.dtype}; class numbers have shape ({n},)"
             )
         require_shape(targets, scores.shape, "the targets")
+        if ignore_index is not None and ignore_index >= 0:
+            raise ArgumentError(
+                f"ignore_index={ignore_index} is a class number, and targets of shape {tuple(targets.shape)} are "
+                "probabilities; leave it away, or give class numbers"
+            )
+
+
+def check_ignore_index(ignore_index: Any) -> None:
+    """Raise ArgumentError unless ``ignore_index`` is an integer or None."""
+    if ignore_index is not None and (isinstance(ignore_index, bool) or not hasattr(ignore_index, "__index__")):
+        raise ArgumentError(f"ignore_index must be an integer or None, got {ignore_index!r}")
 
 
 def label_error(label: int, position: int, classes: int) -> ArgumentError:

@@ -504,6 +504,7 @@ class Operations(Protocol):
         *,
         weight: Array | None = None,
         label_smoothing: float = 0.0,
+        ignore_index: int | None = None,
         reduction: str = "mean",
         check_targets: bool = True,
     ) -> tuple[Array, Array]:
@@ -511,7 +512,9 @@ class Operations(Protocol):
 
         PyTorch's definition: with smoothing e, the target is (1 - e) * one_hot + e / C; a class weight
         multiplies each class's term, and for class numbers "mean" divides by the sum of the targets' weights.
-        ``reduction`` is "mean", "sum" or "none" (loss then (N,)). Raises ArgumentError for a class number
+        Samples of the class number ``ignore_index``, which may be any integer, have a loss of 0, and "mean" does
+        not count them: over nothing but such it is NaN. With probabilities it must be negative or None.
+        ``reduction`` is "mean", "sum" or "none" (loss then (N,)). Raises ArgumentError for another class number
         outside 0 .. C - 1; without ``check_targets``, which a GPU has to be waited for, it may make the loss NaN
         instead.
         """
@@ -523,10 +526,11 @@ class Operations(Protocol):
         *,
         weight: Array | None = None,
         label_smoothing: float = 0.0,
+        ignore_index: int | None = None,
         reduction: str = "mean",
         out: Array | None = None,
     ) -> Array:
-        """The gradient for the logits of the loss ("none": of the sum of the losses)."""
+        """The gradient for the logits of the loss ("none": of the sum of the losses); 0 for ignored samples."""
 
     def binary_cross_entropy_with_logits_forward(
         self,

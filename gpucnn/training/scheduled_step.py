@@ -92,6 +92,7 @@ class ScheduledTrainingStep:
         # Whether labels are in range is not looked at, and a loss of one's own may be anything.
         if type(loss) is CrossEntropyLoss and not loss.check_targets and loss.reduction != "none":
             options: dict[str, Any] = {"label_smoothing": loss.label_smoothing, "reduction": loss.reduction}
+            options["ignore_index"] = loss.ignore_index
             weight = loss.weight_like(self._parts.optimizer.slabs[0].buffer.data)  # which are never in 16 bits
             return scheduled.cross_entropy_step(
                 logits, labels, weight=weight, scaling=scaling, done=self._done, **options

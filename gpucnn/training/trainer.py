@@ -127,7 +127,8 @@ class Trainer:
         )
         check_model(model, train, self.preprocessing)
         weights = class_weights(self.options.class_weights, train)
-        self.loss = CrossEntropyLoss(weights, self.options.label_smoothing)
+        # All labels are classes, so none is to be ignored: on a GPU counting the others takes a launch.
+        self.loss = CrossEntropyLoss(weights, self.options.label_smoothing, ignore_index=None)
         self.loss.check_targets = False  # check_data has looked at all labels, check_model at the model's classes
         self.history = History(monitor=self.options.monitor)
         self.best_state: dict[str, Any] | None = None

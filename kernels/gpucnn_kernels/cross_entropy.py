@@ -13,6 +13,7 @@ from gpucnn_kernels.errors import ArgumentError, DtypeError
 from gpucnn_kernels.launch import Call, blocks_for
 from gpucnn_kernels.overlap import require_apart, require_same_or_apart
 from gpucnn_kernels.problem import ProblemError
+from gpucnn_kernels.runtime import ITEM_SIZES
 from gpucnn_kernels.softmax import row_threads
 from gpucnn_kernels.source import SCALARS
 
@@ -45,7 +46,7 @@ def require_weight(call: Call, name: str, dtype: str) -> None:
 class _Targets:
     """The targets of a call, checked, as the kernels take them."""
 
-    def __init__(self, call: Call, rows: str, label_smoothing: float) -> None:
+    def __init__(self, call: Call, rows: str, label_smoothing: float, ignore_index: int | None) -> None:
         first, targets = call[rows], call["targets"]
         if len(first.shape) != 2:
             raise ProblemError(f"{rows} must have 2 dimensions (N, classes), got shape {first.shape}")
@@ -74,11 +75,22 @@ class _Targets:
         require_weight(call, "weight", self.dtype)
         call.require("weight", shape=(self.classes,))
         call.contiguous(rows, "targets", "weight")
-        self.weighted = self.labels and call.get("weight") is not None
+        if ignore_index is not None and (isinstance(ignore_index, bool) or not hasattr(ignore_index, "__index__")):
+            raise ArgumentError(f"ignore_index must be an integer or None, got {ignore_index!r}")
+        # No label is what its dtype has no number for.
+        if not self.labels and ignore_index is not None and ignore_index >= 0:
+            raise ArgumentError(
+                f"ignore_index={ignore_index} is a class number, and targets of shape {targets.shape} are "
+                "probabilities"
+            )
+        self.ignoring = self.labels and ignore_index is not None and _fits(ignore_index, targets.dtype)
+        self.counted = self.labels and (self.ignoring or call.get("weight") is not None)
         shape = {
             "samples": self.samples,
             "classes": self.classes,
             "labels": self.labels,
+            "ignoring": self.ignoring,
+            "ignored": ignore_index if self.ignoring else 0,
             "soft": label_smoothing / self.classes,
             "hard": 1 - label_smoothing,
         }
@@ -100,6 +112,7 @@ def softmax_cross_entropy_forward(
     *,
     weight: Any = None,
     label_smoothing: float = 0.0,
+    ignore_index: int | None = None,
     reduction: str = "mean",
     check_targets: bool = True,
     stream: Any = None,
@@ -107,8 +120,10 @@ def softmax_cross_entropy_forward(
     """(loss, probabilities) for logits (N, C) and targets (N,) of class numbers or (N, C) of probabilities.
 
     With smoothing e, the target is (1 - e) * one_hot + e / C; a class weight multiplies each class's term, and
-    for class numbers "mean" divides by the sum of the targets' weights. ``reduction`` is "mean", "sum" (loss then
-    a 0-d array on the device) or "none" (loss (N,)). Loss and probabilities have the dtype of the logits.
+    for class numbers "mean" divides by the sum of the targets' weights. Samples of the class number
+    ``ignore_index``, which need be none of 0 .. C - 1, have a loss of 0, and "mean" does not count them: over
+    nothing but such samples it is NaN, as in PyTorch. ``reduction`` is "mean", "sum" (loss then a 0-d array on the
+    device) or "none" (loss (N,)). Loss and probabilities have the dtype of the logits.
 
     Class numbers are uint8, int32 or int64; probabilities have the dtype of the logits. A class number outside
     0 .. C - 1 raises ArgumentError. To see it, the call waits for the GPU, once; ``check_targets=False`` does not
@@ -117,7 +132,7 @@ def softmax_cross_entropy_forward(
     """
     check_reduction(reduction)
     with Call(stream, logits=logits, targets=targets, weight=weight) as call:
-        given = _Targets(call, "logits", label_smoothing)
+        given = _Targets(call, "logits", label_smoothing, ignore_index)
         probabilities = call.empty(call["logits"].shape, given.dtype)
         single = reduction != "none"
         loss = call.empty(() if single else (given.samples,), given.dtype)
@@ -151,7 +166,7 @@ def softmax_cross_entropy_forward(
                 invalid=invalid,
                 block_count=blocks,
                 samples=given.samples,
-                divide_by_weights=reduction == "mean" and given.weighted,
+                divide_by_weights=reduction == "mean" and given.counted,
                 divisor=given.samples if reduction == "mean" else 1,
                 **partial,
             )
@@ -174,25 +189,28 @@ def softmax_cross_entropy_backward(
     *,
     weight: Any = None,
     label_smoothing: float = 0.0,
+    ignore_index: int | None = None,
     reduction: str = "mean",
     out: Any = None,
     stream: Any = None,
 ) -> Any:
     """The gradient for the logits of the loss ("none": of the sum of the losses), (N, C).
 
-    ``probabilities`` are the forward result, and ``out`` may be them. A sample whose class number is outside
-    0 .. C - 1 gets a gradient of NaNs; the forward pass is the one that raises.
+    ``probabilities`` are the forward result, and ``out`` may be them. A sample of the class number
+    ``ignore_index`` gets a gradient of zeros, one whose class number is outside 0 .. C - 1 one of NaNs; the
+    forward pass is the one that raises. "mean" takes a launch more, of many samples two, where there are weights
+    or an ``ignore_index`` that the targets' dtype has.
     """
     check_reduction(reduction)
     with Call(stream, probabilities=probabilities, targets=targets, weight=weight, out=out) as call:
-        given = _Targets(call, "probabilities", label_smoothing)
+        given = _Targets(call, "probabilities", label_smoothing, ignore_index)
         call.floating("probabilities", "out")
         call.contiguous("out")
         gradient = call.output(call["probabilities"].shape, given.dtype)
         if call.get("out") is not None:
             require_same_or_apart(gradient, call["probabilities"])
             require_apart(gradient, call["targets"], call.get("weight"))
-        weights = _sum_of_weights(call, given) if reduction == "mean" and given.weighted else None
+        weights = _sum_of_weights(call, given) if reduction == "mean" and given.counted else None
         call.launch(
             SOURCE,
             "cross_entropy_backward",
@@ -215,13 +233,16 @@ def softmax_cross_entropy_step(
     done: Any,
     weight: Any = None,
     label_smoothing: float = 0.0,
+    ignore_index: int | None = None,
     reduction: str = "mean",
     scaling: Any = None,
     wide: bool = False,
     out: Any = None,
     stream: Any = None,
 ) -> Any:
-    """(loss, gradient, correct) of a training step, for class numbers: one launch, two or three with weights.
+    """(loss, gradient, correct) of a training step, for class numbers: one launch.
+
+    It is two, of many samples three, where "mean" divides by weights or there is an ``ignore_index``.
 
     Loss and gradient have the bits of :func:`softmax_cross_entropy_forward` with ``check_targets=False`` and
     :func:`softmax_cross_entropy_backward`, correct (0-d, int64) counts the samples whose label is the first class
@@ -237,7 +258,7 @@ def softmax_cross_entropy_step(
     if reduction == "none":
         raise ArgumentError("a training step's loss is reduced: reduction must be 'mean' or 'sum', got 'none'")
     with Call(stream, logits=logits, targets=targets, weight=weight, scaling=scaling, done=done, out=out) as call:
-        given = _Targets(call, "logits", label_smoothing)
+        given = _Targets(call, "logits", label_smoothing, ignore_index)
         if not given.labels:
             raise ArgumentError(f"targets must be class numbers (N,), got shape {call['targets'].shape}")
         call.floating("logits", "out")
@@ -258,7 +279,7 @@ def softmax_cross_entropy_step(
             given.threads,
             scalar=given.dtype,
             logits=call["logits"],
-            weights=_sum_of_weights(call, given) if reduction == "mean" and given.weighted else None,
+            weights=_sum_of_weights(call, given) if reduction == "mean" and given.counted else None,
             scaling=call.get("scaling"),
             gradient=gradient,
             loss=None if wide else loss,
@@ -274,8 +295,13 @@ def softmax_cross_entropy_step(
         return call.give(loss, gradient, correct)
 
 
+def _fits(number: int, dtype: str) -> bool:
+    bits = 8 * ITEM_SIZES[dtype]
+    return 0 <= number < 1 << bits if dtype == "uint8" else -1 << (bits - 1) <= number < 1 << (bits - 1)
+
+
 def _sum_of_weights(call: Call, given: _Targets) -> DeviceArray:
-    """The sum of the labels' weights, in one number on the device."""
+    """The sum of the labels' weights, or their number without weights, in one number on the device."""
     blocks = max(1, min(blocks_for(given.samples), MAX_PARTS))
     sums, total = call.scratch(blocks, "float64"), call.scratch(1, "float64")
     steps: list[tuple[int, int, DeviceArray | None, DeviceArray]] = [
@@ -289,11 +315,11 @@ def _sum_of_weights(call: Call, given: _Targets) -> DeviceArray:
             "cross_entropy_divisor",
             grid,
             scalar=given.dtype,
-            weight=call["weight"],
+            weight=call.get("weight"),
             sums=summed,
             block_sums=result,
             count=count,
-            classes=given.classes,
+            shape=given.arguments["shape"],
             **given.label_arguments,
         )
     return total

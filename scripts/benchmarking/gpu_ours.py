@@ -250,7 +250,7 @@ class OursOnGpu(Ours):
         model.compute_in(self._precision)
         model.train()
         model.skip_input_gradient()  # as PyTorch, which computes no gradient for an input that asks for none
-        loss = losses.CrossEntropyLoss()
+        loss = losses.CrossEntropyLoss(ignore_index=None)  # as the trainer, whose labels are all classes
         loss.check_targets = False
         optimizer = optimizers.SGD(model.parameters(), lr=0.01, momentum=0.9)
         x = self._master(s["n"], s["c"], size, size)

@@ -38,22 +38,26 @@ def slope(loss: Callable[[Array], Any], at: Array, step: float = 1e-4) -> Array:
 
 
 def check_cross_entropy(bench: Bench) -> None:
-    """Class numbers and probabilities, weights, smoothing, each reduction; gradients against differences."""
+    """Class numbers, all or some of them, and probabilities, with all options; gradients against differences."""
     cases = [(7, 5, True, 0.0), (7, 5, False, 0.1), (3, 40, True, 0.2), (70, 4, False, 0.0)]
     for numbers, (count, classes, weighted, smoothing) in product(
         bench.numbers(), cases if bench.whole else cases[:2]
     ):
         logits = numbers.uniform(-5, 5, count, classes)
         labels = numbers.random.integers(0, classes, count)
+        some = numpy.where(numpy.arange(count) % 3 == 1, -100, labels)  # the others are ignored
         soft = numbers.uniform(0, 2 / classes, count, classes)
         weight = numbers.uniform(0.2, 1.2, classes) if weighted else None
         probabilities = activation_oracle.softmax(logits, 1)
         given_back = numbers.rounded(probabilities)  # what backward reads, as it is stored
-        for targets, reduction in product((labels, soft), REDUCTIONS):
-            options = {"label_smoothing": smoothing, "reduction": reduction}
+        for targets, reduction in product((labels, some, soft), REDUCTIONS):
+            ignored = -100 if targets is some else None
+            options = {"label_smoothing": smoothing, "reduction": reduction, "ignore_index": ignored}
 
-            def loss(at: Array, targets: Array = targets, reduction: str = reduction) -> Any:
-                return oracle.cross_entropy(at, targets, weight, smoothing, reduction)
+            def loss(
+                at: Array, targets: Array = targets, reduction: str = reduction, ignored: int | None = ignored
+            ) -> Any:
+                return oracle.cross_entropy(at, targets, weight, smoothing, reduction, ignored)
 
             # As the probabilities are stored, they stand for these logits.
             at = numpy.log(numpy.maximum(given_back, 1e-300))
@@ -65,8 +69,8 @@ def check_cross_entropy(bench: Bench) -> None:
                 def put(values: Any, dtype: str | None = dtype) -> Any:
                     return None if values is None else bench.put(values, dtype)
 
-                title = f"{count} of {classes}, {'classes' if targets is labels else 'probabilities'}, {options}"
-                kind = None if targets is labels else dtype
+                title = f"{count} of {classes}, {'probabilities' if targets is soft else 'classes'}, {options}"
+                kind = dtype if targets is soft else None
                 total = 40 * (count if reduction == "sum" else 1)
                 bench.check(
                     "softmax_cross_entropy_forward", title, dtype,
@@ -78,8 +82,8 @@ def check_cross_entropy(bench: Bench) -> None:
                     [expected, probabilities],
                     [rounding(dtype, expected, total, 4), rounding(dtype, probabilities, 1, 16)],
                 )  # fmt: skip
-                if targets is labels and reduction != "none":
-                    check_loss_of_a_step(bench, title, dtype, put, logits, labels, weight, options)
+                if targets is not soft and reduction != "none":
+                    check_loss_of_a_step(bench, title, dtype, put, logits, targets, weight, options)
                 # The stored probabilities do not quite add up to 1, which the definition takes for granted.
                 missing = numpy.abs(1 - given_back.sum(1)).max() * (1 if weight is None else weight.max()) * 2
                 bench.check(

@@ -19,12 +19,15 @@ def _log_softmax(row):
     return [value - log_total for value in row]
 
 
-def cross_entropy(logits, targets, weight=None, label_smoothing=0.0, reduction="mean"):
-    """Class numbers (N,) or probabilities (N, C)."""
+def cross_entropy(logits, targets, weight=None, label_smoothing=0.0, reduction="mean", ignore_index=None):
+    """Class numbers (N,) or probabilities (N, C); samples of the class number ``ignore_index`` do not count."""
     count, classes = logits.shape
     weights = [1.0] * classes if weight is None else [float(value) for value in weight]
     terms, divisor = [], 0.0
     for n in range(count):
+        if targets.ndim == 1 and int(targets[n]) == ignore_index:
+            terms.append(0.0)
+            continue
         log_probability = _log_softmax([float(value) for value in logits[n]])
         smooth = -math.fsum(w * value for w, value in zip(weights, log_probability, strict=True)) / classes
         if targets.ndim == 1:

@@ -50,25 +50,38 @@ def _loop_total(total: float, reduction: str, terms: FloatArray) -> NDArray[Any]
 # ---------------------------------------------------------------- softmax cross-entropy
 
 
-def _check_labels(labels: NDArray[Any], classes: int) -> None:
+def _checked_labels(
+    labels: NDArray[Any], classes: int, ignore_index: int | None
+) -> tuple[NDArray[Any], NDArray[numpy.bool_] | None]:
+    """(labels, which of them are ignored, or None where none is); what is ignored is class 0 in them."""
+    ignored = None if ignore_index is None else labels == ignore_index
+    if ignored is not None and ignored.any():
+        labels = numpy.where(ignored, labels.dtype.type(0), labels)
+    else:
+        ignored = None
     outside = (labels < 0) | (labels >= classes)
     if outside.any():
         position = int(numpy.argmax(outside))
         raise label_error(int(labels[position]), position, classes)
+    return labels, ignored
 
 
 def _weighted_targets(
-    shape: tuple[int, ...], targets: Any, weight: FloatArray | None, label_smoothing: float, dtype: Any
-) -> tuple[FloatArray, float]:
-    """The targets with smoothing and class weights, (N, C), and the divisor of "mean"."""
+    shape: tuple[int, ...],
+    targets: Any,
+    weight: FloatArray | None,
+    label_smoothing: float,
+    ignore_index: int | None,
+    dtype: Any,
+) -> tuple[FloatArray, float, NDArray[numpy.bool_] | None]:
+    """The targets with smoothing and class weights, (N, C), the divisor of "mean", and which are ignored."""
     n, classes = shape
-    divisor = float(n)
+    divisor, ignored = float(n), None
     if targets.ndim == 1:
-        _check_labels(targets, classes)
+        targets, ignored = _checked_labels(targets, classes, ignore_index)
         smoothed = numpy.full(shape, label_smoothing / classes, dtype)
         smoothed[numpy.arange(n), targets] += dtype.type(1 - label_smoothing)
-        if weight is not None:
-            divisor = float(weight[targets].sum(dtype=numpy.float64))
+        divisor = _label_divisor(targets, weight, ignored)
     else:
         smoothed = targets.astype(dtype)
         if label_smoothing:
@@ -76,11 +89,14 @@ def _weighted_targets(
             smoothed += dtype.type(label_smoothing / classes)
     if weight is not None:
         smoothed *= weight.astype(dtype, copy=False)
-    return smoothed, divisor
+    return smoothed, divisor, ignored
 
 
-def _label_divisor(targets: NDArray[Any], weight: FloatArray | None) -> float:
-    return float(len(targets)) if weight is None else float(weight[targets].sum(dtype=numpy.float64))
+def _label_divisor(
+    targets: NDArray[Any], weight: FloatArray | None, ignored: NDArray[numpy.bool_] | None
+) -> float:
+    kept = targets if ignored is None else targets[~ignored]
+    return float(len(kept)) if weight is None else float(weight[kept].sum(dtype=numpy.float64))
 
 
 def _of_labels(logits: FloatArray, labels: NDArray[Any], dtype: numpy.dtype[Any]) -> tuple[FloatArray, FloatArray]:
@@ -143,29 +159,34 @@ def softmax_cross_entropy_forward(
     *,
     weight: FloatArray | None = None,
     label_smoothing: float = 0.0,
+    ignore_index: int | None = None,
     reduction: str = "mean",
     check_targets: bool = True,
 ) -> tuple[FloatArray, FloatArray]:
     """(loss, probabilities) for logits (N, C) and targets (N,) of class numbers or (N, C) of probabilities.
 
     With smoothing e, the target is (1 - e) * one_hot + e / C; a class weight multiplies each class's term, and for
-    class numbers "mean" divides by the sum of the targets' weights. ``reduction`` is "mean", "sum" or "none" (loss
-    then (N,)). Raises ArgumentError for a class number outside 0 .. C - 1, DtypeError for targets that are neither
+    class numbers "mean" divides by the sum of the targets' weights. Samples of the class number ``ignore_index``
+    have a loss of 0, and "mean" does not count them. ``reduction`` is "mean", "sum" or "none" (loss then (N,)).
+    Raises ArgumentError for another class number outside 0 .. C - 1, DtypeError for targets that are neither
     integers (N,) nor floating point (N, C). ``check_targets`` changes nothing: here it costs no wait to look.
     """
-    check_classification(logits, "the logits", targets, weight, label_smoothing, reduction)
+    check_classification(logits, "the logits", targets, weight, label_smoothing, reduction, ignore_index)
     dtype = calculation_dtype(logits.dtype)
     if targets.ndim == 1 and not label_smoothing and logits.shape[1]:
-        _check_labels(targets, logits.shape[1])
+        targets, ignored = _checked_labels(targets, logits.shape[1], ignore_index)
         terms, probabilities = _of_labels(logits, targets, dtype)
         with numpy.errstate(all="ignore"):
             if weight is not None:
                 factor = weight[targets].astype(dtype, copy=False)
                 terms *= factor
                 terms[factor == 0] = 0  # even where the loss is infinite
-            loss = _reduced(terms, reduction, _label_divisor(targets, weight), logits.dtype)
+            if ignored is not None:
+                terms[ignored] = 0
+            loss = _reduced(terms, reduction, _label_divisor(targets, weight, ignored), logits.dtype)
         return loss, probabilities
-    target, divisor = _weighted_targets(logits.shape, targets, weight, label_smoothing, dtype)
+    options = weight, label_smoothing, ignore_index, dtype
+    target, divisor, ignored = _weighted_targets(logits.shape, targets, *options)
     if logits.shape[1] == 0:
         raise ShapeError(f"the logits must have at least one class, got shape {logits.shape}")
     with numpy.errstate(all="ignore"):
@@ -179,6 +200,8 @@ def softmax_cross_entropy_forward(
             # A class that no target mentions must not matter, even where its logit is minus infinity.
             shifted[target == 0] = 0
         terms = -(target * shifted).sum(axis=1)
+        if ignored is not None:
+            terms[ignored] = 0
         loss = _reduced(terms, reduction, divisor, logits.dtype)
     return loss, probabilities.astype(logits.dtype, copy=False)
 
@@ -189,28 +212,36 @@ def softmax_cross_entropy_backward(
     *,
     weight: FloatArray | None = None,
     label_smoothing: float = 0.0,
+    ignore_index: int | None = None,
     reduction: str = "mean",
     out: FloatArray | None = None,
 ) -> FloatArray:
     """The gradient for the logits of the loss ("none": of the sum of the losses)."""
-    check_classification(probabilities, "the probabilities", targets, weight, label_smoothing, reduction)
+    check_classification(
+        probabilities, "the probabilities", targets, weight, label_smoothing, reduction, ignore_index
+    )
     dtype = calculation_dtype(probabilities.dtype)
     if targets.ndim == 1 and not label_smoothing:
-        _check_labels(targets, probabilities.shape[1])
+        targets, ignored = _checked_labels(targets, probabilities.shape[1], ignore_index)
         result = result_array(out, probabilities.shape, probabilities.dtype)
-        divisor = _label_divisor(targets, weight) if reduction == "mean" else 1.0
+        divisor = _label_divisor(targets, weight, ignored) if reduction == "mean" else 1.0
         with numpy.errstate(all="ignore"):
             factor = numpy.full(len(targets), 1.0) if weight is None else weight[targets].astype(numpy.float64)
             factor = (factor / numpy.float64(divisor)).astype(dtype)
         _gradient_of_labels(probabilities, targets, factor, result)
+        if ignored is not None:
+            result[ignored] = 0
         return result
-    target, divisor = _weighted_targets(probabilities.shape, targets, weight, label_smoothing, dtype)
+    options = weight, label_smoothing, ignore_index, dtype
+    target, divisor, ignored = _weighted_targets(probabilities.shape, targets, *options)
     result = result_array(out, probabilities.shape, probabilities.dtype)
     with numpy.errstate(all="ignore"):
         gradient = probabilities * target.sum(axis=1, keepdims=True)
         gradient -= target
         if reduction == "mean":
             gradient /= dtype.type(divisor)
+        if ignored is not None:
+            gradient[ignored] = 0
         result[...] = gradient
     return result
 

@@ -46,12 +46,13 @@ def softmax_cross_entropy_forward(
     *,
     weight: Array | None = None,
     label_smoothing: float = 0.0,
+    ignore_index: int | None = None,
     reduction: str = "mean",
     check_targets: bool = True,
 ) -> tuple[Array, Array]:
     """(loss, probabilities) for logits (N, C) and targets (N,) of class numbers or (N, C) of probabilities."""
     check_devices(logits=logits, targets=targets, weight=weight)
-    check_classification(logits, "the logits", targets, weight, label_smoothing, reduction)
+    check_classification(logits, "the logits", targets, weight, label_smoothing, reduction, ignore_index)
     if logits.shape[1] == 0:
         raise ShapeError(f"the logits must have at least one class, got shape {logits.shape}")
     scores, wanted, weights = classification(logits, targets, weight)
@@ -61,6 +62,7 @@ def softmax_cross_entropy_forward(
         wanted,
         weight=weights,
         label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
         reduction=reduction,
         check_targets=check_targets,
     )
@@ -73,6 +75,7 @@ def softmax_cross_entropy_backward(
     *,
     weight: Array | None = None,
     label_smoothing: float = 0.0,
+    ignore_index: int | None = None,
     reduction: str = "mean",
     out: Array | None = None,
 ) -> Array:
@@ -81,7 +84,9 @@ def softmax_cross_entropy_backward(
     It does not wait for the GPU: a sample whose class number is out of range gets a gradient of NaNs.
     """
     check_devices(probabilities=probabilities, targets=targets, weight=weight, out=out)
-    check_classification(probabilities, "the probabilities", targets, weight, label_smoothing, reduction)
+    check_classification(
+        probabilities, "the probabilities", targets, weight, label_smoothing, reduction, ignore_index
+    )
     scores, wanted, weights = classification(probabilities, targets, weight)
     gradient = call(
         kernels.softmax_cross_entropy_backward,
@@ -89,6 +94,7 @@ def softmax_cross_entropy_backward(
         wanted,
         weight=weights,
         label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
         reduction=reduction,
         out=usable_in_place(out, scores, probabilities.dtype, wanted, weights),
     )

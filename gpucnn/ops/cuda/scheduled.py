@@ -90,6 +90,7 @@ def cross_entropy_step(
     done: Array,
     weight: Array | None = None,
     label_smoothing: float = 0.0,
+    ignore_index: int | None = None,
     reduction: str = "mean",
     scaling: Array | None = None,
 ) -> tuple[Array, Array, Array]:
@@ -100,9 +101,10 @@ def cross_entropy_step(
     :func:`gpucnn_kernels.cross_entropy.softmax_cross_entropy_step`.
     """
     check_devices(logits=logits, labels=labels, weight=weight)
-    check_classification(logits, "the logits", labels, weight, label_smoothing, reduction)
+    check_classification(logits, "the logits", labels, weight, label_smoothing, reduction, ignore_index)
     scores, wanted, weights = classification(logits, labels, weight)
     options: dict[str, Any] = {"label_smoothing": label_smoothing, "reduction": reduction, "scaling": scaling}
+    options["ignore_index"] = ignore_index
     made = call(softmax_cross_entropy_step, scores, wanted, weight=weights, done=done, wide=True, **options)
     loss, gradient, correct = made
     return loss, finish(gradient, None, logits.dtype), correct

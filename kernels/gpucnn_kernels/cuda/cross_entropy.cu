@@ -7,7 +7,8 @@
 // number a block first, then those by one block.
 //
 // A label outside 0 .. C - 1 reads nothing: it makes its sample's loss and gradient NaN, and the lowest number of
-// such a sample is reported.
+// such a sample is reported. A label that is ignored makes both 0, whatever its logits are, and means are taken over
+// the other samples.
 //
 // Rows' loops are not unrolled: a warp has few rounds to make, and ptxas spills what it unrolls.
 //
@@ -21,7 +22,8 @@
 // are probabilities.
 struct CrossEntropyTargets {
     long long samples, classes;
-    bool labels;
+    bool labels, ignoring;
+    long long ignored;  // the label whose samples do not count, where ``ignoring``
     accumulate_t soft, hard;
 };
 
@@ -33,6 +35,10 @@ __device__ __forceinline__ long long label_of(
     const unsigned char *bytes, const int *words, const long long *longs, long long sample
 ) {
     return longs ? longs[sample] : words ? words[sample] : bytes ? bytes[sample] : -1;
+}
+
+__device__ __forceinline__ bool is_ignored(const CrossEntropyTargets &shape, long long label) {
+    return shape.ignoring && label == shape.ignored;
 }
 
 __device__ __forceinline__ accumulate_t target_of(
@@ -62,7 +68,7 @@ extern "C" __global__ void __launch_bounds__(256, 3) cross_entropy_forward(
     for (long long n = (long long)blockIdx.x * blockDim.y + threadIdx.y; n < shape.samples; n += step) {
         const scalar_t *row = logits + n * shape.classes;
         const long long label = shape.labels ? label_of(labels_uint8, labels_int32, labels_int64, n) : 0;
-        const bool valid = label >= 0 && label < shape.classes;
+        const bool valid = label >= 0 && label < shape.classes, ignored = is_ignored(shape, label);
         const scalar_t *target_row = shape.labels ? targets : targets + n * shape.classes;
         accumulate_t largest = load(row[0]);
 #pragma unroll 1
@@ -89,9 +95,11 @@ extern "C" __global__ void __launch_bounds__(256, 3) cross_entropy_forward(
         }
         loss = row_sum(loss, shared);
         if (!valid) loss = not_a_number();
+        if (ignored) loss = NUMBER(0);
         if (threadIdx.x == 0) {
             if (losses) losses[n] = store(loss);
             loss_sum += loss;
+            if (ignored) continue;
             if (!valid) {
                 invalid = n < invalid ? n : invalid;
             } else if (shape.labels) {
@@ -133,11 +141,12 @@ extern "C" __global__ void __launch_bounds__(256) cross_entropy_finish(
     }
 }
 
-// The sum of the labels' weights, which the gradient of a weighted mean divides by; a number a block, then the sum
-// of those by one block, with the same kernel (labels null, ``sums`` summed instead).
+// The sum of the labels' weights, or their number where ``weight`` is null, without those that are ignored: what the
+// gradient of a mean divides by. A number a block, then the sum of those by one block, with the same kernel (labels
+// null, ``sums`` summed instead).
 extern "C" __global__ void __launch_bounds__(256) cross_entropy_divisor(
     const unsigned char *labels_uint8, const int *labels_int32, const long long *labels_int64,
-    const accumulate_t *weight, const double *sums, double *block_sums, long long count, long long classes
+    const accumulate_t *weight, const double *sums, double *block_sums, long long count, CrossEntropyTargets shape
 ) {
     __shared__ double shared[32];
     double sum = 0;
@@ -147,7 +156,8 @@ extern "C" __global__ void __launch_bounds__(256) cross_entropy_divisor(
             sum += sums[n];
         } else {
             const long long label = label_of(labels_uint8, labels_int32, labels_int64, n);
-            if (label >= 0 && label < classes) sum += weight[label];
+            if (label < 0 || label >= shape.classes || is_ignored(shape, label)) continue;
+            sum += weight ? weight[label] : NUMBER(1);
         }
     }
     sum = block_sum(sum, shared);
@@ -194,7 +204,7 @@ extern "C" __global__ void __launch_bounds__(256, 3) cross_entropy_step(
     for (long long n = (long long)blockIdx.x * blockDim.y + threadIdx.y; n < shape.samples; n += step) {
         const scalar_t *row = logits + n * shape.classes;
         const long long label = label_of(labels_uint8, labels_int32, labels_int64, n);
-        const bool valid = label >= 0 && label < shape.classes;
+        const bool valid = label >= 0 && label < shape.classes, ignored = is_ignored(shape, label);
         const accumulate_t labelled = valid ? load(row[label]) : NUMBER(0);
         accumulate_t largest = load(row[0]), wrong = NUMBER(0), targets = NUMBER(0);
 #pragma unroll 1
@@ -224,13 +234,14 @@ extern "C" __global__ void __launch_bounds__(256, 3) cross_entropy_step(
             const accumulate_t value = (probability * targets - target) / divided_by;
             accumulate_t made = stored(valid ? value : not_a_number(), wide_loss);
             if (scaling) made *= (accumulate_t)*scaling;
-            gradient[n * shape.classes + c] = store(made);
+            gradient[n * shape.classes + c] = store(ignored ? NUMBER(0) : made);
         }
         sum = row_sum(sum, shared);
         if (threadIdx.x == 0) {
+            if (valid && wrong == NUMBER(0)) ++right;
+            if (ignored) continue;
             loss_sum += valid ? sum : not_a_number();
             if (valid) weight_sum += weight ? weight[label] : NUMBER(1);
-            if (valid && wrong == NUMBER(0)) ++right;
         }
     }
     loss_sum = block_sum(loss_sum, shared_sums);
@@ -277,7 +288,7 @@ extern "C" __global__ void __launch_bounds__(256, 4) cross_entropy_backward(
     for (long long n = (long long)blockIdx.x * blockDim.y + threadIdx.y; n < shape.samples; n += step) {
         const long long start = n * shape.classes;
         const long long label = shape.labels ? label_of(labels_uint8, labels_int32, labels_int64, n) : 0;
-        const bool valid = label >= 0 && label < shape.classes;
+        const bool valid = label >= 0 && label < shape.classes, ignored = is_ignored(shape, label);
         const scalar_t *target_row = shape.labels ? targets : targets + start;
         accumulate_t total = NUMBER(0);
 #pragma unroll 1
@@ -289,7 +300,7 @@ extern "C" __global__ void __launch_bounds__(256, 4) cross_entropy_backward(
         for (long long c = threadIdx.x; c < shape.classes; c += blockDim.x) {
             const accumulate_t target = target_of(shape, label, target_row, weight, c);
             const accumulate_t value = load(probabilities[start + c]) * total - target;
-            gradient[start + c] = store(valid ? value / divided_by : not_a_number());
+            gradient[start + c] = store(ignored ? NUMBER(0) : valid ? value / divided_by : not_a_number());
         }
     }
 }
