@@ -244,7 +244,12 @@ def test_direct_in_every_tile_and_share(monkeypatch):
         conv2d_filter_direct.plan.__wrapped__(problem, "float32", H200, bias=True)
         monkeypatch.undo()
         assert len({plan.column_blocks for plan in made}) > 1
-        for plan in numpy.random.default_rng(0).permutation(numpy.array(made, object))[:12]:
+        # Among them what neighbours add up, by threads that then write it and by such as do not have all yet.
+        plans = list(numpy.random.default_rng(0).permutation(numpy.array(made, object)))
+        kinds = {(plan.neighbours, plan.splits == plan.neighbours): plan for plan in plans}
+        assert {neighbours for neighbours, _ in kinds} == {1, 2, 4}
+        assert {alone for _, alone in kinds} == {False, True}
+        for plan in [*kinds.values(), *plans[:8]]:
             monkeypatch.setattr(conv2d_filter_direct, "plan", lambda *a, plan=plan, **b: plan)
             bias = numpy.empty(problem.K, numpy.float32)
             dw = gradient(dy, x, problem, algorithm="direct", bias_out=bias)

@@ -27,19 +27,22 @@ SOURCES: dict[str, tuple[dict[str, str], ...]] = {SOURCE: ({},)}
 CHANNELS = 8  # input channels of a group at most: with more the windows of x no longer are what takes the time
 TAPS = 7  # columns of a thread; with the other constants of the source
 _OUTPUTS = {4: 8, 8: 2}  # output channels of a thread, by the bytes of a number
-_TOGETHER = 2
+_NEIGHBOURS = {4: (4, 2, 1), 8: (2, 1)}  # of the splits of a tile that lie side by side, by the same
 _MOST_THREADS = 256
-_SHARED_BYTES = 48 << 10  # of a block at most: what every GPU gives without being asked
+_SHARED_BYTES = (48 << 10) - 128  # of a block at most: what every GPU gives without being asked, less its own
 SHARED_BYTES = {"filter_gradient_direct": _SHARED_BYTES}
 """Dynamic shared memory of a block at most, in bytes."""
 
 _REGISTERS = 128  # [C] of a thread
 _MULTIPROCESSOR = (65536, 2048, 100 << 10)  # registers, threads and shared memory that its blocks share
-_QUAD = (262, 290)  # [C] instructions for a quad of positions: where quads fill the rows, and where they do not
-_DY_QUAD = (22, 52)  # [C] of a warp to stage 32 quads of dy: 16 bytes at a time, and number by number
-_X_NUMBER, _X_COPY = 18, 4  # [C] of a warp to stage 32 numbers of x, and each copy
-_TILE = 120  # [C] of a warp for each tile beside
-_END = 1800  # [C] of a warp to add up what the threads have
+_QUAD = (267, 302)  # [C] instructions for a quad of positions: where quads fill the rows, and where they do not
+_DY_QUAD = (21, 36)  # [C] of a warp to stage 32 quads of dy: 16 bytes at a time, and number by number
+_X_QUADS = (81, 114)  # [C] of a warp to stage 32 quads of x: with up to two copies, and with up to four
+_TILE = 140  # [C] of a warp for each tile beside
+_SHARED_OUT = {1: 0, 2: 120, 4: 180}  # [C] of a warp to add up what neighbours have, by their number
+_WRITTEN = 2  # [C] of a warp to write a number that each of its threads has
+_ADDED_UP, _ADDED = 150, 5  # [C] of a warp to add up 32 numbers of several threads, and each of those
+_BEGINNING = 690  # [C] of a warp, before anything else: a launch's time has that of the first blocks
 _ISSUED = 0.8  # [E] of the instructions that a multiprocessor could issue, when blocks stage in turns
 _MOST_PARTIAL_BYTES = 64 << 20  # of the workspace for the parts' sums
 _IMAGE = 1 << 31  # elements of an image that 32 bits address
@@ -60,6 +63,7 @@ class Plan:
     column_blocks: int
     column_units: int
     splits: int
+    neighbours: int
     rows: int
     row_quads: int
     tiles_down: int
@@ -176,10 +180,10 @@ def _plans(
     down, across = -(-problem.P // tile.rows), -(-problem.Q // (4 * tile.row_quads))
     tiles = max(1, problem.N * down * across)
     pitch = _dy_pitch(tile, item)
-    turns = -(-work // (_MOST_THREADS // units))
-    for splits in {-(-work // turns), min(work, _MOST_THREADS // units)}:
+    for neighbours, splits in _splits(work, _MOST_THREADS // units, item):
         threads = units * splits + -units * splits % 32
-        shared = item * max(4 + tile.x_numbers + outputs[1] * pitch, TAPS * _TOGETHER * units * splits)
+        summed = units * splits * (TAPS * _OUTPUTS[item] // neighbours) if splits > neighbours else 0
+        shared = item * max(4 + tile.x_numbers + outputs[1] * pitch, summed)
         if shared > _SHARED_BYTES:
             continue
         room = (_REGISTERS * threads, threads, shared)
@@ -191,12 +195,23 @@ def _plans(
         parts = -(-tiles // part)
         of_a_tile = _instructions(problem, item, tile, -(-work // splits), threads // 32, outputs[1], quads)
         busiest = -(-blocks * parts // gpu.multiprocessors)
-        instructions = busiest * (part * of_a_tile + _END * threads // 32) / 4
+        of_a_block = part * of_a_tile + threads // 32 * _ending(item, neighbours, splits, units, threads)
+        beginnings = max(0, busiest - resident) * (_BEGINNING * threads // 32)
+        instructions = (busiest * of_a_block + beginnings) / 4
         yield Plan(
             threads, blocks, parts, part, tiles, shared, output_blocks, outputs[1], column_blocks, columns[1],
-            splits, tile.rows, tile.row_quads, down, across, tile.x_rows, tile.x_indices, tile.x_pitch,
+            splits, neighbours, tile.rows, tile.row_quads, down, across, tile.x_rows, tile.x_indices, tile.x_pitch,
             tile.copies, pitch, instructions,
         )  # fmt: skip
+
+
+def _splits(work: int, most: int, item: int) -> Iterator[tuple[int, int]]:
+    """(neighbours, splits) that ``work`` quads may be shared out to; no more splits than ``most``."""
+    for neighbours in _NEIGHBOURS[item]:
+        if room := most // neighbours * neighbours:
+            turns = -(-work // room)
+            even = -(-work // turns)
+            yield neighbours, even + -even % neighbours
 
 
 def _instructions(
@@ -206,8 +221,17 @@ def _instructions(
     ragged = problem.Q % (4 * tile.row_quads) > 0
     channels = min(output_units * _OUTPUTS[item], problem.K // problem.groups)
     dy = channels * -(-tile.rows * tile.row_quads // 32) * _DY_QUAD[not quads]
-    numbers = problem.C // problem.groups * tile.x_rows * -(-tile.x_indices * problem.stride[1] // 32)
-    return warps * (turns * _QUAD[ragged] + _TILE) + dy + numbers * (_X_NUMBER + _X_COPY * tile.copies)
+    x = -(-tile.x_numbers // tile.copies // (4 * 32 * warps)) * _X_QUADS[tile.copies > 2]
+    return warps * (turns * _QUAD[ragged] + x + _TILE) + dy
+
+
+def _ending(item: int, neighbours: int, splits: int, units: int, threads: int) -> float:
+    """Of a warp that adds up and writes what its threads, and others', have."""
+    kept = TAPS * _OUTPUTS[item] // neighbours
+    if splits == neighbours:
+        return _SHARED_OUT[neighbours] + _WRITTEN * kept
+    sums = -(-TAPS * _OUTPUTS[item] * units // threads)
+    return _SHARED_OUT[neighbours] + kept + sums * (_ADDED_UP + _ADDED * splits // neighbours)
 
 
 # ---------------------------------------------------------------- the launch
@@ -224,9 +248,8 @@ def filter_sums(
     columns = problem.C // problem.groups * problem.R * problem.S
     partial = call.scratch(made.parts * problem.K * columns, accumulated)
     bias_partial = call.scratch(made.parts * problem.K, accumulated) if bias else None
-    units = made.output_units * made.column_units
     dy_steps, x_steps = _steps(dy), _steps(x)
-    lanes = max(lanes for lanes in (1, 2, 4, 8, 16, 32) if lanes == 1 or _fills(lanes, units, made))
+    x_copy = problem.C // problem.groups * made.x_rows * problem.stride[1] * made.x_pitch
     call.launch(
         SOURCE,
         "filter_gradient_direct",
@@ -253,12 +276,14 @@ def filter_sums(
             "dilation_h": problem.dilation[0],
             "dilation_w": problem.dilation[1],
             **{name: getattr(made, name) for name in _FROM_PLAN},
-            "neighbours": _neighbours(made.splits),
+            "x_copy": x_copy,
+            "dy_begin": 4 + made.copies * x_copy,
             "bias_slot": made.column_blocks * made.column_units * TAPS - 1 if bias else -1,
-            "lanes": lanes,
             "by_stride": _reciprocal(problem.stride[1]),
             "by_x_rows": _reciprocal(made.x_rows),
             "by_row_quads": _reciprocal(made.row_quads),
+            "by_x_quads": _reciprocal(problem.stride[1] * made.x_pitch // 4),
+            "by_x_pitch": _reciprocal(made.x_pitch // 4),
             "channels_fastest": channels_fastest,
             "dy_across": image_layout(dy) == "channels_last",
             "dy_quads": quads and dy.address % (4 * itemsize(dy.dtype)) == 0,
@@ -268,8 +293,8 @@ def filter_sums(
 
 
 _FROM_PLAN = (
-    "tiles", "part", "output_blocks", "output_units", "column_blocks", "column_units", "splits", "rows",
-    "row_quads", "tiles_down", "tiles_across", "x_rows", "x_indices", "x_pitch", "copies", "dy_pitch",
+    "tiles", "part", "output_blocks", "output_units", "column_blocks", "column_units", "splits", "neighbours",
+    "rows", "row_quads", "tiles_down", "tiles_across", "x_rows", "x_indices", "x_pitch", "copies", "dy_pitch",
 )  # fmt: skip
 
 
@@ -282,16 +307,6 @@ def _in_quads(dy: DeviceArray) -> bool:
     """Whether a multiple of four positions starts a multiple of four numbers behind dy's first."""
     n, k, p, q = _steps(dy)
     return dy.shape[3] % 4 == 0 and q == 1 and all(step % 4 == 0 for step in (n, k, p))
-
-
-def _neighbours(splits: int) -> int:
-    """How many lanes with neighbouring quads lie side by side: about four, and a divisor."""
-    return next(count for count in (4, 5, 3, 6, 7, 8, 2, splits) if splits % count == 0)
-
-
-def _fills(lanes: int, units: int, made: Plan) -> bool:
-    """Whether so many threads for each sum are neither more than there are threads, nor more than it has terms."""
-    return lanes <= made.splits and lanes * units * TAPS * _TOGETHER <= made.threads
 
 
 def _reciprocal(divisor: int) -> int:
