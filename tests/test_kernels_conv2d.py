@@ -158,7 +158,7 @@ def test_backward_data(dtype, algorithm):
 def test_every_tile_size(dtype, size, monkeypatch):
     used = set()
 
-    def forced(gpu, dtype, channels, positions, units):
+    def forced(gpu, dtype, *sizes):
         tiles = IMPLICIT_TILES_FLOAT64 if dtype == "float64" else IMPLICIT_TILES
         [tile] = [tile for tile in tiles if tile.name.endswith(size)]
         used.add(tile.name)
@@ -179,7 +179,7 @@ def test_the_tile_is_as_large_as_is_filled_and_there_are_enough_of():
     vgg, resnet = shaped((64, 64, 56, 56), (64, 64, 3, 3)), shaped((256, 128, 28, 28), (128, 128, 3, 3))
 
     def tile(dtype, channels, positions):
-        return implicit_tile(H200, dtype, channels, positions, 1).name.removeprefix("conv2d_implicit_gemm_")
+        return implicit_tile(H200, dtype, channels, positions, 1, 576.0).name.removeprefix("conv2d_implicit_gemm_")
 
     for dtype in ("float32", "float16", "bfloat16"):
         assert tile(dtype, resnet.K, resnet.N * resnet.P * resnet.Q) == "large"

@@ -22,6 +22,7 @@ from gpucnn_kernels import (
     gpu,
 )
 from gpucnn_kernels.conv2d_choice import candidates, usual
+from gpucnn_kernels.conv2d_forward_paths import terms
 from gpucnn_kernels.errors import ArgumentError
 from gpucnn_kernels.gpu import H200, Gpu
 from tests.problems import ALL
@@ -83,6 +84,31 @@ def test_a_grid_of_tiles_by_hand() -> None:
     assert tile.operations_a_byte(4) == pytest.approx(2 * 64 * 128 / (192 * 4))
 
 
+def test_what_blocks_do_beside_their_loops_by_hand() -> None:
+    """The first two of a multiprocessor's blocks begin while the launch does; all make 64 results a thread."""
+    device = Gpu("ten", 10, (9, 0), 1e9, 1e12)
+    tile = conv2d_tiles.Tile("t", 64, 128, warps=4, resident=2, share=0.5, beginning=700, result=3)
+    instructions = 4 * (3 * 700 + 5 * 3 * 64)  # of the busiest, which has five blocks of four warps
+    assert conv2d_tiles.around(device, tile, 48) == pytest.approx(instructions / (0.9 * 4 * 1e9))
+    # One block on each is half of the warps that a multiprocessor wants, and has nothing to begin again.
+    assert conv2d_tiles.around(device, tile, 10) == pytest.approx(4 * 3 * 64 / (0.9 * 4 * 0.5e9))
+    assert conv2d_tiles.around(device, tile, 0) == 0
+
+
+def test_a_first_layer_is_reckoned_by_whole_blocks() -> None:
+    """27 terms a sum: a quarter of the time and more is not the loops', by each product of tiles."""
+    first, later = shaped(64, 3, 224, 64, 3, padding=1), shaped(64, 64, 224, 64, 3, padding=1)
+    for path in ("implicit_gemm", "tensor"):
+        tile = conv2d_tiles.IMPLICIT_TILES[1] if path == "implicit_gemm" else conv2d_tiles.THREE_PRODUCT_TILES[1]
+        beside = conv2d_tiles.around(H200, tile, tile.blocks(64, 64 * 224 * 224, 1))
+        short, long = (
+            conv2d_cost.estimate(path, "forward", problem, "float32", H200) for problem in (first, later)
+        )
+        assert short.tile == tile.name
+        assert beside > 0.25 * short.arithmetic
+        assert 0 < beside < 0.1 * long.arithmetic
+
+
 def test_a_grid_that_is_one_block_too_large_takes_a_round_more() -> None:
     tile = conv2d_tiles.IMPLICIT_TILES[0]
 
@@ -101,7 +127,9 @@ def test_an_implicit_product_by_hand() -> None:
     blocks = positions // 128
     assert blocks == 6272
     peak = 256 * 132 * 1.98e9
-    assert made.arithmetic == pytest.approx(-(-blocks // 132) * 132 * 2 * 64 * 128 * 576 / (0.62 * peak))
+    # The busiest multiprocessor has 48 blocks, of which it begins 44 while others are at work.
+    beside = (44 * 900 + 48 * 64 * 4) / (0.9 * 1.98e9)
+    assert made.arithmetic == pytest.approx(48 * 132 * 2 * 64 * 128 * 576 / (0.62 * peak) + beside)
     assert made.memory == pytest.approx(4 * (2 * positions * 64 + 64 * 576) / (0.9 * 4.8e12))
     assert made.cache == pytest.approx(blocks * 192 * 576 * 4 / (21 * 132 * 1.98e9))
     assert (made.launches, made.passes) == (1, 0.0)
@@ -116,7 +144,8 @@ def test_columns_by_hand() -> None:
     assert made.passes == pytest.approx((image + columns) / 4.32e12)
     assert made.memory == pytest.approx((columns + image) / 4.32e12)  # as many output channels as input channels
     # 64 x 3136 are 25 tiles of 64 x 128, the last one half filled; 32 images' are 7 on the busiest of 132.
-    assert made.arithmetic == pytest.approx(7 * 2 * 64 * 128 * 576 / (0.75 * 256 * 1.98e9))
+    beside = 8 * (5 * 500 + 7 * 32 * 4) / (0.9 * 4 * 1.98e9)
+    assert made.arithmetic == pytest.approx(7 * 2 * 64 * 128 * 576 / (0.75 * 256 * 1.98e9) + beside)
     assert made.launches == 2  # 231 MB of columns go into the workspace at once
     pointwise = conv2d_cost.estimate("im2col", "forward", shaped(32, 64, 56, 64, 1), "float32", H200)
     assert (pointwise.passes, pointwise.launches) == (0.0, 1)
@@ -125,9 +154,10 @@ def test_columns_by_hand() -> None:
 def test_stride_phases_multiply_no_zeros_and_the_dilated_path_does() -> None:
     problem = shaped(64, 64, 56, 128, 3, stride=2, padding=1)
     phases = conv2d_cost.Sizes.of(problem, "backward_data")
-    assert (phases.units, phases.positions, phases.channels, phases.summed) == (4, 64 * 28 * 28, 64, 128)
-    assert phases.taps == pytest.approx(9 / 4)
-    assert 2 * phases.units * phases.positions * phases.channels * phases.summed * phases.taps == problem.flops
+    depth = terms(problem, True)
+    assert phases.covered == (64, 64 * 28 * 28, 4)
+    assert depth == pytest.approx(128 * 9 / 4)
+    assert 2 * phases.units * phases.positions * phases.channels * depth == problem.flops
     quick, literal = (
         conv2d_cost.estimate(path, "backward_data", problem, "float32", H200) for path in ("phases", "dilated")
     )
@@ -329,10 +359,12 @@ def test_a_filters_gradient_by_hand() -> None:
     assert made.tile == "filter_gradient_wide"
     # 64 x 576 sums are five tiles of 64 x 128. Five for each of 132 multiprocessors are 132 parts, 660 blocks.
     depth = 256 * 56 * 56 / 132
-    assert made.arithmetic == pytest.approx(5 * 2 * 64 * 128 * depth / (0.63 * 256 * 1.98e9))
+    beside = (2 * 900 + 5 * 64 * 6) / (0.9 * 1.98e9)
+    assert made.arithmetic == pytest.approx(5 * 2 * 64 * 128 * depth / (0.63 * 256 * 1.98e9) + beside)
     assert made.passes == pytest.approx(4 * 132 * 64 * 576 / 4.32e12)
     assert made.launches == 2
     columns = conv2d_cost.estimate("im2col", "backward_filter", problem, "float32", H200)
     # An image at a time: nine tiles of 128 x 64, or five of 64 x 128, one on a multiprocessor, 256 times.
-    assert columns.arithmetic == pytest.approx(256 * 2 * 64 * 128 * 3136 / (0.75 * 256 * 1.98e9))
+    beside = 8 * 32 * 4 / (0.9 * 4 * 1.98e9)
+    assert columns.arithmetic == pytest.approx(256 * (2 * 64 * 128 * 3136 / (0.75 * 256 * 1.98e9) + beside))
     assert columns.launches > 256

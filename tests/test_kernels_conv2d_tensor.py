@@ -157,7 +157,7 @@ def test_the_tile_is_large_where_it_is_filled_and_there_are_enough():
     for dtype, precision in (("float16", None), ("bfloat16", "bfloat16"), ("float32", "tf32"), ("float32", None)):
 
         def tile(channels, positions, dtype=dtype, precision=precision):
-            return tensor_tile(H200, dtype, precision, channels, positions, 1).name.rpartition("_")[2]
+            return tensor_tile(H200, dtype, precision, channels, positions, 1, 576.0).name.rpartition("_")[2]
 
         three = (dtype, precision) == ("float32", None)  # whose tiles are half as many channels wide
         assert tile(128, 64 * 56 * 56) == "wide"

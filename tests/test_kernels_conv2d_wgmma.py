@@ -153,7 +153,7 @@ def test_it_is_not_chosen_by_itself():
         options = {"precision": "bfloat16", "channels_last": True}
         assert conv2d_choose(direction, problem, "bfloat16", **options) == "tensor"
         assert estimate("wgmma", direction, problem, "bfloat16", H200, **options).tile == "conv2d_wgmma_wide"
-    assert wgmma_tile(H200, "bfloat16", 64, 256 * 56 * 56, 1).name == "conv2d_wgmma_narrow"
+    assert wgmma_tile(H200, "bfloat16", 64, 256 * 56 * 56, 1, 576.0).name == "conv2d_wgmma_narrow"
 
 
 def test_its_sources_are_compiled_for_their_gpus_alone(monkeypatch):

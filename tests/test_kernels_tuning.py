@@ -204,9 +204,12 @@ def test_a_hopeless_way_is_not_measured_further() -> None:
 
 def test_a_forced_tile_is_taken_where_there_is_such_a_one() -> None:
     with conv2d_tiles.forced("conv2d_implicit_gemm_small"):
-        assert conv2d_tiles.implicit_tile(H200, "float32", 512, 1 << 20, 1).name == "conv2d_implicit_gemm_small"
-        assert conv2d_tiles.tensor_tile(H200, "float16", None, 512, 1 << 20, 1).name == "conv2d_tensor_wide"
-    assert conv2d_tiles.implicit_tile(H200, "float32", 512, 1 << 20, 1).name == "conv2d_implicit_gemm_large"
+        assert (
+            conv2d_tiles.implicit_tile(H200, "float32", 512, 1 << 20, 1, 576.0).name
+            == "conv2d_implicit_gemm_small"
+        )
+        assert conv2d_tiles.tensor_tile(H200, "float16", None, 512, 1 << 20, 1, 576.0).name == "conv2d_tensor_wide"
+    assert conv2d_tiles.implicit_tile(H200, "float32", 512, 1 << 20, 1, 576.0).name == "conv2d_implicit_gemm_large"
 
 
 # ---------------------------------------------------------------- the switch

@@ -7,8 +7,10 @@ launches themselves:
     memory  = (each array once, and what it reads or writes of workspaces) / (the memory's bandwidth)
     passes  = (what copies into and out of workspaces move) / (the memory's bandwidth)
 
-Arithmetic and cache are those of a grid of tiles: :mod:`gpucnn_kernels.conv2d_tiles`. Source channels that are
-filled up with zeros are multiplied like others.
+Arithmetic and cache are those of a grid of tiles: :mod:`gpucnn_kernels.conv2d_tiles`. Arithmetic is that of whole
+blocks, by every way: what they do before and behind their loops is counted, but for the beginnings of the first
+blocks, which are in LAUNCH_SECONDS. It is much of the time where a sum has few terms, as in a first layer. Source
+channels that are filled up with zeros are multiplied like others.
 
 Constants marked [E] are estimates until they are measured on a GPU, [P] follow from published figures. Because of
 the first an estimate is not followed blindly: see :func:`choose`.
@@ -21,11 +23,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from gpucnn_kernels import conv2d_direct, conv2d_filter_direct
-from gpucnn_kernels.conv2d_forward_paths import depthwise_slides
+from gpucnn_kernels.conv2d_forward_paths import depthwise_slides, stride_phases, terms
 from gpucnn_kernels.conv2d_tiles import (
     CUBLAS_TENSOR_TILES,
     CUBLAS_TILES,
     Tile,
+    around,
     cache_bandwidth,
     even_filter_parts,
     filter_parts,
@@ -91,19 +94,18 @@ class Sizes:
     channels: int
     positions: int
     units: int
-    summed: int  # source channels of a group
-    taps: float  # of the filter that meet one output pixel, the mean over the stride phases
 
     @staticmethod
     def of(problem: Conv2dProblem, direction: str) -> Sizes:
         """Of "forward" or "backward_data", whose units are groups, and there of each stride phase."""
-        outputs, depth = problem.K // problem.groups, problem.C // problem.groups
-        taps = problem.R * problem.S
-        if direction == "forward":
-            return Sizes(outputs, problem.N * problem.P * problem.Q, problem.groups, depth, taps)
-        down, across = min(problem.stride[0], problem.H), min(problem.stride[1], problem.W)
-        positions = problem.N * -(-problem.H // problem.stride[0]) * -(-problem.W // problem.stride[1])
-        return Sizes(depth, positions, down * across * problem.groups, outputs, taps / (down * across))
+        phases, positions = stride_phases(problem, direction == "backward_data")
+        channels = problem.K if direction == "forward" else problem.C
+        return Sizes(channels // problem.groups, positions, phases * problem.groups)
+
+    @property
+    def covered(self) -> tuple[int, int, int]:
+        """What tiles have to cover."""
+        return self.channels, self.positions, self.units
 
 
 def estimate(
@@ -124,14 +126,16 @@ def estimate(
         return _filter_gradient(path, problem, dtype, gpu, precision, channels_last)
     sizes, item = Sizes.of(problem, direction), itemsize(dtype)
     once = _arrays(problem, item)
+    depth = terms(problem, direction == "backward_data")
     if path in ("implicit_gemm", "phases"):
-        tile = implicit_tile(gpu, dtype, sizes.channels, sizes.positions, sizes.units)
-        return _product(path, tile, sizes, 1, plain_rate(gpu, dtype), item, once, gpu)
+        tile = implicit_tile(gpu, dtype, *sizes.covered, depth)
+        return _product(path, tile, sizes, depth, plain_rate(gpu, dtype), item, once, gpu)
     if path in ("tensor", "wgmma"):
-        tile = tensor_tile(gpu, dtype, precision, sizes.channels, sizes.positions, sizes.units)
+        depth = terms(problem, direction == "backward_data", 16 // item)
+        tile = tensor_tile(gpu, dtype, precision, *sizes.covered, depth)
         if path == "wgmma":
-            tile = wgmma_tile(gpu, dtype, sizes.channels, sizes.positions, sizes.units)
-        made = _product(path, tile, sizes, 16 // item, tensor_rate(gpu, dtype, precision), item, once, gpu)
+            tile = wgmma_tile(gpu, dtype, *sizes.covered, depth)
+        made = _product(path, tile, sizes, depth, tensor_rate(gpu, dtype, precision), item, once, gpu)
         packed, launches = _packing(problem, item, channels_last, direction)
         return replace(made, launches=1 + launches, passes=_memory(gpu, packed))
     if path == "direct":
@@ -147,12 +151,10 @@ def estimate(
             )  # reading rows, and what an output takes
         return Estimate(path, "", problem.flops / (share * plain_rate(gpu, dtype)), 0.0, _memory(gpu, once))
     if path == "dilated":
-        stride = problem.stride[0] * problem.stride[1]
-        whole = Sizes(
-            sizes.channels, problem.N * problem.H * problem.W, problem.groups, sizes.summed, sizes.taps * stride
-        )
-        tile = implicit_tile(gpu, dtype, whole.channels, whole.positions, whole.units)
-        made = _product(path, tile, whole, 1, plain_rate(gpu, dtype), item, once, gpu)
+        whole = Sizes(sizes.channels, problem.N * problem.H * problem.W, problem.groups)
+        depth = float(problem.K // problem.groups * problem.R * problem.S)
+        tile = implicit_tile(gpu, dtype, *whole.covered, depth)
+        made = _product(path, tile, whole, depth, plain_rate(gpu, dtype), item, once, gpu)
         workspace = 2.0 * item * problem.N * problem.K * problem.H * problem.W
         return replace(made, launches=3, passes=_memory(gpu, workspace))
     if path in ("im2col", "col2im", "scatter"):
@@ -161,11 +163,11 @@ def estimate(
 
 
 def _product(
-    path: str, tile: Tile, sizes: Sizes, step: int, rate: float, item: int, moved: float, gpu: Gpu
+    path: str, tile: Tile, sizes: Sizes, depth: float, rate: float, item: int, moved: float, gpu: Gpu
 ) -> Estimate:
-    """Of an implicit matrix product whose source channels are rounded up to ``step``."""
-    depth = -(-sizes.summed // step) * step * sizes.taps
-    arithmetic, cache = tiled(gpu, tile, sizes.channels, sizes.positions, sizes.units, depth, rate, item)
+    """Of an implicit matrix product of sums of ``depth`` terms."""
+    arithmetic, cache = tiled(gpu, tile, *sizes.covered, depth, rate, item)
+    arithmetic += around(gpu, tile, tile.blocks(*sizes.covered))
     return Estimate(path, tile.name, arithmetic, cache, _memory(gpu, moved))
 
 
@@ -195,10 +197,11 @@ def _by_columns(path: str, problem: Conv2dProblem, dtype: str, gpu: Gpu) -> Esti
 def _by_cublas(gpu: Gpu, dtype: str, rows: int, columns: int, units: int, summed: int) -> tuple[float, float]:
     """(arithmetic, cache) seconds of cuBLAS's product, a batch of ``units``, by the better of its tiles."""
     plain = dtype in ("float32", "float64")
-    return min(
-        tiled(gpu, tile, rows, columns, units, summed, gpu.rate(dtype if plain else "16-bit"), itemsize(dtype))
-        for tile in (CUBLAS_TILES if plain else CUBLAS_TENSOR_TILES)
-    )
+    rate, made = gpu.rate(dtype if plain else "16-bit"), []
+    for tile in CUBLAS_TILES if plain else CUBLAS_TENSOR_TILES:
+        arithmetic, cache = tiled(gpu, tile, rows, columns, units, summed, rate, itemsize(dtype))
+        made.append((arithmetic + around(gpu, tile, tile.blocks(rows, columns, units)), cache))
+    return min(made)
 
 
 def _filter_gradient(
@@ -235,6 +238,7 @@ def _filter_gradient(
     else:
         raise ValueError(f"no estimate of a path '{path}' for backward_filter")
     arithmetic, cache = filter_seconds(gpu, tile, *sizes, parts, rate, item)
+    arithmetic += around(gpu, tile, tile.blocks(outputs, columns, problem.groups * parts))
     sums = 4.0 * parts * problem.K * columns
     passes = _memory(gpu, packed + sums)
     return Estimate(path, tile.name, arithmetic, cache, _memory(gpu, once + sums), 2 + packs, passes)

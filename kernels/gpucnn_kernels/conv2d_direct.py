@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from gpucnn_kernels.arrays import DeviceArray
 from gpucnn_kernels.conv2d_forward_paths import Epilogue, axes, channel_counts, filter_strides, strides
-from gpucnn_kernels.conv2d_tiles import plain_rate
+from gpucnn_kernels.conv2d_tiles import ISSUED, plain_rate
 from gpucnn_kernels.errors import ArgumentError
 from gpucnn_kernels.gpu import Gpu
 from gpucnn_kernels.launch import Call
@@ -46,7 +46,6 @@ _OF_WINDOWS = 150
 _OF_A_RESULT = 4
 _OF_A_BLOCK = 500
 _BUSY_WARPS = 5  # [E] of a multiprocessor: a tap's multiply-adds do not wait for each other
-_ISSUED = 0.9  # [E] of the clocks that a scheduler issues in
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +93,7 @@ class Plan:
     def seconds(self, gpu: Gpu) -> float:
         """Of the busiest multiprocessor, which issues four instructions a clock where it has warps enough."""
         busiest, resident = self._busiest(gpu), self._resident(gpu)
-        rate = 4 * gpu.clock * _ISSUED * min(1.0, self.warps(gpu) / _BUSY_WARPS)
+        rate = 4 * gpu.clock * ISSUED * min(1.0, self.warps(gpu) / _BUSY_WARPS)
         return (busiest * self.instructions + (busiest - resident) * self.beginning) / rate
 
     def warps(self, gpu: Gpu) -> int:

@@ -138,6 +138,14 @@ def stride_phases(problem: Conv2dProblem, transposed: bool) -> tuple[int, int]:
     return min(down, problem.H) * min(across, problem.W), positions
 
 
+def terms(problem: Conv2dProblem, transposed: bool, chunk: int = 1) -> float:
+    """Of a sum, the mean over the stride phases, with source channels rounded up to ``chunk``."""
+    if not transposed:
+        return -(-problem.C // problem.groups // chunk) * chunk * problem.R * problem.S
+    phases = min(problem.stride[0], problem.H) * min(problem.stride[1], problem.W)
+    return -(-problem.K // problem.groups // chunk) * chunk * problem.R * problem.S / phases
+
+
 def product_arguments(
     problem: Conv2dProblem, output: DeviceArray, epilogue: Epilogue, transposed: bool, chunk: int = 1
 ) -> dict[str, Any]:
@@ -172,7 +180,8 @@ def implicit_gemm(
     channels = channel_counts(problem, transposed)
     phases, positions = stride_phases(problem, transposed)
     units = phases * problem.groups
-    tile = implicit_tile(call.gpu, source.dtype, channels["output"], positions, units)
+    depth = terms(problem, transposed)
+    tile = implicit_tile(call.gpu, source.dtype, channels["output"], positions, units, depth)
     for first in range(0, units, _MOST_UNITS):
         call.launch(
             "conv2d_implicit_gemm",

@@ -34,6 +34,7 @@ from gpucnn_kernels.conv2d_forward_paths import (
     product_arguments,
     stride_phases,
     strides,
+    terms,
 )
 from gpucnn_kernels.conv2d_pieces import DTYPES, chunk_of, packed_filter, packed_image
 from gpucnn_kernels.conv2d_tiles import TENSOR_FILTER_TILES, TENSOR_TILES, tensor_filter_tile, tensor_tile
@@ -118,7 +119,8 @@ def convolve(
     channels = channel_counts(problem, transposed)
     phases, positions = stride_phases(problem, transposed)
     units = phases * problem.groups
-    made = tensor_tile(call.gpu, source.dtype, precision, channels["output"], positions, units)
+    depth = terms(problem, transposed, chunk_of(source.dtype))
+    made = tensor_tile(call.gpu, source.dtype, precision, channels["output"], positions, units, depth)
     tiles = -(-positions // made.positions)
     image = packed_image(call, source, problem.groups)
     filters, filter_strides = packed_filter(call, problem, weight, transposed)

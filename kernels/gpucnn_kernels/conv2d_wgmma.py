@@ -17,6 +17,7 @@ from gpucnn_kernels.conv2d_forward_paths import (
     product_arguments,
     stride_phases,
     strides,
+    terms,
 )
 from gpucnn_kernels.conv2d_pieces import chunk_of, in_pieces, packed_filter, packed_image
 from gpucnn_kernels.conv2d_tiles import WGMMA_TILES, wgmma_tile
@@ -70,7 +71,8 @@ def convolve(
     channels = channel_counts(problem, transposed)
     phases, positions = stride_phases(problem, transposed)
     units = phases * problem.groups
-    tile = wgmma_tile(call.gpu, source.dtype, channels["output"], positions, units)
+    depth = terms(problem, transposed, chunk_of(source.dtype))
+    tile = wgmma_tile(call.gpu, source.dtype, channels["output"], positions, units, depth)
     image = packed_image(call, source, problem.groups)
     filters, filter_strides = packed_filter(call, problem, weight, transposed)
     chunk = chunk_of(source.dtype)
