@@ -227,7 +227,7 @@ __device__ __forceinline__ void convolve(
 // Grid: x the positions' tiles, y the channels', z the units (as many as there may be blocks; then the next
 // ones). Strides are in elements; input_strides.c and filter_strides.source are 1 and not looked at, and what
 // is read begins at multiples of 16 bytes. With ``vectors`` that holds for the output too, and so do its
-// channels, and for the residual. Of the dynamic shared memory up to 1008 bytes are left in front.
+// channels, and for the residual.
 extern "C" __global__ void __launch_bounds__(256, 1) conv2d_wgmma_wide(
     const scalar_t *input, Strides input_strides, const scalar_t *filter, FilterStrides filter_strides,
     const scalar_t *scale, const scalar_t *bias, const scalar_t *residual, scalar_t *output,

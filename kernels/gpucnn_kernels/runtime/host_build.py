@@ -85,7 +85,7 @@ def build(text: str, kernels: Sequence[str], sanitize: bool) -> Path:
     compiler = find_compiler()
     title = title_of(kernels)
     unit = translation_unit(text, kernels)
-    flags = [*COMMON_FLAGS, *machine_flags()]
+    flags = [*COMMON_FLAGS, *machine_flags(), *_poison_flags(compiler)]
     if sanitize:
         flags += SANITIZED_FLAGS
         flags += CLANG_SANITIZED_FLAGS if is_clang(compiler) else GCC_SANITIZED_FLAGS
@@ -232,6 +232,13 @@ def find_compiler() -> str:
     if platform.system() != "Linux":
         raise HostUnavailableError(f"the host runtime works on Linux, this is {platform.system()}")
     return find_any_compiler()
+
+
+@functools.cache
+def _poison_flags(compiler: str) -> tuple[str, ...]:
+    """Local variables begin as bytes that no result survives, by a compiler that can: g++ 12, clang++ 8."""
+    flag = "-ftrivial-auto-var-init=pattern"
+    return () if run_compiler(compiler, [flag, "-fsyntax-only", "-x", "c++", os.devnull]) else (flag,)
 
 
 @functools.cache

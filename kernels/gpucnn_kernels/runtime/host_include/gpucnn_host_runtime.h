@@ -127,11 +127,13 @@ GPUCNN_HOST_HIDDEN void wait_for_products(int groups_left, int line);
 // While one lives, the accesses of its thread are one atomic operation: no race with another such.
 #if defined(GPUCNN_HOST_SANITIZE)
 extern GPUCNN_HOST_HIDDEN bool in_atomic_operation;
+GPUCNN_HOST_HIDDEN void thread_fence();
 struct AtomicAccess {
     AtomicAccess() { in_atomic_operation = true; }
     ~AtomicAccess() { in_atomic_operation = false; }
 };
 #else
+inline void thread_fence() {}  // one thread runs at a time, so whatever it wrote is seen by the next one
 struct AtomicAccess {
     AtomicAccess() {}
 };

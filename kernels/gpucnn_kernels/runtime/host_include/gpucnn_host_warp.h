@@ -179,10 +179,9 @@ inline int __reduce_max_sync(unsigned mask, int value, GPUCNN_HOST_LINE) {
 __attribute__((error("__activemask() depends on how the hardware schedules: pass the mask of the lanes you mean")))
 unsigned __activemask();
 
-// One thread runs at a time, so whatever it wrote is seen by the next one.
-inline void __threadfence() {}
+inline void __threadfence() { gpucnn_host::thread_fence(); }
 inline void __threadfence_block() {}
-inline void __threadfence_system() {}
+inline void __threadfence_system() { gpucnn_host::thread_fence(); }
 inline void __nanosleep(unsigned) {}
 
 template <class T> T __ldg(const T *address) { return *address; }

@@ -7,6 +7,7 @@
 #include "runtime_schedule.h"
 #include "runtime_memory.h"
 #include "runtime_races.h"
+#include "runtime_global_races.h"
 #include "runtime_ptx.h"
 #include "runtime_warpgroup.h"
 #include "runtime_sanitizer.h"

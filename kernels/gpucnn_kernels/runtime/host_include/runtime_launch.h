@@ -4,7 +4,7 @@
 #include <errno.h>
 #include <signal.h>
 
-#include "runtime_memory.h"
+#include "runtime_global_races.h"
 
 #if defined(__x86_64__) || defined(__aarch64__)
 #include <ucontext.h>
@@ -203,7 +203,9 @@ static void run_sanitized(Launch *launch) {
     if (copy_in(launch)) {
         mark_image(dynamic, dynamic + DYNAMIC_ARENA_BYTES, 0);
         mark_image(dynamic + launch->shared_bytes, dynamic + DYNAMIC_ARENA_BYTES, 1);
+        begin_global_races();
         run_blocks(launch);
+        end_global_races();
     } else {
         launch->faulted = 1;
         snprintf(launch->message, sizeof launch->message, "no memory for the copies of the arguments");

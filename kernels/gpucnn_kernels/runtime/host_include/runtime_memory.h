@@ -64,6 +64,12 @@ void first_use_of_shared(SharedSlot &slot, void *address, unsigned long size) {
             "__shared__)", block_static_bytes, MAXIMUM_STATIC_BYTES
         );
     }
+    if (block_static_bytes + schedule.launch->shared_bytes > MAXIMUM_SHARED_BYTES) {
+        fault(
+            0, "the __shared__ variables take %zu bytes beside %lu dynamic ones; a block can have %lu",
+            block_static_bytes, schedule.launch->shared_bytes, MAXIMUM_SHARED_BYTES
+        );
+    }
 }
 
 static bool in_shared_memory(const void *address, size_t size) {
@@ -201,7 +207,7 @@ static void describe_address(char *text, size_t size, uintptr_t address, size_t 
                 );
                 return;
             }
-            const uintptr_t away = address < array.begin ? array.begin - address : address + bytes - end;
+            const uintptr_t away = inside ? 0 : address < array.begin ? array.begin - address : address + bytes - end;
             if (away < distance) distance = away, nearest = &array;
         }
         if (nearest && address < nearest->begin) {
@@ -210,10 +216,10 @@ static void describe_address(char *text, size_t size, uintptr_t address, size_t 
                 nearest->original.argument, nearest->original.size
             );
         } else if (nearest) {
-            snprintf(
-                text, size, "byte %zu of argument %d, which has %llu bytes", size_t(address - nearest->begin),
-                nearest->original.argument, nearest->original.size
+            const int shown = snprintf(
+                text, size, "byte %zu of argument %d", size_t(address - nearest->begin), nearest->original.argument
             );
+            if (distance) snprintf(text + shown, size - size_t(shown), ", which has %llu bytes", nearest->original.size);
         }
         return;
     }

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "gpucnn_host_sixteen_bit_format.h"
-#include "runtime_races.h"
+#include "runtime_global_races.h"
 
 namespace gpucnn_host {
 

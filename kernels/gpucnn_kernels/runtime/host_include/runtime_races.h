@@ -109,12 +109,4 @@ static void note_access(uintptr_t address, size_t size, bool write, int line, co
     }
 }
 
-// For the runtime's own accesses on behalf of a thread.
-static void check_access(const void *address, size_t size, bool write, int line) {
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(address);
-    if (!schedule.launch->sanitize) return;
-    if (!allows(begin, size, write)) report_access(begin, size, write, line, nullptr);
-    note_access(begin, size, write, line, nullptr);
-}
-
 }  // namespace gpucnn_host

@@ -2,7 +2,7 @@
 // undefined behaviour (-fsanitize=undefined). Their names and arguments are the compilers' convention.
 #pragma once
 
-#include "runtime_races.h"
+#include "runtime_global_races.h"
 
 namespace gpucnn_host {
 
@@ -22,6 +22,7 @@ static inline void instrumented_access(uintptr_t address, size_t size, bool writ
     if (address - reinterpret_cast<uintptr_t>(&indices) < sizeof indices && !write) return;  // threadIdx and the like
     if (!allows(address, size, write)) report_access(address, size, write, 0, code);
     note_access(address, size, write, 0, code);
+    note_global_access(address, size, write, 0, code);
 }
 
 }  // namespace gpucnn_host

@@ -61,6 +61,7 @@ struct Schedule {
 
     unsigned current;           // the running thread
     unsigned phase;             // counts through all blocks and launches
+    unsigned first_phase;       // of this block
     unsigned next_in_phase;     // how far the phase's order has been handed out
     unsigned woken_begin, woken_end;  // counts; taken modulo the ring's length
     unsigned exited, at_barrier;
@@ -379,6 +380,7 @@ static void begin_block() {
     memset(warp_exited, 0, sizeof warp_exited);
     schedule.exited = 0;
     begin_phase();
+    schedule.first_phase = schedule.phase;
 }
 
 }  // namespace gpucnn_host
