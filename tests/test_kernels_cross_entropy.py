@@ -360,6 +360,36 @@ def test_a_steps_numbers_have_the_bits_of_those_made_one_by_one(dtype, labels):
             assert correct == (wide(logits).argmax(axis=1) == targets).sum(), where
 
 
+def shifted(array):
+    """The same numbers behind a first one that is left out: on no boundary but that of their own size."""
+    place = numpy.empty(array.size + 1, array.dtype)[1:].reshape(array.shape)
+    place[...] = array
+    return place
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", [20, 516, 1096])  # a part of a warp's piece, two pieces, rows for blocks
+def test_where_arrays_begin_changes_no_bit(dtype, classes):
+    assert classes % 4 == 0  # these are moved by fours where they can be
+    for kind, weighted in product(("labels", "probabilities"), (False, True)):
+        given = in_dtypes(dtype, *classification(kind, weighted, 10, classes))
+        logits, targets, weight = given
+        options = {"weight": weight, "label_smoothing": 0.1}
+        loss, probabilities = kernels.softmax_cross_entropy_forward(logits, targets, **options)
+        apart = shifted(logits), targets if kind == "labels" else shifted(targets)
+        moved_loss, moved = kernels.softmax_cross_entropy_forward(*apart, **options)
+        assert (moved_loss.tobytes(), moved.tobytes()) == (loss.tobytes(), probabilities.tobytes())
+        assert max_error(wide(probabilities), activation_oracle.softmax(wide(logits), 1)) <= EPSILON[dtype]
+        gradient = kernels.softmax_cross_entropy_backward(probabilities, targets, **options)
+        out = shifted(probabilities)
+        kernels.softmax_cross_entropy_backward(shifted(probabilities), apart[1], **options, out=out)
+        assert out.tobytes() == gradient.tobytes()
+        if kind == "labels":
+            out = shifted(logits)
+            results = step(apart[0], targets, **options, out=out)
+            assert [one.tobytes() for one in results[:2]] == [loss.tobytes(), gradient.tobytes()]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_steps_gradient_is_scaled_as_by_itself(dtype):
     logits, targets, _ = in_dtypes(dtype, *classification("labels", False, 70, 10))

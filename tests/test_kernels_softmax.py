@@ -13,7 +13,7 @@ from gpucnn_kernels.errors import ArgumentError, DtypeError, LayoutError
 from gpucnn_kernels.runtime import host
 from gpucnn_kernels.runtime.host_array import HostArray
 from tests.accuracy import awkward, channels_last, max_error
-from tests.kernel_arrays import DTYPES, accumulated, cast, error_bound, wide
+from tests.kernel_arrays import DTYPES, EPSILON, accumulated, cast, error_bound, wide
 from tests.oracles import activations as oracle
 
 CASES = [
@@ -136,6 +136,22 @@ def test_infinities_large_numbers_and_nan(length):
         assert numpy.isnan(y[2:5]).all()  # as on the CPU: nothing but minus infinities, infinity, NaN
         assert numpy.isnan(expected[2:5]).all()
         assert max_error(y[5], 1 / length) <= 1e-8
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [20, 516, 1096])  # a part of a warp's piece, two pieces, rows for blocks
+def test_where_arrays_begin_changes_no_bit(dtype, length):
+    assert length % 4 == 0  # these are moved by fours where they can be
+    random = numpy.random.default_rng(length)
+    x, dy = (cast(random.standard_normal((10, length)), dtype) for _ in range(2))
+    y = kernels.softmax_forward(x)
+    dx = kernels.softmax_backward(dy, y)
+    assert max_error(wide(y), oracle.softmax(wide(x), 1)) <= EPSILON[dtype]
+    places = [numpy.empty(x.size + 1, x.dtype)[1:].reshape(x.shape) for _ in range(3)]
+    for place, array in zip(places, (x, dy, y), strict=True):
+        place[...] = array
+    assert kernels.softmax_forward(places[0], out=places[0]).tobytes() == y.tobytes()
+    assert kernels.softmax_backward(*places[1:], out=places[0]).tobytes() == dx.tobytes()
 
 
 def test_nothing():

@@ -43,6 +43,7 @@ __device__ __forceinline__ T block_sum(T value, T *shared) {
     if (thread % 32 == 0) shared[thread / 32] = value;
     __syncthreads();
     T total = shared[0];
+#pragma unroll 4
     for (int warp = 1; warp < warps_of_block(); ++warp) total += shared[warp];
     __syncthreads();
     return total;
@@ -55,6 +56,7 @@ __device__ __forceinline__ T block_minimum(T value, T *shared) {
     if (thread % 32 == 0) shared[thread / 32] = value;
     __syncthreads();
     T smallest = shared[0];
+#pragma unroll 4
     for (int warp = 1; warp < warps_of_block(); ++warp) {
         smallest = shared[warp] < smallest ? shared[warp] : smallest;
     }
@@ -77,6 +79,7 @@ __device__ __forceinline__ T row_maximum(T value, T *shared) {
     if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
     __syncthreads();
     T largest = shared[0];
+#pragma unroll 4
     for (int warp = 1; warp < warps_of_block(); ++warp) {
         largest = shared[warp] > largest ? shared[warp] : largest;
     }
