@@ -471,6 +471,9 @@ def test_what_a_step_does_not_take():
         step(logits, logits)
     with pytest.raises(ArgumentError, match="shares memory with logits"):
         step(logits, targets, out=logits)
+    room = numpy.zeros(35, numpy.float32)
+    with pytest.raises(ArgumentError, match="shares memory with weight"):
+        step(logits, targets, weight=room[:5], out=room.reshape(7, 5))
     with pytest.raises(DtypeError, match="done must be int32"):
         softmax_cross_entropy_step(logits, targets, done=numpy.zeros(1))
     with pytest.raises(ArgumentError, match=r"scaling must have shape \(1,\)"):

@@ -531,6 +531,17 @@ def test_errors():
         kernels.batch_norm_forward(images, residual=channels_last(images))
     with pytest.raises(ArgumentError, match=r"out_bias must have shape \(3,\), got \(2,\)"):
         kernels.batch_norm_backward(images, images, None, three, three, out_bias=three[:2].copy())
+    # A larger image is read twice: written between, x would be the gradient.
+    for wrong, name in (
+        ({"out_residual": images}, "x"),
+        ({"out_weight": three}, "mean"),
+        ({"out_bias": three}, "mean"),
+    ):
+        with pytest.raises(ArgumentError, match=f"shares memory with {name}"):
+            kernels.batch_norm_backward(images + 0, images, None, three, three, **wrong)
+    both = three.copy()
+    with pytest.raises(ArgumentError, match="out_bias shares memory with out_weight"):
+        kernels.batch_norm_backward(images, images, None, three, three, out_weight=both, out_bias=both)
     three.flags.writeable = False
     with pytest.raises(DtypeError, match="running_mean is read-only"):
         kernels.batch_norm_forward(images, running_mean=three)

@@ -266,7 +266,7 @@ def softmax_cross_entropy_step(
         call.require("scaling", "float64", (1,))
         call.require("done", "int32", (1,))
         gradient = call.output(call["logits"].shape, given.dtype)
-        require_apart(gradient, call["logits"], call["targets"])
+        require_apart(gradient, call["logits"], call["targets"], call.get("weight"))
         wide = wide and given.dtype != SCALARS[given.dtype][1]
         loss = call.empty((), SCALARS[given.dtype][1] if wide else given.dtype)
         correct = call.empty((), "int64")

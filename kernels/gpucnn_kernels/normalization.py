@@ -14,6 +14,7 @@ from gpucnn_kernels.activations import FUNCTIONS
 from gpucnn_kernels.arrays import DeviceArray, image_layout
 from gpucnn_kernels.errors import ArgumentError, DtypeError
 from gpucnn_kernels.launch import Call
+from gpucnn_kernels.overlap import require_apart
 from gpucnn_kernels.problem import ProblemError
 from gpucnn_kernels.runtime import ITEM_SIZES
 from gpucnn_kernels.source import SCALARS
@@ -287,6 +288,9 @@ def batch_norm_backward(
         before = None
         if out_residual is not None:
             before = call.output(call["x"].shape, dtype, name="out_residual")
+            require_apart(before, call["x"])  # which is read again after it was written
+        for place, result in enumerate((dweight, dbias)):
+            require_apart(result, *(call.get(name) for name in vectors), *(dweight, dbias)[:place])
         given: dict[str, Any] = {"dy": call["dy"], "y": call.get("y") if function else None, "function": function}
         arrays: dict[str, Any] = {
             "x": call["x"],
