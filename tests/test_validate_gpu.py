@@ -135,6 +135,8 @@ def test_every_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
             "many-outputs",
             "some-outputs",
             "many-inputs",
+            "three-inputs",
+            "four-inputs",
         ),
     )
     assert set(convolution.REDUCED) <= set(convolution.problems(bench(whole=True)))

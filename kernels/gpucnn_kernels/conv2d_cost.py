@@ -22,7 +22,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from gpucnn_kernels import conv2d_direct, conv2d_filter_direct
+from gpucnn_kernels import conv2d_direct, conv2d_filter_direct, conv2d_first_layer
 from gpucnn_kernels.conv2d_forward_paths import depthwise_slides, stride_phases, terms
 from gpucnn_kernels.conv2d_tiles import (
     CUBLAS_TENSOR_TILES,
@@ -130,6 +130,9 @@ def estimate(
     if path in ("implicit_gemm", "phases"):
         tile = implicit_tile(gpu, dtype, *sizes.covered, depth)
         return _product(path, tile, sizes, depth, plain_rate(gpu, dtype), item, once, gpu)
+    if path == "tensor" and direction == "forward" and conv2d_first_layer.takes(problem, dtype, precision):
+        first = conv2d_first_layer.plan(problem, dtype, gpu)
+        return Estimate(path, first.kernel.name, first.seconds(gpu, dtype), 0.0, _memory(gpu, once))
     if path in ("tensor", "wgmma"):
         depth = terms(problem, direction == "backward_data", 16 // item)
         tile = tensor_tile(gpu, dtype, precision, *sizes.covered, depth)

@@ -20,6 +20,9 @@ group are no multiple of 4 (float32) or 8 (16 bits), the weights of an input gra
 in either layout without a copy. So contiguous callers are not refused, but pay one pass over each of x and dy that
 is read, where channels-last ones pay none. A refusal would cost them the same pass, and another for the result.
 
+A first layer's images, of up to four channels, are read as they lie: conv2d_first_layer makes its product, but for
+three products.
+
 GPUs from compute capability 8.0 on; others are refused in words.
 """
 
@@ -27,6 +30,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from gpucnn_kernels import conv2d_first_layer
 from gpucnn_kernels.arrays import DeviceArray
 from gpucnn_kernels.conv2d_forward_paths import (
     Epilogue,
@@ -116,6 +120,9 @@ def convolve(
 ) -> None:
     """Fill ``output``, y from x or (``transposed``) dx from dy."""
     check(call, source.dtype)
+    if not transposed and conv2d_first_layer.takes(problem, source.dtype, precision):
+        conv2d_first_layer.convolve(call, problem, source, weight, output, epilogue)
+        return
     channels = channel_counts(problem, transposed)
     phases, positions = stride_phases(problem, transposed)
     units = phases * problem.groups
