@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gpucnn_kernels as kernels
-from gpucnn_kernels import ArgumentError, DtypeError, LayoutError, augmentation, runtime
+from gpucnn_kernels import ArgumentError, DtypeError, LayoutError, runtime
+from gpucnn_kernels import images as images_module
 from gpucnn_kernels.runtime.host import order_independent
 from tests.accuracy import awkward
 from tests.augmentation_cases import MEAN, NAMES, STD, cases, changes_of, in_planes, pictures, size_of_terms
@@ -46,11 +47,25 @@ def test_each_change_by_itself_on_images_larger_than_a_block(name, channels):
 
 
 def test_more_images_and_rows_than_a_grid_has_blocks(monkeypatch):
-    monkeypatch.setattr(augmentation, "_MOST_BLOCKS", 2)
+    monkeypatch.setattr(images_module, "_MOST_BLOCKS", 2)
     images = pictures((5, 33, 5, 3))
     options = {"mean": MEAN[:3], "std": STD[:3]} | changes_of(numpy.random.default_rng(1), NAMES[2:], 5, 33, 5)
     expected = oracle.augment_images(images, **options)
     assert_close(kernels.augment_images(images, **options), expected, size_of_terms(options, expected.shape))
+
+
+def test_a_thread_has_several_rows_where_blocks_are_enough(monkeypatch):
+    blocks = images_module.pixel_blocks
+    assert blocks(256, 224, 224) == (7, 7, 256)
+    assert blocks(512, 32, 32) == (1, 2, 512)
+    assert blocks(1, 224, 224) == (7, 28, 1)
+    assert blocks(0, 5, 5) == (1, 1, 0)
+    images = pictures((3, 70, 5, 3))
+    options = {"mean": MEAN[:3], "std": STD[:3]} | changes_of(numpy.random.default_rng(1), NAMES, 3, 70, 5)
+    expected = kernels.augment_images(images, **options)
+    for enough in (1, 10):  # four rows a thread, and two: 70 are no multiple of either
+        monkeypatch.setattr(images_module, "_ENOUGH_BLOCKS", enough)
+        numpy.testing.assert_array_equal(kernels.augment_images(images, **options), expected)
 
 
 @pytest.mark.parametrize("far", [2**31 - 1, -(2**31)])

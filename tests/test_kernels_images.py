@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gpucnn_kernels as kernels
-from gpucnn_kernels import ArgumentError, DtypeError, LayoutError, launch, runtime
+from gpucnn_kernels import ArgumentError, DtypeError, LayoutError, runtime
+from gpucnn_kernels import images as images_module
 from gpucnn_kernels.runtime.host import order_independent
 from tests.accuracy import awkward
 from tests.kernel_accuracy import DTYPES, EVERY_DTYPE, LAYOUTS, assert_close, on_the_host, poisoned
@@ -79,14 +80,16 @@ def test_offsets_far_outside_see_nothing_but_the_mean(dtype):
     assert_close(y[4:], oracle.images_to_float(images[4:], MEAN, STD, None, None, None), LARGEST)
 
 
-def test_more_pixels_than_a_grid_has_threads(monkeypatch):
-    monkeypatch.setattr(launch, "_MAX_BLOCKS", 2)
+@pytest.mark.parametrize(("most", "enough"), [(2, 1024), (65535, 1), (65535, 5)])
+def test_more_pixels_than_a_grid_has_threads(monkeypatch, most, enough):
+    monkeypatch.setattr(images_module, "_MOST_BLOCKS", most)
+    monkeypatch.setattr(images_module, "_ENOUGH_BLOCKS", enough)  # so that a thread has several rows
     images = pictures((4, 19, 17, 3))
     flip = numpy.array([True, False, True, False])
-    expected = oracle.images_to_float(images, MEAN, STD, flip, None, (19, 20))
+    expected = oracle.images_to_float(images, MEAN, STD, flip, None, (29, 20))
     for last in (False, True):
         y = kernels.images_to_float(
-            images, mean=MEAN[:3], std=STD[:3], flip=flip, crop_size=(19, 20), channels_last=last
+            images, mean=MEAN[:3], std=STD[:3], flip=flip, crop_size=(29, 20), channels_last=last
         )
         assert_close(y, expected, LARGEST)
         assert order_independent(

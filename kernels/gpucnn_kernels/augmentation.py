@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from gpucnn_kernels.arrays import DeviceArray
 from gpucnn_kernels.errors import ArgumentError, LayoutError
-from gpucnn_kernels.images import dtype_name, normalization_factors
+from gpucnn_kernels.images import PIXEL_BLOCK, dtype_name, normalization_factors, pixel_blocks
 from gpucnn_kernels.launch import Call
 from gpucnn_kernels.layout import image_output
 from gpucnn_kernels.overlap import require_apart
@@ -17,9 +16,7 @@ SOURCE = "augmentation"
 SOURCES: dict[str, tuple[dict[str, str], ...]] = {SOURCE: ({"INTERPOLATED": "0"}, {"INTERPOLATED": "1"})}
 
 _CHANNELS_A_LAUNCH = 4  # as many as the kernel takes factors and shifts for
-_BLOCK = (32, 8)  # neighbours in a row write neighbours in memory
 _MEAN_BLOCK = (32, 16)  # one block works on all of a picture
-_MOST_BLOCKS = 65535  # along the grid's second and third axes; what is beyond is done in turns
 
 
 def augment_images(
@@ -157,16 +154,11 @@ def augment_images(
             for number in range(_CHANNELS_A_LAUNCH):
                 normalization[f"factor_{number}"] = factors[first + number] if number < here else 0.0
                 normalization[f"shift_{number}"] = shifts[first + number] if number < here else 0.0
-            blocks = (
-                math.ceil(w / _BLOCK[0]),
-                min(math.ceil(h / _BLOCK[1]), _MOST_BLOCKS),
-                min(n, _MOST_BLOCKS),
-            )
             call.launch(
                 SOURCE,
                 "augment_images",
-                blocks,
-                _BLOCK,
+                pixel_blocks(n, h, w),
+                PIXEL_BLOCK,
                 scalar=name,
                 images=picture,
                 **given,

@@ -7,7 +7,7 @@ from typing import Any
 
 from gpucnn_kernels.arrays import image_layout
 from gpucnn_kernels.errors import ArgumentError, DtypeError
-from gpucnn_kernels.launch import Call, blocks_for
+from gpucnn_kernels.launch import Call
 from gpucnn_kernels.layout import image_output
 from gpucnn_kernels.overlap import require_apart
 from gpucnn_kernels.problem import pair
@@ -17,6 +17,12 @@ SOURCE = "images"
 SOURCES: dict[str, tuple[dict[str, str], ...]] = {SOURCE: ({},)}
 
 _CHANNELS_A_LAUNCH = 4  # as many as the kernel takes factors and shifts for
+PIXEL_BLOCK = (32, 8)
+"""A thread for each pixel of a result: neighbours in a row write neighbours in memory."""
+
+_MOST_BLOCKS = 65535  # along the grid's second and third axes; what is beyond is done in turns
+_ENOUGH_BLOCKS = 1024  # eight for every multiprocessor of the largest GPUs
+_MOST_ROWS = 4  # of a thread, for which it works out once what its picture and its column are
 
 
 def images_to_float(
@@ -59,10 +65,9 @@ def images_to_float(
         layout = "channels_last" if channels_last else "contiguous"
         y = image_output(call, call["images"], (n, channels, h, w), name, layout)
         require_apart(y, call["images"], call.get("flip"), offset)
-        neighbours = image_layout(y) == "channels_last"
+        image_layout(y)
         for first in range(0, channels, _CHANNELS_A_LAUNCH):
             count = min(_CHANNELS_A_LAUNCH, channels - first)
-            threads = n * h * w * (count if neighbours else 1)
             normalization: dict[str, float] = {"first_channel": first, "count": count}
             for number in range(_CHANNELS_A_LAUNCH):
                 given = number < count
@@ -71,20 +76,27 @@ def images_to_float(
             call.launch(
                 SOURCE,
                 "images_to_float",
-                blocks_for(threads),
+                pixel_blocks(n, h, w),
+                PIXEL_BLOCK,
                 scalar=name,
                 images=call["images"],
                 flip=call.get("flip"),
                 offset_32=offset if offset is not None and offset.dtype == "int32" else None,
                 offset_64=offset if offset is not None and offset.dtype == "int64" else None,
                 y=y,
-                count=threads,
-                channels_a_thread=1 if neighbours else count,
+                count=n,
                 crop={"height": height, "width": width, "channels": channels, "h": h, "w": w},
                 normalization=normalization,
                 strides=dict(zip("nchw", y.strides, strict=True)),
             )
         return call.give(y)
+
+
+def pixel_blocks(n: int, h: int, w: int) -> tuple[int, int, int]:
+    """The grid of PIXEL_BLOCKs for n pictures of h x w pixels: several rows a thread where blocks are enough."""
+    across, down = -(-w // PIXEL_BLOCK[0]), -(-h // PIXEL_BLOCK[1])
+    rows = max(1, min(_MOST_ROWS, across * down * n // _ENOUGH_BLOCKS))
+    return across, min(-(-down // rows), _MOST_BLOCKS), min(n, _MOST_BLOCKS)
 
 
 def normalization_factors(

@@ -9,6 +9,10 @@
 // between in memory. A turned pixel is made of four resampled ones, and a resampled one of rows * columns bytes:
 // neighbours read the same bytes again, from the cache. INTERPOLATED is 0 where pictures are neither resampled nor
 // turned, for then a pixel is a byte, and a thread needs half of the registers.
+//
+// By the compiled code for sm_90, not measured, a pixel that is not interpolated takes some 130 instructions without
+// changes of colour, and a thread 160 before the first of up to four; for three channels of float32 an H200's memory
+// leaves time for 117. A thread for each pixel took all of them.
 #include "reduce.cuh"
 #include "scalar.cuh"
 

@@ -3,7 +3,13 @@
 //
 // A launch takes up to four channels, whose factors and shifts come by value: no table has to be copied to the GPU
 // first, which would wait for it. An image with more channels takes a launch for every four.
+//
+// By the compiled code for sm_90, not measured, a pixel takes some 75 instructions, and a thread 130 before the first of
+// up to four. A thread for each pixel, which divided by the width and the height, took some 370; for three channels of
+// float32 an H200's memory leaves time for 117.
 #include "scalar.cuh"
+
+#define MOST_CHANNELS 4  // of a launch
 
 struct Crop {
     int height, width, channels;  // of the images
@@ -21,48 +27,42 @@ struct Normalization {
     accumulate_t shift_0, shift_1, shift_2, shift_3;
 };
 
-__device__ __forceinline__ accumulate_t factor_of(const Normalization &normalization, int number) {
-    return number == 0   ? normalization.factor_0
-           : number == 1 ? normalization.factor_1
-           : number == 2 ? normalization.factor_2
-                         : normalization.factor_3;
-}
-
-__device__ __forceinline__ accumulate_t shift_of(const Normalization &normalization, int number) {
-    return number == 0   ? normalization.shift_0
-           : number == 1 ? normalization.shift_1
-           : number == 2 ? normalization.shift_2
-                         : normalization.shift_3;
-}
-
-// A thread for a pixel of the result and all channels of the launch; or, where the channels of the result are
-// neighbours in memory, for one channel of it. Offsets (N, 2) come in one of two widths, or not at all.
+// A thread for a pixel of the result and all channels of the launch: the picture and the column are looked up once for
+// all rows that it has. Offsets (N, 2) come in one of two widths, or not at all. ``count`` is how many pictures.
 extern "C" __global__ void __launch_bounds__(256, 1) images_to_float(
     const unsigned char *__restrict__ images, const bool *__restrict__ flip, const int *__restrict__ offset_32,
-    const long long *__restrict__ offset_64, scalar_t *__restrict__ y, long long count, int channels_a_thread,
-    Crop crop, Normalization normalization, OutputStrides strides
+    const long long *__restrict__ offset_64, scalar_t *__restrict__ y, long long count, Crop crop,
+    Normalization normalization, OutputStrides strides
 ) {
-    const long long step = (long long)gridDim.x * blockDim.x;
-    const int threads_a_pixel = channels_a_thread == 1 ? normalization.count : 1;
-    for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += step) {
-        const long long pixel = i / threads_a_pixel, line = pixel / crop.w, n = line / crop.h;
-        const int first = (int)(i - pixel * threads_a_pixel);
-        const int row = (int)(line - n * crop.h), column = (int)(pixel - line * crop.w);
+    const int column = blockIdx.x * blockDim.x + threadIdx.x;
+    if (column >= crop.w) return;
+    const accumulate_t factors[MOST_CHANNELS] = {
+        normalization.factor_0, normalization.factor_1, normalization.factor_2, normalization.factor_3
+    };
+    const accumulate_t shifts[MOST_CHANNELS] = {
+        normalization.shift_0, normalization.shift_1, normalization.shift_2, normalization.shift_3
+    };
+    for (long long n = blockIdx.z; n < count; n += gridDim.z) {
         const long long top = offset_32 ? offset_32[2 * n] : offset_64 ? offset_64[2 * n] : 0;
         const long long left = offset_32 ? offset_32[2 * n + 1] : offset_64 ? offset_64[2 * n + 1] : 0;
         const int column_in_crop = flip && flip[n] ? crop.w - 1 - column : column;
         // Compared without adding, which would overflow for an offset near the largest integer.
-        const bool inside = top >= -row && top < crop.height - row && left >= -column_in_crop &&
-                            left < crop.width - column_in_crop;
-        const long long place =
-            inside ? ((n * crop.height + row + top) * crop.width + column_in_crop + left) * crop.channels : 0;
-        for (int number = first; number < first + channels_a_thread; ++number) {
-            const int channel = normalization.first_channel + number;
-            const accumulate_t value = inside ? (accumulate_t)images[place + channel] *
-                                                        factor_of(normalization, number) +
-                                                    shift_of(normalization, number)
-                                              : NUMBER(0);
-            y[n * strides.n + channel * strides.c + row * strides.h + column * strides.w] = store(value);
+        const bool across = left >= -column_in_crop && left < crop.width - column_in_crop;
+        const unsigned char *picture = images + n * crop.height * crop.width * crop.channels +
+                                       (across ? (column_in_crop + left) * crop.channels : 0) +
+                                       normalization.first_channel;
+        scalar_t *made = y + n * strides.n + column * strides.w + normalization.first_channel * strides.c;
+        for (int row = blockIdx.y * blockDim.y + threadIdx.y; row < crop.h; row += gridDim.y * blockDim.y) {
+            const bool inside = across && top >= -row && top < crop.height - row;
+            const unsigned char *place = picture + (inside ? (row + top) * crop.width * crop.channels : 0);
+            scalar_t *target = made + row * strides.h;
+#pragma unroll
+            for (int number = 0; number < MOST_CHANNELS; ++number) {
+                if (number >= normalization.count) continue;
+                target[number * strides.c] = store(
+                    inside ? (accumulate_t)place[number] * factors[number] + shifts[number] : NUMBER(0)
+                );
+            }
         }
     }
 }
