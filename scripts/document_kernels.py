@@ -104,8 +104,8 @@ their own. im2col, whose products are cuBLAS's, ends in a second launch.
 
 `conv2d_max_pool2d_forward` also pools: one launch from the images to the maxima and their places, which
 `max_pool2d_backward` takes; the convolution's result is stored nowhere. `conv2d_max_pool2d_pays` says where gpucnn
-takes it, in training and in `compile_for_inference`: at most 160 terms a sum, at most 32 output channels, windows
-that do not overlap. Those bounds are counted, not measured.
+takes it, in training and in `compile_for_inference`: where it is reckoned faster than the convolution's own way
+and a pooling, which is so of first layers and small images. That is arithmetic, not measured.
 
 `conv2d_backward_filter(..., bias_out=...)` makes the bias's gradient with the weight's, in the same pass over dy
 where its way allows that, and `max_pool2d_backward(..., y=, activation=)` goes back through the activation, too.

@@ -93,7 +93,7 @@ def activated():
         layers.Tanh(),
         layers.Conv2d(8, 8, 3, stride=2, bias=False),
         layers.LeakyReLU(0.3),
-        layers.Conv2d(8, 40, 1),
+        layers.Conv2d(8, 40, 1, algorithm={"forward": "implicit_gemm"}),  # by name: it does not pool
         layers.Sigmoid(),
         layers.MaxPool2d(2),
         layers.Conv2d(40, 4, 1),
@@ -230,8 +230,10 @@ def test_layers_of_a_pooled_convolution_by_hand():
 
 
 def test_what_does_not_pay_or_is_chosen_by_name_is_not_pooled_at_once(started):
-    wide = layers.Sequential(layers.Conv2d(3, 64, 1), layers.ReLU(), layers.MaxPool2d(2)).to("cuda")
-    wide.backward(gradient_for(wide(images())))
+    deep = layers.Sequential(
+        layers.Conv2d(3, 96, 1), layers.Conv2d(96, 64, 3), layers.ReLU(), layers.MaxPool2d(2)
+    ).to("cuda")
+    deep.backward(gradient_for(deep(images())))
     assert {"max_pool_forward_planes", "max_pool_backward_planes", "activation_backward"} <= set(started)
     assert "activation_forward" not in started
     started.clear()

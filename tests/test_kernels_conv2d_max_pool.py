@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import numpy
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import gpucnn_kernels as kernels
 from gpucnn_kernels import (
@@ -15,6 +17,7 @@ from gpucnn_kernels import (
     LayoutError,
     Pool2dProblem,
     ProblemError,
+    conv2d_cost,
     conv2d_forward,
     conv2d_max_pool,
     conv2d_max_pool2d_forward,
@@ -22,6 +25,7 @@ from gpucnn_kernels import (
     max_pool2d_backward,
     max_pool2d_forward,
 )
+from gpucnn_kernels.gpu import H200
 from gpucnn_kernels.runtime.host import order_independent
 from tests.accuracy import awkward, max_error
 from tests.kernel_accuracy import on_the_host
@@ -121,16 +125,20 @@ def one_after_the_other(problem, window, dtype, arrange=numpy.ascontiguousarray,
     )
 
 
-@pytest.fixture(params=["wide", "narrow"])
+@pytest.fixture(params=["wide", "medium", "narrow"])
 def tile(request, monkeypatch):
-    """Each kernel, whatever the size of the problem."""
+    """Each kernel for 2 x 2 windows, whatever the size of the problem; of other windows there is one."""
+    usual, used = conv2d_max_pool.plan, set()
 
-    def forced(dtype, channels, pixels, groups):
-        wide_one = 8 if dtype == "float64" else 16
-        return request.param, wide_one if request.param == "wide" else 4, -(-pixels // 128)
+    def forced(problem, window, dtype, gpu):
+        every = conv2d_max_pool.kernels_for(window, dtype)
+        kernels = tuple(kernel for kernel in every if kernel.name.endswith(request.param)) or every
+        used.update(kernel.name for kernel in kernels)
+        return usual(problem, window, dtype, gpu, kernels)
 
-    monkeypatch.setattr(conv2d_max_pool, "_tile", forced)
-    return request.param
+    monkeypatch.setattr(conv2d_max_pool, "plan", forced)
+    yield request.param
+    assert f"conv2d_max_pool_halves_{request.param}" in used
 
 
 # ---------------------------------------------------------------- values
@@ -258,11 +266,103 @@ def test_no_images_and_no_bias():
     numpy.testing.assert_array_equal(bare, zeros)
 
 
-def test_the_tile_is_wide_where_there_are_enough():
-    assert conv2d_max_pool._tile("float32", 16, 512 * 14 * 14, 1)[:2] == ("wide", 16)
-    assert conv2d_max_pool._tile("float64", 16, 512 * 14 * 14, 1)[:2] == ("wide", 8)
-    assert conv2d_max_pool._tile("float32", 16, 25, 1) == ("narrow", 4, 1)
-    assert conv2d_max_pool._tile("float32", 4, 512 * 14 * 14, 1)[:2] == ("narrow", 4)
+# ---------------------------------------------------------------- plans
+
+
+def test_windows_in_parts(monkeypatch):
+    """Where whole ones do not fit in shared memory: some rows of them at a time, or some places of a row."""
+    usual, parts = conv2d_max_pool.plan, set()
+    problems = {
+        "long": (Conv2dProblem.from_shapes((2, 1, 4, 240), (3, 1, 2, 3)), pool((1, 200), (1, 7), (0, 3))),
+        "far": (
+            Conv2dProblem.from_shapes((1, 1, 30, 190), (5, 1, 2, 2)),
+            pool((12, 20), (3, 5), (0, 0), (2, 9)),
+        ),
+        "high": (Conv2dProblem.from_shapes((2, 2, 60, 9), (9, 2, 3, 2), stride=2), pool((25, 3), (2, 1), (5, 1))),
+        "dilated": (ALL["k3-same"], pool((3, 2), (1, 2), (1, 1), (2, 3), ceil_mode=True)),
+        "slices": (ALL["lenet-2"], HALVES),
+    }
+
+    def forced(problem, window, dtype, gpu):
+        made = usual(problem, window, dtype, gpu, most_bytes=600 * (8 if dtype == "float64" else 4))
+        parts.add((made.places_down < window.R, made.places_across < window.S))
+        return made
+
+    monkeypatch.setattr(conv2d_max_pool, "plan", forced)
+    for dtype in ("float32", "float64", "bfloat16"):
+        for name, (problem, window) in problems.items():
+            exact, plain = (activations.elementwise(activations.relu, array) for array in sums(problem, dtype))
+            truth, close = pooled(exact, window)[0], pooled(wide(cast(plain, dtype)), window)[0]
+            for arrange in LAYOUTS.values():
+                y, argmax = run(problem, window, dtype, arrange, activation="relu")
+                bound = error_bound(close, truth, dtype)
+                assert max_error(wide(y), truth.astype(numpy.float64)) <= bound, f"{name}, {dtype}"
+                if problem.C <= 4:
+                    expected, places = one_after_the_other(problem, window, dtype, arrange, activation="relu")
+                    numpy.testing.assert_array_equal(wide(y), wide(expected), name)
+                    numpy.testing.assert_array_equal(argmax, places, name)
+                alone = run(problem, window, dtype, arrange, activation="relu", with_argmax=False)
+                numpy.testing.assert_array_equal(wide(alone), wide(y), name)
+    assert parts == {(False, False), (True, False), (True, True), (False, True)}
+
+
+problems = st.builds(
+    lambda n, c, k, height, width, kernel, stride, size, step, pad, dilation: (
+        Conv2dProblem.from_shapes(
+            (n, c, height + kernel, width + kernel), (k, c, kernel, kernel), stride=stride, padding=kernel // 2
+        ),
+        {"kernel_size": size, "stride": step, "padding": min(pad, size // 2), "dilation": dilation},
+    ),
+    st.integers(0, 300), st.integers(1, 40), st.integers(1, 70), st.integers(60, 200), st.integers(60, 200),
+    st.sampled_from([1, 2, 3, 5, 11]), st.integers(1, 3), st.integers(1, 16), st.integers(1, 20),
+    st.integers(0, 8), st.integers(1, 2),
+)  # fmt: skip
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems, st.sampled_from(["float32", "float64"]), st.sampled_from([2 << 10, 48 << 10]))
+def test_a_plan_covers_everything_and_fits(given_problem, dtype, most_bytes):
+    problem, window = given_problem
+    try:
+        window = Pool2dProblem.from_shapes(problem.output_shape, **window)
+    except ProblemError:
+        return
+    made = conv2d_max_pool.plan(problem, window, dtype, H200, most_bytes=most_bytes)
+    plan, patch, item = made.plan, made.plan.patch, 8 if dtype == "float64" else 4
+    kernel = next(each for each in conv2d_max_pool.kernels_for(window, dtype) if each.name == plan.kernel)
+    teams = plan.threads // patch["threads"]
+    assert plan.threads % patch["threads"] == patch["threads"] % 32 == 0
+    assert plan.threads <= kernel.most_threads
+    # Pairs of quads, one below the other: as many as the threads of a team make.
+    pairs = -(-patch["images"] * patch["rows"] // 2) * patch["quads"]
+    assert pairs <= patch["threads"] * kernel.quads * 4 // item // 2
+    assert patch["blocks_down"] * made.rows >= window.P > (patch["blocks_down"] - 1) * made.rows
+    assert patch["blocks_across"] * made.columns >= window.Q > (patch["blocks_across"] - 1) * made.columns
+    assert patch["parts"] * teams * kernel.outputs >= problem.K
+    assert patch["rows"] == (made.rows - 1) * window.stride[0] + (made.places_down - 1) * window.dilation[0] + 1
+    columns = (made.columns - 1) * window.stride[1] + (made.places_across - 1) * window.dilation[1] + 1
+    assert patch["quads"] * 4 >= columns
+    assert made.places_across == window.S or made.places_down == 1, "in the order of the window's places"
+    if "halves" in plan.kernel:
+        assert (patch["rows"], patch["quads"] * 2) == (2 * made.rows, made.columns), "whole windows"
+    images = patch["parts"] * patch["blocks_down"] * patch["blocks_across"] * -(-problem.N // patch["images"])
+    assert plan.blocks == images
+    exchanged = 0 if "halves" in plan.kernel else teams * 16 * patch["images"] * patch["rows"] * patch["quads"] * 4
+    assert exchanged <= plan.shared_bytes <= most_bytes
+
+
+def test_a_layer_with_few_channels_wastes_few():
+    """Six channels of six, not of eight; and where blocks are few they have more warps, of fewer channels each."""
+
+    def planned(n, c, size, k, kernel, **more):
+        problem = Conv2dProblem.from_shapes((n, c, size, size), (k, c, kernel, kernel), **more)
+        return conv2d_max_pool.plan(problem, Pool2dProblem.from_shapes(problem.output_shape, 2), "float32", H200)
+
+    assert planned(512, 1, 28, 6, 5, padding=2).plan.kernel == "conv2d_max_pool_halves_medium"
+    assert planned(64, 3, 224, 16, 3, stride=2).plan.kernel == "conv2d_max_pool_halves_wide"
+    few = planned(128, 6, 14, 16, 5).plan
+    assert few.kernel == "conv2d_max_pool_halves_narrow"
+    assert few.threads == 128
 
 
 # ---------------------------------------------------------------- training, and what is refused
@@ -311,20 +411,41 @@ def test_what_does_not_fit():
         conv2d_max_pool2d_forward(square, square[:, :, :1, :1].copy(), pool_size=1, out=square)
 
 
-def test_where_it_pays():
-    def pays(name, size=2, stride=None, **more):
-        problem = ALL[name]
-        return conv2d_max_pool2d_pays(
-            problem, Pool2dProblem.from_shapes(problem.output_shape, size, stride=stride, **more)
-        )
+def pays(problem, size=2, stride=None, dtype="float32", **more):
+    window = Pool2dProblem.from_shapes(problem.output_shape, size, stride=stride)
+    return conv2d_max_pool2d_pays(problem, window, dtype, **more)
 
-    assert pays("lenet-1")
-    assert pays("lenet-2")
-    assert pays("animalnet-1")
-    assert not pays("resnet-stem", 3, 2, padding=1), "windows that overlap"
-    assert not pays("animalnet-1", 2, dilation=2), "windows that reach over each other"
-    assert not pays("dilated-block", 17), "more than a byte of places"
-    assert pays("dilated-block", 16)
-    assert not conv2d_max_pool2d_pays(
-        Conv2dProblem.from_shapes((1, 32, 9, 9), (32, 32, 3, 3)), Pool2dProblem.from_shapes((1, 32, 7, 7), 2)
-    ), "many channels"
+
+def test_where_it_pays():
+    """Of what is clear: first layers, whose result is several times what goes in, and LeNet's second one."""
+    for n in (1, 32, 128, 512):
+        first = Conv2dProblem.from_shapes((n, 1, 28, 28), (6, 1, 5, 5), padding=2)
+        seed = Conv2dProblem.from_shapes((n, 3, 224, 224), (16, 3, 3, 3), stride=2)
+        for problem in (first, Conv2dProblem.from_shapes((n, 6, 14, 14), (16, 6, 5, 5)), seed):
+            assert pays(problem), problem
+            assert pays(problem, dtype="bfloat16", precision="bfloat16", channels_last=True), problem
+    # Many channels are sums for tensor cores, or tiles whose blocks share more of what they read.
+    for channels, size in ((64, 56), (256, 14)):
+        deep = Conv2dProblem.from_shapes((64, channels, size, size), (channels, channels, 3, 3), padding=1)
+        for more in ({}, {"precision": "float32"}, {"dtype": "float16", "precision": "float16"}):
+            assert not pays(deep, **more)
+    # Windows that overlap so far that most sums would be made several times.
+    assert not pays(Conv2dProblem.from_shapes((64, 3, 64, 64), (16, 3, 5, 5), padding=2), 5, 1)
+    assert not pays(ALL["dilated-block"], 17), "more than a byte of places"
+
+
+def test_it_pays_by_the_seconds_of_both_ways():
+    problem = Conv2dProblem.from_shapes((64, 3, 224, 224), (16, 3, 3, 3), stride=2)
+    window = Pool2dProblem.from_shapes(problem.output_shape, 2)
+    apart = conv2d_max_pool.seconds_apart(problem, window, "float32", H200)
+    convolution = conv2d_cost.estimate("direct", "forward", problem, "float32", H200).seconds
+    sums, left = 64 * 16 * 111 * 111, 64 * 16 * 55 * 55
+    assert apart == pytest.approx(convolution + (4 * sums + 5 * left) / (0.9 * 4.8e12) + 3e-6)
+    together = conv2d_max_pool.seconds(problem, window, "float32", H200)
+    made = conv2d_max_pool.plan(problem, window, "float32", H200).plan
+    assert together == pytest.approx(made.seconds(H200) + 3e-6)
+    # Of 1 x 1 the memory is what takes the longest: x and what is left of 16 channels.
+    thin = Conv2dProblem.from_shapes((64, 1, 512, 512), (1, 1, 1, 1))
+    whole = Pool2dProblem.from_shapes(thin.output_shape, 2)
+    moved = 4 * (64 * 512 * 512 + 1) + 5 * 64 * 256 * 256
+    assert conv2d_max_pool.seconds(thin, whole, "float32", H200) >= moved / (0.9 * 4.8e12) + 3e-6

@@ -32,6 +32,7 @@ from gpucnn.layers.linear import Linear
 from gpucnn.layers.normalization import BatchNorm1d, BatchNorm2d
 from gpucnn.layers.pooling import MaxPool2d
 from gpucnn.ops import Array, array_module
+from gpucnn.ops.checks import own_precision
 from gpucnn.ops.memory_format import empty_image, is_channels_last
 from gpucnn_kernels.problem import Pool2dProblem, ProblemError
 
@@ -150,7 +151,8 @@ def _paying_pool(convolution: Any, pool: Any, x: Array) -> Pool2dProblem | None:
         pooling: Pool2dProblem = pool.problem(problem.output_shape)
     except ProblemError:  # the layer whose error it is will say it
         return None
-    return pooling if kernels.conv2d_max_pool2d_pays(problem, pooling) else None
+    options = {"precision": own_precision(x.dtype), "channels_last": is_channels_last(x)}
+    return pooling if kernels.conv2d_max_pool2d_pays(problem, pooling, x.dtype, **options) else None
 
 
 def _convolved_and_pooled(

@@ -21,6 +21,11 @@ BY_RESULT = (*ENDINGS, "sigmoid", "tanh")
 """Those that a gradient goes back through by the result alone."""
 
 
+def own_precision(dtype: Any) -> str | None:
+    """What gpucnn_kernels takes as ``precision``: products of 16-bit numbers may be those of tensor cores."""
+    return str(dtype) if str(dtype) in ("float16", "bfloat16") else None
+
+
 # ---------------------------------------------------------------- one array, one value
 
 

@@ -105,9 +105,19 @@ POOLINGS: dict[str, dict[str, Any]] = {
 _SMALL_POOLINGS = ("lenet-2", "k3-same", "groups-2", "depthwise-multiplier-2")
 
 
+def _planned(usual: Any, width: str) -> Any:
+    """A plan with the kernel of this width for 2 x 2 windows; of other windows there is one."""
+
+    def plan(problem: Any, pool: Any, dtype: str, gpu: Any) -> Any:
+        every = conv2d_max_pool.kernels_for(pool, dtype)
+        return usual(problem, pool, dtype, gpu, tuple(k for k in every if k.name.endswith(width)) or every)
+
+    return plan
+
+
 def check_max_pool(bench: Bench) -> None:
     """Convolution, ReLU and max pooling as one kernel, of integers: sums are exact, and so must be all results."""
-    enough = conv2d_max_pool._ENOUGH_BLOCKS
+    usual = conv2d_max_pool.plan
     try:
         for numbers, name in product(bench.numbers(), POOLINGS if bench.whole else _SMALL_POOLINGS):
             problem, window = (
@@ -122,8 +132,8 @@ def check_max_pool(bench: Bench) -> None:
             given = {
                 ("ceil_mode" if key == "ceil_mode" else f"pool_{key}"): value for key, value in window.items()
             }
-            for dtype, layout, blocks in product(numbers.dtypes, LAYOUTS, (1, 1 << 40)):
-                conv2d_max_pool._ENOUGH_BLOCKS = blocks  # wide tiles, or narrow ones
+            for dtype, layout, width in product(numbers.dtypes, LAYOUTS, ("wide", "medium", "narrow")):
+                vars(conv2d_max_pool)["plan"] = _planned(usual, width)
                 stored: Array = sums.astype(numpy_dtype(dtype)).astype("float64")
                 expected = pooling_oracle.max_pool(
                     stored,
@@ -134,7 +144,7 @@ def check_max_pool(bench: Bench) -> None:
                     window["ceil_mode"],
                 )
                 bench.check(
-                    "conv2d_max_pool2d_forward", f"{name}, {layout}, {'wide' if blocks == 1 else 'narrow'}", dtype,
+                    "conv2d_max_pool2d_forward", f"{name}, {layout}, {width}", dtype,
                     lambda: (
                         kernels.conv2d_max_pool2d_forward(
                             *(bench.put(part, dtype, layout) for part in (x, weight)), bench.put(bias, dtype),
@@ -144,7 +154,7 @@ def check_max_pool(bench: Bench) -> None:
                     expected, [0.0, 0.0],
                 )  # fmt: skip
     finally:
-        conv2d_max_pool._ENOUGH_BLOCKS = enough
+        vars(conv2d_max_pool)["plan"] = usual
 
 
 CHECKS = {

@@ -13,6 +13,7 @@ from gpucnn.ops.checks import (
     check_bias,
     columns_problem,
     forward_problem,
+    own_precision,
     require_dimensions,
     require_floating,
     window_problem,
@@ -43,8 +44,6 @@ TENSOR_CORES: dict[str, dict[str, Any]] = {
 """Further names, of all directions, as gpucnn_kernels takes them: tensor cores, in the arrays' precision or, for
 float32, in tf32. They are not for float64, nor for GPUs before compute capability 8.0, and say so there."""
 
-NARROW = ("float16", "bfloat16")
-
 
 def algorithm_options(direction: str, algorithm: str, problem: Conv2dProblem, dtype: Any) -> dict[str, Any]:
     """``algorithm``, checked, as gpucnn_kernels takes it for arrays of ``dtype``.
@@ -54,8 +53,8 @@ def algorithm_options(direction: str, algorithm: str, problem: Conv2dProblem, dt
     if algorithm in TENSOR_CORES:
         return TENSOR_CORES[algorithm]
     check_algorithm(direction, algorithm, conv2d_algorithms(direction), problem)
-    if algorithm == "auto" and str(dtype) in NARROW:
-        return {"algorithm": algorithm, "precision": str(dtype)}
+    if algorithm == "auto" and (precision := own_precision(dtype)):
+        return {"algorithm": algorithm, "precision": precision}
     return {"algorithm": algorithm}
 
 

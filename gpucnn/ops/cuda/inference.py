@@ -8,7 +8,7 @@ import numpy
 
 import gpucnn_kernels as kernels
 from gpucnn.device import device_of, module_of, on_device
-from gpucnn.ops.checks import check_residual, forward_problem, require_choice
+from gpucnn.ops.checks import check_residual, forward_problem, own_precision, require_choice
 from gpucnn.ops.contract import Array
 from gpucnn.ops.cuda.arrays import call, check_devices, common_dtype, contiguous, finish, image, is_image, usable
 from gpucnn.ops.cuda.convolution import algorithm_options
@@ -143,11 +143,12 @@ def _pooled(
     problem = forward_problem(x, weight, bias, **options)
     apart = {name.removeprefix("pool_"): value for name, value in pooling.items() if name != "pool_size"}
     pool = Pool2dProblem.from_shapes(problem.output_shape, pooling["pool_size"], **apart)
-    if not call(kernels.conv2d_max_pool2d_pays, problem, pool):
+    dtype = common_dtype(x, weight)
+    how = {"precision": own_precision(dtype), "channels_last": is_channels_last(x)}
+    if not call(kernels.conv2d_max_pool2d_pays, problem, pool, dtype, **how):
         between = None if out is None else result_for(problem.output_shape, x, is_channels_last(out))
         y = conv2d_inference(x, weight, bias, **options, **epilogue, out=between)
         return max_pool2d_forward(y, kernel_size=pooling["pool_size"], **apart, out=out)
-    dtype = common_dtype(x, weight)
     given, filters = image(x, dtype), image(weight, dtype)
     offset = None if bias is None else contiguous(bias, dtype)
     target = usable(out, pool.output_shape, x.dtype, dtype, given, filters, offset, layout=is_image)

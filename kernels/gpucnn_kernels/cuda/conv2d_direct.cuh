@@ -64,6 +64,22 @@ __device__ __forceinline__ void read_quad(accumulate_t *to, const accumulate_t *
 #endif
 }
 
+// The weights of a tap: at a multiple of 16 bytes where they are quads, otherwise of 8 (float64: 16).
+template <int OUTPUTS>
+__device__ __forceinline__ void read_weights(accumulate_t (&to)[OUTPUTS], const accumulate_t *from) {
+    constexpr int WIDTH = OUTPUTS % QUAD == 0 ? QUAD : 2;
+    static_assert(OUTPUTS % WIDTH == 0, "weights are read in quads or pairs");
+#pragma unroll
+    for (int k = 0; k < OUTPUTS; k += WIDTH) {
+        if (WIDTH == QUAD) {
+            read_quad(to + k, from + k);
+        } else {
+            const Pack<accumulate_t, 2> pair = load_pack<2>(from + k);
+            to[k] = pair.number[0], to[k + 1] = pair.number[1];
+        }
+    }
+}
+
 // Numbers of a tap's weights in shared memory. The four more let threads that write one channel of neighbouring
 // taps meet different banks.
 __device__ __forceinline__ int weight_pitch(int outputs) { return outputs + QUAD; }
@@ -224,8 +240,7 @@ __device__ __forceinline__ void add_slice(
         for (int tap = 0; tap < QUAD; ++tap) {
             if (tap < window.taps) {
                 accumulate_t weight[OUTPUTS];
-#pragma unroll
-                for (int k = 0; k < OUTPUTS; k += QUAD) read_quad(weight + k, numbers + weights + k);
+                read_weights<OUTPUTS>(weight, numbers + weights);
                 weights += pitch;
 #pragma unroll
                 for (int quad = 0; quad < QUADS; ++quad) {

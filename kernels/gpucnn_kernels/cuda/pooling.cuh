@@ -5,6 +5,7 @@
 //   contiguous     position y * width + x of a plane,    row n * C + c
 //   channels-last  position x * C + c of an image's line, row n * height + y
 // Fewer than 2^31 positions; an array may have more elements.
+#include "pooling_windows.cuh"
 #include "scalar.cuh"
 
 struct Pooling {
@@ -21,10 +22,6 @@ struct Strides {
 struct Place {
     long long n;
     int c, y, x;
-};
-
-struct Range {
-    int first, end;
 };
 
 // How many positions an image of this size has along x: threads beyond have nothing to do.
@@ -46,13 +43,6 @@ __device__ __forceinline__ Place place_of(
 
 __device__ __forceinline__ long long offset_of(const Strides &strides, const Place &place) {
     return place.n * strides.n + place.c * strides.c + place.y * strides.h + place.x * strides.w;
-}
-
-// The places of a window that starts at ``start`` (below 0 in the padding) which lie inside an axis of ``size``.
-__device__ __forceinline__ Range places_inside(int start, int window, int dilation, int size) {
-    const int first = start >= 0 ? 0 : (-start + dilation - 1) / dilation;
-    const int end = start >= size ? 0 : (size - start + dilation - 1) / dilation;
-    return {first, end < window ? end : window};
 }
 
 // The windows, of ``count`` along an axis, whose first to last place encloses the pixel at ``shifted`` - padding.
