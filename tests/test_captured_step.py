@@ -184,6 +184,23 @@ def test_a_class_that_is_ignored(precision: str, launches: list[int]) -> None:
     assert end(runs[1])["history"] != end(runs[2])["history"]
 
 
+def test_batch_norms_whose_statistics_stay(launches: list[int]) -> None:
+    runs = []
+    for capture in ("on", "off"):
+        model = make_model()
+        model[1].momentum = None  # a factor that changes from step to step, where the statistics move
+        model[1].eval()
+        made = trainer(capture, model=model, validation=True)
+        made.fit()
+        assert [layer.training for layer in model] == [True, False] + [True] * 5
+        assert model[1].running_mean.tolist() == [0, 0, 0]
+        assert model[1].weight.data.tolist() != [1, 1, 1]
+        runs.append(made)
+    assert_same(*runs)
+    assert len(launches) > 6
+    assert runs[0].progress.said == [SAID]
+
+
 class OwnLoss(CrossEntropyLoss):
     """A loss of one's own: it may be anything, so it is computed by its own operations."""
 

@@ -43,6 +43,24 @@ def test_the_example_in_the_readme_learns(tmp_path: Path) -> None:
     assert float(found[1]) >= 0.95
 
 
+def test_the_example_of_fine_tuning_keeps_the_statistics(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    before = models.create("resnet18", num_classes=3, in_channels=1, image_size=8, width=8)
+    before.bn1.running_mean[...] = 0.25
+    before.save(tmp_path / "pretrained.safetensors")
+    after = "assert (model.bn1.running_mean == 0.25).all() and (model.bn1.weight.data == 1).all()\n"
+    (tmp_path / "example.py").write_text(example + after, encoding="utf-8")
+    answer = subprocess.run(
+        [sys.executable, "-W", "error", "example.py"],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert answer.returncode == 0, answer.stderr
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_to_files(page: Path) -> None:
     targets = re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8"))

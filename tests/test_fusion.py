@@ -267,6 +267,24 @@ def test_gradients(network):
     check_gradients(model, device.to_device(x, "cuda"))
 
 
+@pytest.mark.parametrize("network", [norms, residuals, bottleneck, inverted])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_batch_norms_in_evaluation_have_the_bits_of_layers_one_by_one(network, precision):
+    results = []
+    for fused in (True, False):
+        model = made(network, fused, precision, channels_last=True)
+        model(images(precision))  # so that statistics are others than 0 and 1
+        for _, layer in list(model.named_layers())[::2]:
+            if isinstance(layer, (layers.BatchNorm1d, layers.BatchNorm2d)):
+                layer.eval()
+        results.append(passes(model, precision))
+    for ours, theirs in zip(*results, strict=True):
+        if precision == "float32":
+            numpy.testing.assert_array_equal(ours, theirs)
+        else:
+            assert numpy.linalg.norm(ours - theirs) <= 2.0**-4 * numpy.linalg.norm(theirs) + 1e-6
+
+
 def test_backward_by_hand():
     """Each layer has saved what its own backward needs, whoever calls it."""
     whole, apart = made(norms), made(norms)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import product
 
 import numpy
 import pytest
@@ -171,6 +172,59 @@ def test_backward(dtype):
             ones = kernels.batch_norm_backward(dy, x, numpy.ones_like(weight), mean, inverse_std)
             for result, wanted in zip(bare, ones, strict=True):
                 numpy.testing.assert_array_equal(result, wanted, err_msg=where)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_backward_for_given_statistics(dtype):
+    acc = accumulated(dtype)
+    for shape in [*SHAPES, *(MANY_PARTS if dtype == "float32" else ())]:
+        numbers, random = inputs(shape), numpy.random.default_rng(7)
+        weight, mean = (array.astype(acc) for array in (numbers[1], random.uniform(-1, 1, shape[1])))
+        variance = random.uniform(0.1, 3, shape[1]).astype(acc)
+        expected = oracle.batch_norm_inference_backward(numbers[3], numbers[0], weight, mean, variance, TINY)
+        axes = (0, *range(2, len(shape)))
+        sums = abs(numbers[3]).sum(axes), (abs(numbers[3]) * (abs(numbers[0]) + 1)).sum(axes) * 4
+        bounds = (
+            abs(expected[0]) * (EPSILON[dtype] / 2 + 4 * EPSILON[acc]) + 2.0**-25 * (dtype == "float16"),
+            *(8 * EPSILON[acc] * terms for terms in reversed(sums)),
+        )
+        for layout, offset in product(layouts(numbers[0]), (0, 1)):
+            dy, x = (placed(layout(cast(numbers[place], dtype)), offset) for place in (3, 0))
+            where = f"{shape} {layout.__name__} {offset}"
+            results = kernels.batch_norm_inference_backward(dy, x, weight, mean, variance)
+            assert steps(results[0]) == steps(x), where
+            for result, wanted, kept, bound in zip(results, expected, (dtype, acc, acc), bounds, strict=True):
+                assert str(result.dtype) == kept, where
+                assert numpy.all(abs(wide(result) - wanted) <= bound), where
+            alone = kernels.batch_norm_inference_backward(dy, None, weight, mean, variance)
+            numpy.testing.assert_array_equal(alone[0], results[0], err_msg=where)
+            assert alone[1:] == (None, None), where
+            places = numpy.full((2, shape[1]), numpy.nan, acc)
+            again = kernels.batch_norm_inference_backward(
+                dy, x, weight, mean, variance, out=x, out_weight=places[0], out_bias=places[1]
+            )
+            assert again[0] is x, where
+            for result, wanted in zip((x, *places), results, strict=True):
+                numpy.testing.assert_array_equal(result, wanted, err_msg=where)
+            bare = kernels.batch_norm_inference_backward(dy, None, None, mean, variance)
+            ones = kernels.batch_norm_inference_backward(dy, None, numpy.ones_like(weight), mean, variance)
+            numpy.testing.assert_array_equal(bare[0], ones[0], err_msg=where)
+
+
+def test_the_gradient_for_given_statistics_in_any_order_and_of_nothing():
+    dy, x = (inputs((31, 2, 20, 20))[place].astype(numpy.float32) for place in (3, 0))
+    row = numpy.ones(2, numpy.float32)
+    assert host.order_independent(lambda: list(kernels.batch_norm_inference_backward(dy, x, row, row, row)))
+    x[0, 0] = numpy.inf  # says nothing about dx, which is made of dy alone
+    assert numpy.isfinite(kernels.batch_norm_inference_backward(dy, x, row, row, row)[0]).all()
+    dx, dweight, dbias = kernels.batch_norm_inference_backward(dy[:0], x[:0], row, row, row)
+    assert (dx.shape, dweight.tolist(), dbias.tolist()) == ((0, 2, 20, 20), [0, 0], [0, 0])
+    with pytest.raises(LayoutError, match=r"x has strides .*, but dy has"):
+        kernels.batch_norm_inference_backward(dy, channels_last(x), row, row, row)
+    with pytest.raises(DtypeError, match="running_var must be float32 where dy is float32"):
+        kernels.batch_norm_inference_backward(dy, x, row, row, row.astype(float))
+    with pytest.raises(ProblemError, match="got dy of shape"):
+        kernels.batch_norm_inference_backward(dy[0], None, row, row, row)
 
 
 @pytest.mark.parametrize(("mean", "spread"), [(1e4, 1.0), (-3e5, 1.0), (1e3, 1e-3), (0.0, 1e-20), (1e15, 1e16)])

@@ -57,6 +57,16 @@ FUNCTIONS: dict[str, Function] = {
     "batch_norm_forward": lambda x, _, out: kernels.batch_norm_forward(x, channels(1), channels(0), out=out),
     "batch_norm_backward of dy": batch_norm_backward,
     "batch_norm_backward of x": lambda x, dy, out: batch_norm_backward(dy, x, out),
+    "batch_norm_inference_backward of dy": (
+        lambda dy, x, out: kernels.batch_norm_inference_backward(
+            dy, x, channels(1), channels(0), channels(1), out=out
+        )
+    ),
+    "batch_norm_inference_backward of x": (
+        lambda x, dy, out: kernels.batch_norm_inference_backward(
+            dy, x, channels(1), channels(0), channels(1), out=out
+        )
+    ),
     "batch_norm_inference": (
         lambda x, _, out: kernels.batch_norm_inference(
             x, channels(1), channels(0), channels(0), channels(1), out=out

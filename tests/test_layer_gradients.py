@@ -113,6 +113,25 @@ def test_a_linear_layer_on_the_last_of_four_axes(backend, layout):
 
 
 @BACKENDS
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last", "sliced"])
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norms_whose_statistics_stay(backend, layout, affine):
+    model = layers.Sequential(
+        layers.BatchNorm2d(4, affine=affine),
+        layers.Tanh(),
+        layers.Flatten(),
+        layers.BatchNorm1d(224),
+        layers.Tanh(),
+    )
+    random = numpy.random.default_rng(3)
+    for norm in (model[0], model[3]):
+        norm.running_mean[...] = random.standard_normal(norm.num_features)
+        norm.running_var[...] = random.uniform(0.3, 3, norm.num_features)
+        norm.eval()
+    check_on(backend, model, image_input(layout))
+
+
+@BACKENDS
 @pytest.mark.parametrize("kind", [layers.Dropout, layers.Dropout2d])
 def test_dropout(backend, kind):
     layer, rewind = dropout(kind)

@@ -177,6 +177,49 @@ def test_evaluation_saves_nothing_and_forgets():
     assert network.train().features[0].training
 
 
+def test_a_part_in_evaluation_is_trained_through():
+    network = small_network()
+    network.features.eval()
+    assert [network.training, network.features.training, network.features[0].training] == [True, False, False]
+    dx = network.backward(network(images()))
+    assert dx.shape == images().shape
+    assert all(parameter.gradient.any() for parameter in network.parameters())
+    network.eval()
+    network.features.eval()  # of a network in evaluation: nothing is to be kept
+    network(images())
+    assert all(layer._saved is None for _, layer in network.named_layers())
+    with pytest.raises(StateError, match="in training mode"):
+        network.backward(numpy.zeros((3, 5), numpy.float32))
+    network.train()
+    assert all(layer.training for _, layer in network.named_layers())
+    network.backward(network(images()))
+
+
+def test_dropout_in_evaluation_passes_gradients_on():
+    network = layers.Sequential(layers.Linear(4, 4), layers.Dropout(0.9))
+    network[1].eval()
+    y = network(numpy.ones((2, 4), numpy.float32))
+    numpy.testing.assert_array_equal(network[1].backward(y), y)
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_batch_norm_in_evaluation_inside_training_keeps_its_statistics(trains):
+    network = layers.Sequential(layers.Conv2d(2, 4, 3), layers.BatchNorm2d(4), layers.ReLU())
+    network(images())
+    norm = network[1].eval()
+    norm.requires_grad_(trains)
+    before = {name: array.copy() for name, array in network.named_buffers()}
+    network.zero_grad()
+    y = network(images(seed=1))
+    assert (norm._saved[0] is not None) is trains, "what no gradient is made of is not kept"
+    network.backward(numpy.ones_like(y))
+    for name, array in network.named_buffers():
+        numpy.testing.assert_array_equal(array, before[name], err_msg=name)
+    assert network[0].weight.gradient.any()
+    assert bool(norm.weight.gradient.any()) is bool(norm.bias.gradient.any()) is trains
+    numpy.testing.assert_array_equal(y, network.eval()(images(seed=1)))
+
+
 @pytest.mark.parametrize(
     "layer",
     [

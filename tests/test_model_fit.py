@@ -1,5 +1,6 @@
 """Models as a user holds them: fit, evaluate, predict, save, load."""
 
+import copy
 import json
 
 import numpy
@@ -159,6 +160,30 @@ def test_bad_input_is_named(trained):
         trained.predict(images[:0])
     with pytest.raises(ArgumentError, match="fliq"):
         network().fit((images, labels), augmentation="fliq")
+
+
+@pytest.mark.parametrize("wrong", [0, -3, 2.5, True])
+def test_a_batch_size_that_is_none_is_named(trained, wrong):
+    images, labels = stripes(4)
+    for call in (trained.predict, lambda images, **given: trained.evaluate((images, labels), **given)):
+        with pytest.raises(ArgumentError, match=f"batch_size must be a whole number, 1 or more, got {wrong}"):
+            call(images, batch_size=wrong)
+
+
+def test_fine_tuning_keeps_the_statistics_of_batch_norms_in_evaluation(trained):
+    model = copy.deepcopy(trained)
+    model[1].eval().requires_grad_(False)
+    before = {key: value for key, value in model.state_dict().items() if key.startswith("1.")}
+    weight = model[0].weight.data.copy()
+    model.fit(stripes(60, 5), stripes(20, 6), epochs=1, batch_size=20, lr=0.01, verbose=False)
+    after = model.state_dict()
+    for key, value in before.items():
+        numpy.testing.assert_array_equal(after[key], value, err_msg=key)
+    assert (model[0].weight.data != weight).all()
+    assert [layer.training for layer in model] == [True, False] + [True] * 5
+    model.eval().fit(stripes(60, 5), epochs=1, batch_size=20, lr=0.01, verbose=False)
+    assert all(layer.training for layer in model), "a model in evaluation is trained as a whole"
+    assert (model[1].running_mean != before["1.running_mean"]).any()
 
 
 def test_numpy_numbers_are_numbers(tmp_path):

@@ -229,6 +229,55 @@ def test_inference(backend, shape, dtype):
 
 
 @BACKENDS
+@pytest.mark.parametrize(
+    "shape", [(1, 3), (6, 3), (1, 3, 1, 1), (4, 3, 5, 7), (2, 3, 20, 20), (0, 3, 2, 2)], ids=str
+)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_gradient_of_inference(backend, shape, dtype):
+    x, weight, _, dy = inputs(shape, dtype, 6)
+    running_mean, running_var = numpy.array([0.1, -4, 2], dtype), numpy.array([1, 1e-3, 50], dtype)
+    statistics = running_mean, running_var
+    expected = oracle.batch_norm_inference_backward(dy, x, weight, *statistics, EPSILON)
+    eps = float(numpy.finfo(dtype).eps)
+    terms = [abs(dy) * (abs(x) + 5), abs(dy)]
+    axes = (0, *range(2, x.ndim))
+    bounds = [4 * eps * abs(expected[0]), 4 * eps * terms[0].sum(axes) * 32, 4 * eps * terms[1].sum(axes)]
+    for layout in (numpy.ascontiguousarray, awkward):
+        results = backend.batch_norm_inference_backward(layout(dy), layout(x), weight, *statistics)
+        for result, wanted, bound in zip(results, expected, bounds, strict=True):
+            assert result.dtype == x.dtype
+            assert numpy.all(abs(result - wanted) <= bound)
+    dx, dweight, dbias = backend.batch_norm_inference_backward(dy, None, weight, *statistics)
+    assert dweight is dbias is None
+    numpy.testing.assert_array_equal(dx, backend.batch_norm_inference_backward(dy, x, weight, *statistics)[0])
+    bare = backend.batch_norm_inference_backward(dy, x, None, *statistics)[0]
+    assert max_error(bare * per_channel(weight, x), expected[0]) <= 8 * eps * abs(expected[0]).max(initial=0)
+    for index in (0, 1):
+        arrays = [dy.copy(), x.copy()]
+        places = numpy.full(3, 7, dtype), numpy.full(3, 7, dtype)
+        again = backend.batch_norm_inference_backward(
+            *arrays, weight, *statistics, out=arrays[index], out_weight=places[0], out_bias=places[1]
+        )
+        assert again[0] is arrays[index]
+        for one, other in zip((arrays[index], *places), results, strict=True):
+            assert max_error(one, other) <= 4 * eps * abs(other).max(initial=0)
+
+
+@BACKENDS
+def test_the_gradient_of_inference_checks_its_arrays(backend):
+    dy, row = numpy.zeros((2, 3, 4, 4), numpy.float32), numpy.ones(3, numpy.float32)
+    backward = backend.batch_norm_inference_backward
+    with pytest.raises(ShapeError, match="the input must have shape"):
+        backward(dy, dy[:1], row, row, row)
+    with pytest.raises(ShapeError, match="running_var must have shape"):
+        backward(dy, dy, row, row, row[:2])
+    with pytest.raises(ShapeError):
+        backward(dy, dy, row, row, row, out=dy[0])
+    with pytest.raises(DtypeError):
+        backward(dy.astype(int), dy, row, row, row)
+
+
+@BACKENDS
 def test_out_and_aliasing(backend):
     x, weight, bias, dy = inputs((3, 4, 5, 5), "float32", 5)
     y, mean, inverse_std = backend.batch_norm_forward(x, weight, bias)

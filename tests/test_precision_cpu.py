@@ -51,6 +51,7 @@ CASES = {
     "avg_pool2d_forward": ((X,), POOL),
     "adaptive_avg_pool2d_forward": ((X,), {"output_size": (3, 2)}),
     "batch_norm_inference": ((X, *WIDE_ROWS), {}),
+    "batch_norm_inference_backward": ((image(2, 4, 9, 7, seed=8), X, *WIDE_ROWS[:3]), {}),
     "batch_norm_forward": ((X, *WIDE_ROWS), {}),
     "relu_backward": ((DY, DY[::-1]), {}),
     "leaky_relu_forward": ((X,), {"negative_slope": 0.2}),
@@ -69,7 +70,8 @@ CASES = {
 
 def results(name, arrays, options, dtype, device):
     """The operation's results as float64 arrays, and the dtype of the first."""
-    stays = 1 if name.startswith("batch_norm") else len(arrays)  # parameters and statistics stay float32
+    images = 2 if name == "batch_norm_inference_backward" else 1
+    stays = images if name.startswith("batch_norm") else len(arrays)  # parameters and statistics stay float32
     given = [array.astype(dtype) if place < stays else array.copy() for place, array in enumerate(arrays)]
     given = [to_device(numpy.ascontiguousarray(array), device) for array in given]
     found = getattr(ops.backend_of(given[0]), name)(*given, **options)

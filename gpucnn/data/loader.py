@@ -76,8 +76,8 @@ class Loader:
         device: str | Device = "cpu",
         keep_on_device: bool = True,
     ) -> None:
-        batch_size = _count("batch_size", batch_size, 1)
-        workers, prefetch = _count("workers", workers, 0), _count("prefetch", prefetch, 1)
+        batch_size = whole_number("batch_size", batch_size, 1)
+        workers, prefetch = whole_number("workers", workers, 0), whole_number("prefetch", prefetch, 1)
         if dtype not in (None, "float32", "float64"):
             raise ArgumentError(f"dtype must be 'float32', 'float64' or None, got {dtype!r}")
         if drop_last and batch_size > len(dataset):
@@ -168,7 +168,7 @@ class Loader:
         return Batch(transfer.start([*arrays, self.dataset.labels[indices]], work), None, indices)
 
 
-def _count(name: str, value: Any, least: int) -> int:
+def whole_number(name: str, value: Any, least: int) -> int:
     """``value``, which may be NumPy's integer, as Python's. Raises ArgumentError for anything else."""
     is_count = hasattr(value, "__index__") and not isinstance(value, (bool, numpy.bool_))
     if not is_count or value < least:

@@ -55,6 +55,8 @@ class Layer:
         narrow_dtype: "bfloat16" or "float16" where it computes in these, its weights staying float32; see
             :mod:`gpucnn.layers.precision`. None computes in the parameters' dtype.
         training: whether ``forward`` saves for backward and dropout and batch norm behave as in training.
+        keeps_for_backward: whether ``forward`` saves for backward even in evaluation, as layers do that were put
+            in evaluation by themselves, inside a model in training; see :meth:`eval`.
         path: the layer's name inside its model ("features.3"), empty for the model itself.
         input_needs_gradient: whether ``backward`` computes the gradient for the input, or returns None.
         fuses_children: whether children that follow one another may train as one; see :meth:`fuse`.
@@ -65,6 +67,7 @@ class Layer:
 
     narrow_dtype: str | None = None
     training: bool = True
+    keeps_for_backward: bool = True
     path: str = ""
     input_needs_gradient: bool = True
     fuses_children: bool = True
@@ -117,7 +120,8 @@ class Layer:
 
     def _save(self, *values: Any) -> None:
         """Keep ``values`` for backward while training; forget them in evaluation."""
-        vars(self)["_saved"] = values if self.training else None  # no parameter and no layer: past __setattr__
+        keep = self.training or self.keeps_for_backward
+        vars(self)["_saved"] = values if keep else None  # no parameter and no layer: past __setattr__
 
     def _take_saved(self) -> Any:
         """What forward saved, once: the arrays are free to go as soon as backward is done with them."""
@@ -197,15 +201,20 @@ class Layer:
     # ------------------------------------------------------------ modes
 
     def train(self, mode: bool = True) -> Self:
-        """Switch this layer and all below it to training (or evaluation) and return it."""
+        """Switch this layer and all below it to training (or evaluation, as :meth:`eval`) and return it."""
+        keeps = mode or (bool(self.path) and self.keeps_for_backward)
         for _, layer in self.named_layers():
-            layer.training = mode
+            layer.training, layer.keeps_for_backward = mode, keeps
             if not mode:
                 layer._saved = None
         return self
 
     def eval(self) -> Self:
-        """Switch to evaluation: running statistics, no dropout, nothing saved."""
+        """Switch to evaluation: running statistics, no dropout, nothing saved.
+
+        Of a layer inside a model, as ``model[1].eval()``, only if the model is: where that is in training, the
+        layer computes as in evaluation and saves for backward, so that the rest is trained through it.
+        """
         return self.train(False)
 
     def skip_input_gradient(self, skip: bool = True) -> None:

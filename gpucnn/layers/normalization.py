@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy
@@ -53,7 +54,11 @@ class _BatchNorm(Layer):
             return self._normalized(x)
         _, bias = self._affine()
         statistics = self.running_mean, self.running_var
-        return backend_of(x).batch_norm_inference(x, weight, bias, *statistics, epsilon=self.eps)
+        y = backend_of(x).batch_norm_inference(x, weight, bias, *statistics, epsilon=self.eps)
+        if self.keeps_for_backward:
+            trains = any(parameter.requires_grad for _, parameter in self._own_parameters())
+            self._save(x if trains else None, None, x.shape)  # the gradient for x alone takes no x
+        return y
 
     def forward_ending(self, x: Array, residual: Array | None = None, **activation: Any) -> Array:
         """activation(forward(x) + residual) by one operation, in training; ``activation`` is as that takes it."""
@@ -95,20 +100,42 @@ class _BatchNorm(Layer):
 
         ``ending`` is what that takes besides: the result y, its activation, where the residual's gradient goes.
         """
-        x, mean, inverse_std = self._take_saved()
+        x, mean, rest = self._take_saved()
+        if mean is None:
+            return self._backward_for_given_statistics(dy, x, rest)
         check_gradient(dy, x.shape, x)
-        trained = [] if self.weight is None or self.bias is None else [self.weight, self.bias]
-        places = [_place(parameter, mean.dtype) for parameter in trained]
-        targets: dict[str, Any] = dict(zip(("out_weight", "out_bias"), places, strict=False))
+        trained, targets = self._targets(mean.dtype)
         dx, *gradients = backend_of(dy).batch_norm_backward(
-            dy, x, self._affine()[0], mean, inverse_std, **targets, **ending
+            dy, x, self._affine()[0], mean, rest, **targets, **ending
         )
-        for parameter, place, gradient in zip(trained, places, gradients, strict=False):
+        self._took(trained, targets, gradients)
+        return dx
+
+    def _backward_for_given_statistics(self, dy: Array, x: Array | None, shape: tuple[int, ...]) -> Array:
+        """In evaluation the running statistics are constants. x is None where no parameter is trained."""
+        check_gradient(dy, shape, self.running_mean)
+        trained, targets = self._targets(self.running_mean.dtype) if x is not None else ([], {})
+        dx, *gradients = backend_of(dy).batch_norm_inference_backward(
+            dy, x, self._affine()[0], self.running_mean, self.running_var, epsilon=self.eps, **targets
+        )
+        self._took(trained, targets, gradients)
+        return dx
+
+    def _targets(self, dtype: Any) -> tuple[list[Parameter], dict[str, Any]]:
+        """The parameters, and where an operation that gives gradients of ``dtype`` is to write theirs."""
+        trained = [] if self.weight is None or self.bias is None else [self.weight, self.bias]
+        places = [_place(parameter, dtype) for parameter in trained]
+        return trained, dict(zip(("out_weight", "out_bias"), places, strict=False))
+
+    def _took(
+        self, trained: list[Parameter], targets: Mapping[str, Array | None], gradients: Sequence[Array | None]
+    ) -> None:
+        """The operation gave these gradients: add those that are not in their places."""
+        for parameter, place, gradient in zip(trained, targets.values(), gradients, strict=False):
             if place is None:
                 parameter.add_gradient(gradient)
             else:
                 parameter.first_gradient_is_there()
-        return dx
 
     def extra_repr(self) -> str:
         """The channels, and what differs from the defaults."""
@@ -132,6 +159,10 @@ class BatchNorm2d(_BatchNorm):
     Training: y = (x - mean) / sqrt(variance + eps) * weight + bias with the batch's mean and biased variance;
     the running statistics move by ``momentum`` towards the mean and the unbiased variance (``None``: their plain
     average over all batches). Evaluation uses the running statistics, so any batch size works, one included.
+
+    Fine-tuning often leaves the statistics as they are: ``layer.eval()`` of a batch norm inside a model that is in
+    training has it use them, as numbers that have no gradient, forward and backward. ``weight`` and ``bias`` are
+    still trained unless they are frozen, by ``layer.requires_grad_(False)``.
 
     Args:
         num_features: C.

@@ -196,10 +196,12 @@ class Model(Layer):
             capture: whether full batches are launched as one CUDA graph, where there are several: as the option of
                 that name of :class:`gpucnn.training.TrainingOptions`. The result is the same.
         """
+        from gpucnn.data.loader import whole_number
         from gpucnn.ops import backend_of
         from gpucnn.training.evaluation import evaluation_mode
         from gpucnn.training.forward_passes import LEAST_BATCHES, ForwardPass
 
+        batch_size = whole_number("batch_size", batch_size, 1)
         inputs = to_cpu(images)
         if inputs.dtype == numpy.uint8:
             if self.preprocessing is None:

@@ -75,6 +75,8 @@ def summary(model: Layer, input_shape: Sequence[int] | None = None) -> ModelSumm
 
     Raises ArgumentError where neither says the input shape, ShapeError where it does not fit the model.
     """
+    from gpucnn.training.evaluation import evaluation_mode  # loads training, which making a model does not need
+
     shape = input_shape if input_shape is not None else getattr(model, "input_shape", None)
     if shape is None:
         raise ArgumentError("this model does not say its input shape; pass input_shape=(channels, height, width)")
@@ -83,18 +85,15 @@ def summary(model: Layer, input_shape: Sequence[int] | None = None) -> ModelSumm
     dtype = parameters[0].dtype if parameters else numpy.dtype(numpy.float32)
     layers = list(model.named_layers())
     leaves = {path: layer for path, layer in layers if not any(True for _ in layer.children())}
-    modes = [(layer, layer.training) for _, layer in layers]
     calls: dict[str, list[tuple[tuple[int, ...], int]]] = {path: [] for path in leaves}
     try:
         for path, layer in leaves.items():
             vars(layer)["forward"] = _observed(layer, layer.forward, calls[path])
-        with on_device(model.device):
-            forward_pass(model.eval(), to_device(numpy.zeros((1, *shape), dtype), model.device))
+        with on_device(model.device), evaluation_mode(model):
+            forward_pass(model, to_device(numpy.zeros((1, *shape), dtype), model.device))
     finally:
         for layer in leaves.values():
             vars(layer).pop("forward", None)
-        for layer, training in modes:
-            layer.training = training
     return ModelSummary(
         getattr(model, "name", "") or type(model).__name__,
         shape,

@@ -229,6 +229,14 @@ def check_batch_norm(x: Any, **per_channel: Any) -> None:
             require_shape(array, (x.shape[1],), name)
 
 
+def check_batch_norm_inference_gradient(dy: Any, x: Any, **per_channel: Any) -> None:
+    """Raise unless dy, and x where it is given, have one shape that batch norm takes, with numbers a channel."""
+    check_batch_norm(dy, **per_channel)
+    if x is not None:
+        require_floating(x, "the input")
+        require_shape(x, dy.shape, "the input")
+
+
 def check_ending(
     activation: str, y: Any, shape: Sequence[int], negative_slope: float, endings: Sequence[str] = ENDINGS
 ) -> None:

@@ -373,6 +373,25 @@ class Operations(Protocol):
     ) -> Array:
         """(x - running_mean) / sqrt(running_var + epsilon) * weight + bias."""
 
+    def batch_norm_inference_backward(
+        self,
+        dy: Array,
+        x: Array | None,
+        weight: Array | None,
+        running_mean: Array,
+        running_var: Array,
+        *,
+        epsilon: float = 1e-5,
+        out: Array | None = None,
+        out_weight: Array | None = None,
+        out_bias: Array | None = None,
+    ) -> tuple[Array, Array | None, Array | None]:
+        """(dx, dweight, dbias) of :meth:`batch_norm_inference`, whose statistics are constants.
+
+        dx = dy * weight / sqrt(running_var + epsilon) takes no x: where that is None, dweight and dbias are, too.
+        They go to ``out_weight`` and ``out_bias``, arrays in C order, where these are given.
+        """
+
     # ---------------------------------------------------------------- activations; out may be the input itself
 
     def relu_forward(self, x: Array, *, out: Array | None = None) -> Array:

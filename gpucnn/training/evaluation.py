@@ -156,13 +156,22 @@ def make_measurement(
 @contextlib.contextmanager
 def evaluation_mode(model: Layer) -> Iterator[None]:
     """Inside the block ``model`` is in evaluation mode; afterwards each layer is in the mode that it was in."""
-    modes = [(layer, layer.training) for _, layer in model.named_layers()]
-    model.eval()
+    with modes_kept(model):
+        model.eval()
+        for _, layer in model.named_layers():  # also of a part of a model, which is in training
+            layer.keeps_for_backward = False
+        yield
+
+
+@contextlib.contextmanager
+def modes_kept(model: Layer) -> Iterator[None]:
+    """After the block each layer is in the mode that it was in."""
+    modes = [(layer, layer.training, layer.keeps_for_backward) for _, layer in model.named_layers()]
     try:
         yield
     finally:
-        for layer, mode in modes:
-            layer.training = mode
+        for layer, training, keeps in modes:
+            layer.training, layer.keeps_for_backward = training, keeps
 
 
 def input_dtype(model: Layer) -> str:

@@ -120,10 +120,13 @@ def check_model(model: Layer, dataset: Dataset, preprocessing: Preprocessing | N
 
 
 def leaves_single_image(model: Layer, images: int, batch_size: int) -> bool:
-    """Whether the last batch of an epoch is a single image and the model has batch norm."""
+    """Whether the last batch of an epoch is a single image and the model has batch norm that is trained with."""
     if not (images > batch_size > 1 and images % batch_size == 1):
         return False
-    return any(isinstance(layer, (BatchNorm1d, BatchNorm2d)) for _, layer in model.named_layers())
+    return any(
+        isinstance(layer, (BatchNorm1d, BatchNorm2d)) and (layer.training or not model.training)
+        for _, layer in model.named_layers()
+    )
 
 
 def _shown(names: Sequence[str]) -> str:

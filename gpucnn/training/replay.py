@@ -108,7 +108,8 @@ def reason_against(model: Layer, capture: str, training: bool) -> str | None:
     if len(devices) > 1:
         return f"the model is on several devices ({', '.join(sorted(devices))})"
     for path, layer in model.named_layers():
-        if isinstance(layer, (BatchNorm1d, BatchNorm2d)) and training and layer.momentum is None:
+        averages = isinstance(layer, (BatchNorm1d, BatchNorm2d)) and layer.momentum is None
+        if averages and training and layer.training:
             return (
                 f"batch norm '{path}' averages its statistics by a factor that changes from step to step "
                 "(momentum=None); give it a momentum"

@@ -82,6 +82,9 @@ class Trainer:
     it after pooling to one value a channel and learns nothing but noise from it before; every epoch has another
     order, so no image is always left out.
 
+    A model in evaluation mode is switched to training. In one that is in training already, layers that were put in
+    evaluation by themselves stay so: batch norms keep their statistics, and dropout drops nothing.
+
     The images, their order, augmentation and dropout do not depend on the device; what is computed of them does,
     in the last digits. A run may be resumed on another device.
 
@@ -217,7 +220,8 @@ class Trainer:
         if options.ema_decay is not None:
             self._average = WeightAverage(self.model, options.ema_decay, self._buffers)
         self._scaler = LossScaler() if self.model.narrow_dtype == "float16" else None
-        self.model.train()
+        if not self.model.training:
+            self.model.train()
         self.model.skip_input_gradient()
         self._parts = StepParts(
             self.model,

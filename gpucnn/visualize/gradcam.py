@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from gpucnn.device import on_device, to_cpu, to_device
 from gpucnn.errors import ArgumentError, ShapeError
-from gpucnn.layers import BatchNorm1d, BatchNorm2d, Dropout, Layer
+from gpucnn.layers import Layer
 from gpucnn.layers.precision import backward_pass, forward_pass
 from gpucnn.ops import Array, array_module
+from gpucnn.training.evaluation import modes_kept
 from gpucnn.visualize.figure import new_figure, save_figure
 
 
@@ -145,7 +146,7 @@ def _gradient_at(model: Layer, layer: Layer, score_gradient: Array) -> Array:
         seen.append(dy)
         raise _ReachedError
 
-    own = vars(layer).get("backward")  # a batch norm has one of its own already, see below
+    own = vars(layer).get("backward")
     object.__setattr__(layer, "backward", reached)
     try:
         backward_pass(model, score_gradient)
@@ -188,41 +189,18 @@ def _outputs_recorded(layers: dict[str, Layer], outputs: dict[str, Array]) -> It
 def _evaluation_with_backward(model: Layer) -> Iterator[None]:
     """Inside the block ``model`` computes as in evaluation and yet can go backward; then all is as before.
 
-    Layers save for backward in training mode only, in which just batch norm and dropout compute otherwise. So
-    dropout drops nothing, and batch norm is in evaluation mode, an affine function whose gradient is its factor.
     Parameters are frozen, so that their gradients stay what they are.
     """
-    layers = [layer for _, layer in model.named_layers()]
-    modes = [layer.training for layer in layers]
     parameters = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    dropped: list[tuple[Dropout, float]] = []
-    normalized: list[Layer] = []
-    model.train()
-    model.requires_grad_(False)
-    try:
-        for layer in layers:
-            if isinstance(layer, Dropout):
-                dropped.append((layer, layer.p))
-                layer.p = 0.0
-            elif isinstance(layer, (BatchNorm1d, BatchNorm2d)) and layer.track_running_stats:
-                normalized.append(layer)
-                layer.training = False
-                object.__setattr__(layer, "backward", _inference_backward(layer))
-        yield
-    finally:
-        for drop, probability in dropped:
-            drop.p = probability
-        for layer in normalized:
-            object.__delattr__(layer, "backward")
-        for layer, mode in zip(layers, modes, strict=True):
-            layer.training = mode
-            layer._saved = None
-        for parameter, requires_grad in parameters:
-            parameter.requires_grad = requires_grad
-
-
-def _inference_backward(layer: BatchNorm1d | BatchNorm2d) -> Any:
-    factor = 1 / array_module(layer.running_var).sqrt(layer.running_var + layer.eps)
-    if layer.weight is not None:
-        factor = factor * layer.weight.data
-    return lambda dy: dy * factor.reshape(1, -1, *(1,) * (dy.ndim - 2)).astype(dy.dtype)
+    with modes_kept(model):
+        model.eval()
+        model.requires_grad_(False)
+        for _, layer in model.named_layers():
+            layer.keeps_for_backward = True
+        try:
+            yield
+        finally:
+            for _, layer in model.named_layers():
+                layer._saved = None
+            for parameter, requires_grad in parameters:
+                parameter.requires_grad = requires_grad

@@ -54,7 +54,12 @@ _MODULES = {
         for name in ("adaptive_avg_pool2d", "avg_pool2d", "max_pool2d")
         for direction in ("forward", "backward")
     ],
-    "normalization": ["batch_norm_backward", "batch_norm_forward", "batch_norm_inference"],
+    "normalization": [
+        "batch_norm_backward",
+        "batch_norm_forward",
+        "batch_norm_inference",
+        "batch_norm_inference_backward",
+    ],
     "softmax": ["softmax_backward", "softmax_forward"],
     "losses": [
         f"{name}_{direction}"

@@ -1,4 +1,4 @@
-"""Batch normalization: training, its gradient, and inference, over all axes but 1 of (N, C) or (N, C, H, W).
+"""Batch normalization: training and inference and their gradients, over all axes but 1 of (N, C) or (N, C, H, W).
 
 x is float32, float16, bfloat16 or float64, contiguous or channels-last. Everything that is one number a channel
 (weight, bias, mean, inverse_std, running statistics and the parameters' gradients) is what the sums run in:
@@ -39,23 +39,23 @@ MASKS = ("identity", "relu", "leaky_relu")
 """The activations that :func:`batch_norm_backward` goes back through: the sign of the result says all of them."""
 
 
-def _checked(call: Call, *per_channel: str) -> tuple[str, int]:
-    """(dtype of x, channels) after the checks that all three functions share."""
-    x = call["x"]
-    dtype = call.floating("x")
+def _checked(call: Call, *per_channel: str, values: str = "x") -> tuple[str, int]:
+    """(dtype of the ``values``, channels) after the checks that all functions share."""
+    x = call[values]
+    dtype = call.floating(values)
     if len(x.shape) not in (2, 4):
-        raise ProblemError(f"batch norm takes (N, C) or (N, C, H, W), got x of shape {x.shape}")
+        raise ProblemError(f"batch norm takes (N, C) or (N, C, H, W), got {values} of shape {x.shape}")
     if len(x.shape) == 4:
         image_layout(x)
     else:
-        call.contiguous("x")
+        call.contiguous(values)
     accumulate = SCALARS[dtype][1]
     for name in per_channel:
         array = call.get(name)
         if array is not None and array.dtype != accumulate:
             raise DtypeError(
-                f"{name} must be {accumulate} where x is {dtype}: batch norm keeps its parameters and statistics "
-                f"in {accumulate}; got {array.dtype}, convert it with .astype('{accumulate}')"
+                f"{name} must be {accumulate} where {values} is {dtype}: batch norm keeps its parameters and "
+                f"statistics in {accumulate}; got {array.dtype}, convert it with .astype('{accumulate}')"
             )
         call.require(name, shape=(x.shape[1],))
     call.contiguous(*per_channel)
@@ -114,13 +114,14 @@ class _Passes:
 
     source: str
     form: str
+    dtype: str
     walk: dict[str, int]
     numbers: dict[str, int]
 
     def launch(self, call: Call, kernel: str, **arguments: Any) -> None:
         """Start ``kernel`` in this form."""
         name = f"batch_norm_{kernel}{self.form}"
-        call.launch(self.source, name, _grid(self.walk), scalar=call["x"].dtype, walk=self.walk, **arguments)
+        call.launch(self.source, name, _grid(self.walk), scalar=self.dtype, walk=self.walk, **arguments)
 
 
 def _passes(numbers: dict[str, int], *arrays: DeviceArray | None) -> _Passes:
@@ -128,7 +129,7 @@ def _passes(numbers: dict[str, int], *arrays: DeviceArray | None) -> _Passes:
     x = arrays[0]
     assert x is not None
     pack = 16 // ITEM_SIZES[x.dtype]
-    plain = _Passes(SOURCE, "", numbers, numbers)
+    plain = _Passes(SOURCE, "", x.dtype, numbers, numbers)
     if any(array is not None and array.address % 16 for array in arrays):
         return plain
     across = numbers["inner"] == 1
@@ -152,7 +153,7 @@ def _passes(numbers: dict[str, int], *arrays: DeviceArray | None) -> _Passes:
         "channel_step": pack if across else numbers["channel_step"],
     }
     combined = {"parts": walk["parts"], "per_part": per_part if across else per_part * pack}
-    return _Passes(PACKS_SOURCE, "_across" if across else "_along", walk, numbers | combined)
+    return _Passes(PACKS_SOURCE, "_across" if across else "_along", x.dtype, walk, numbers | combined)
 
 
 def _grid(walk: dict[str, int]) -> tuple[int, int]:
@@ -369,20 +370,103 @@ def batch_norm_inference(
         call.floating("x", "out")
         call.elementwise("x", "out")
         y = call.output(call["x"].shape, dtype, like=call["x"])
-        _passes(_walk(call["x"], whole=False), call["x"], y).launch(
+        _normalize(
             call,
-            "normalize",
-            x=call["x"],
-            residual=None,
-            y=y,
+            call["x"],
+            y,
+            epsilon,
             mean=call["running_mean"],
-            rest=None,
-            scale=call["running_var"],
-            weight=call.get("weight"),
             bias=call.get("bias"),
-            scale_is_variance=True,
-            epsilon=epsilon,
             function=function,
             negative_slope=negative_slope,
         )
         return call.give(y)
+
+
+def _normalize(call: Call, x: DeviceArray, y: DeviceArray, epsilon: float, **line: Any) -> None:
+    """Y = a line of each channel of x, by the running variance: what ``line`` has."""
+    _passes(_walk(x, whole=False), x, y).launch(
+        call,
+        "normalize",
+        x=x,
+        residual=None,
+        y=y,
+        rest=None,
+        scale=call["running_var"],
+        weight=call.get("weight"),
+        scale_is_variance=True,
+        epsilon=epsilon,
+        **line,
+    )
+
+
+def batch_norm_inference_backward(
+    dy: Any,
+    x: Any,
+    weight: Any,
+    running_mean: Any,
+    running_var: Any,
+    *,
+    epsilon: float = 1e-5,
+    out: Any = None,
+    out_weight: Any = None,
+    out_bias: Any = None,
+    stream: Any = None,
+) -> Any:
+    """(dx, dweight, dbias) of :func:`batch_norm_inference`, whose statistics are numbers and have no gradient.
+
+    dx = dy * weight / sqrt(running_var + epsilon) takes one pass, without x. ``x`` may be None: dweight and dbias,
+    which take two launches more, are then None, too. dx has dy's dtype, they are float32 (float64 for float64 dy).
+    dy, x and ``out`` have one layout; ``out`` may be dy, or x. An empty batch gives zero dweight and dbias.
+    """
+    vectors: dict[str, Any] = {"weight": weight, "running_mean": running_mean, "running_var": running_var}
+    results = {"out_weight": out_weight, "out_bias": out_bias}
+    with Call(stream, dy=dy, x=x, **vectors, out=out, **results) as call:
+        dtype, channels = _checked(call, *vectors, values="dy")
+        call.floating("dy", "x", "out")
+        call.elementwise("dy", "x", "out")
+        call.contiguous(*results)
+        accumulate = SCALARS[dtype][1]
+        dx = call.output(call["dy"].shape, dtype, like=call["dy"])
+        dweight = dbias = None
+        if x is not None:
+            dweight, dbias = (call.output((channels,), accumulate, name=name) for name in results)
+            _sum_for_parameters(call, dweight, dbias, epsilon)
+        line: dict[str, Any] = {
+            "mean": None,
+            "bias": None,
+            "function": FUNCTIONS["identity"],
+            "negative_slope": 0.0,
+        }
+        _normalize(call, call["dy"], dx, epsilon, **line)
+        return call.give(dx), *(None if array is None else call.give(array) for array in (dweight, dbias))
+
+
+def _sum_for_parameters(call: Call, dweight: DeviceArray, dbias: DeviceArray, epsilon: float) -> None:
+    """The gradients of inference's weight and bias, before dx may take the place of what they are made of."""
+    dy, x = call["dy"], call["x"]
+    passes = _passes(_walk(x, whole=False), x, dy)
+    partials = call.scratch(3 * dweight.size * passes.numbers["parts"], dweight.dtype)
+    passes.launch(
+        call,
+        "backward_sums",
+        dy=dy,
+        x=x,
+        y=None,
+        before=None,
+        mean=call["running_mean"],
+        partials=partials,
+        function=FUNCTIONS["identity"],
+        negative_slope=0.0,
+    )
+    _combine(
+        call,
+        "batch_norm_inference_combine",
+        dy.dtype,
+        passes.numbers,
+        partials=partials,
+        variance=call["running_var"],
+        dweight=dweight,
+        dbias=dbias,
+        epsilon=epsilon,
+    )

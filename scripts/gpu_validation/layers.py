@@ -277,6 +277,22 @@ def check_batch_norm(bench: Bench) -> None:
                 [inferred],
                 [rounding(dtype, inferred, 4 * (numpy.abs(weight).max() * (1 + numpy.abs(x).max()) + 3), 8)],
             )  # fmt: skip
+            given = normalization_oracle.batch_norm_inference_backward(dy, x, weight, mean0, var0, epsilon)
+            distances = (numpy.abs(x).max() + numpy.abs(mean0).max()) / numpy.sqrt(var0.min())
+            bench.check(
+                "batch_norm_inference_backward", title, dtype,
+                lambda: kernels.batch_norm_inference_backward(
+                    *(bench.put(part, dtype, layout) for part in (dy, x)),
+                    *(bench.put(part, wide) for part in (weight, mean0, var0)),
+                    epsilon=epsilon,
+                ),
+                given,
+                [
+                    rounding(dtype, given[0], numpy.abs(given[0]), 8),
+                    rounding(wide, given[1], sums * distances, 8),
+                    rounding(wide, given[2], sums, 8),
+                ],
+            )  # fmt: skip
 
 
 # ------------------------------------------------------------ softmax, dropout, linear

@@ -41,6 +41,18 @@ def batch_norm_inference(x, weight, bias, running_mean, running_var, epsilon):
     return y
 
 
+def batch_norm_inference_backward(dy, x, weight, running_mean, running_var, epsilon):
+    """(dx, dweight, dbias) for given statistics, which are numbers."""
+    dx, dweight, dbias = numpy.zeros(x.shape), numpy.zeros(x.shape[1]), numpy.zeros(x.shape[1])
+    for c in range(x.shape[1]):
+        root, values, gradients = math.sqrt(float(running_var[c]) + epsilon), _channel(x, c), _channel(dy, c)
+        dbias[c] = math.fsum(gradients)
+        distances = [value - float(running_mean[c]) for value in values]
+        dweight[c] = math.fsum(g * d / root for g, d in zip(gradients, distances, strict=True))
+        dx[:, c] = dy[:, c].astype(float) * float(weight[c]) / root
+    return dx, dweight, dbias
+
+
 def batch_norm_backward(dy, x, weight, epsilon):
     """(dx, dweight, dbias), by the chain rule over mean and variance, each step apart."""
     mean, variance = statistics(x)

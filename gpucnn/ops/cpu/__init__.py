@@ -59,7 +59,12 @@ from gpucnn.ops.cpu.losses import (
     softmax_cross_entropy_forward,
 )
 from gpucnn.ops.cpu.max_pooling import max_pool2d_backward, max_pool2d_forward
-from gpucnn.ops.cpu.normalization import batch_norm_backward, batch_norm_forward, batch_norm_inference
+from gpucnn.ops.cpu.normalization import (
+    batch_norm_backward,
+    batch_norm_forward,
+    batch_norm_inference,
+    batch_norm_inference_backward,
+)
 from gpucnn.ops.cpu.optimizers import adam_step, rmsprop_step, scale, sgd_step, sum_of_squares
 
 __all__ = [
@@ -72,6 +77,7 @@ __all__ = [
     "batch_norm_backward",
     "batch_norm_forward",
     "batch_norm_inference",
+    "batch_norm_inference_backward",
     "binary_cross_entropy_with_logits_backward",
     "binary_cross_entropy_with_logits_forward",
     "col2im",

@@ -29,6 +29,7 @@ _COMPUTED_IN_FLOAT32 = (
     "avg_pool2d_backward",
     "avg_pool2d_forward",
     "batch_norm_inference",
+    "batch_norm_inference_backward",
     "col2im",
     "conv2d_backward_bias",
     "conv2d_backward_data",

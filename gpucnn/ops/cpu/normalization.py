@@ -27,6 +27,7 @@ from gpucnn.ops.checks import (
     ENDINGS,
     check_batch,
     check_batch_norm,
+    check_batch_norm_inference_gradient,
     check_ending,
     check_out,
     check_residual,
@@ -385,3 +386,52 @@ def batch_norm_inference(
 
     parallel_for(len(blocks), task, small=x.size < SMALL)
     return y
+
+
+def batch_norm_inference_backward(
+    dy: FloatArray,
+    x: FloatArray | None,
+    weight: FloatArray | None,
+    running_mean: FloatArray,
+    running_var: FloatArray,
+    *,
+    epsilon: float = 1e-5,
+    out: FloatArray | None = None,
+    out_weight: FloatArray | None = None,
+    out_bias: FloatArray | None = None,
+) -> tuple[FloatArray, FloatArray | None, FloatArray | None]:
+    """(dx, dweight, dbias) of :func:`batch_norm_inference`, whose statistics are constants; see the contract.
+
+    dx is made as inference makes y, of dy, for no mean and no bias.
+    """
+    check_batch_norm_inference_gradient(dy, x, weight=weight, running_mean=running_mean, running_var=running_var)
+    dweight = dbias = None
+    if x is not None:
+        dweight, dbias = _gradients_for_given_statistics(dy, x, running_mean, running_var, epsilon)
+        dweight, dbias = _brought_to(out_weight, dweight), _brought_to(out_bias, dbias)
+    nothing = numpy.zeros_like(running_mean)
+    return batch_norm_inference(dy, weight, None, nothing, running_var, epsilon=epsilon, out=out), dweight, dbias
+
+
+def _gradients_for_given_statistics(
+    dy: FloatArray, x: FloatArray, mean: FloatArray, variance: FloatArray, epsilon: float
+) -> tuple[FloatArray, FloatArray]:
+    """(dweight, dbias): sums over each channel of dy * (x - mean) / sqrt(variance + epsilon) and of dy."""
+    wide = calculation_dtype(x.dtype)
+    dweight, dbias = numpy.empty(x.shape[1], numpy.float64), numpy.empty(x.shape[1], numpy.float64)
+    source, gradient, middle = _by_channel(x), _by_channel(dy), _spread(mean, wide)
+    blocks = _channel_blocks(x)
+
+    def task(number: int) -> None:
+        part = blocks[number]
+        values = scratch("batch_norm", source[part].shape, wide)
+        slopes = scratch("batch_norm_gradient", values.shape, wide)
+        with numpy.errstate(all="ignore"):
+            numpy.subtract(source[part], middle[part], out=values)
+            numpy.copyto(slopes, gradient[part])
+            dweight[part], dbias[part] = _row_products(values, slopes), _row_sums(slopes)
+
+    parallel_for(len(blocks), task, small=x.size < SMALL)
+    with numpy.errstate(all="ignore"):
+        dweight /= numpy.sqrt(variance.astype(numpy.float64) + epsilon)
+        return dweight.astype(x.dtype), dbias.astype(x.dtype)

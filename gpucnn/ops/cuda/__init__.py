@@ -71,6 +71,7 @@ from gpucnn.ops.cuda.normalization import (
     batch_norm_backward,
     batch_norm_forward,
     batch_norm_inference,
+    batch_norm_inference_backward,
 )
 from gpucnn.ops.cuda.optimizers import (
     adam_step,
@@ -98,6 +99,7 @@ __all__ = [
     "batch_norm_backward",
     "batch_norm_forward",
     "batch_norm_inference",
+    "batch_norm_inference_backward",
     "binary_cross_entropy_with_logits_backward",
     "binary_cross_entropy_with_logits_forward",
     "col2im",

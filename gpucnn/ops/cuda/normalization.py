@@ -14,6 +14,7 @@ from gpucnn.ops.checks import (
     ENDINGS,
     check_batch,
     check_batch_norm,
+    check_batch_norm_inference_gradient,
     check_ending,
     check_out,
     check_residual,
@@ -174,3 +175,38 @@ def batch_norm_inference(
         out=usable_in_place(out, values, x.dtype),
     )
     return finish(y, out, x.dtype)
+
+
+def batch_norm_inference_backward(
+    dy: Array,
+    x: Array | None,
+    weight: Array | None,
+    running_mean: Array,
+    running_var: Array,
+    *,
+    epsilon: float = 1e-5,
+    out: Array | None = None,
+    out_weight: Array | None = None,
+    out_bias: Array | None = None,
+) -> tuple[Array, Array | None, Array | None]:
+    """(dx, dweight, dbias) of :func:`batch_norm_inference`; without x the last two are None."""
+    given = {"weight": weight, "running_mean": running_mean, "running_var": running_var}
+    check_devices(dy=dy, x=x, **given, out=out, out_weight=out_weight, out_bias=out_bias)
+    check_batch_norm_inference_gradient(dy, x, **given)
+    dtype = dy.dtype if x is None else common_dtype(dy, x)
+    values = None if x is None else _values(x, dtype)
+    gradient = _values(dy, dtype) if values is None else laid_out_as(values, dy, dtype)
+    dx, dweight, dbias = call(
+        kernels.batch_norm_inference_backward,
+        gradient,
+        values,
+        **_vectors(dtype, **given),
+        epsilon=epsilon,
+        out=usable_in_place(out, gradient, dy.dtype, values),
+        out_weight=None if values is None else _usable_vector(out_weight, dy, dtype),
+        out_bias=None if values is None else _usable_vector(out_bias, dy, dtype),
+    )
+    if x is None:
+        return finish(dx, out, dy.dtype), None, None
+    kept = x.dtype if weight is None else weight.dtype
+    return finish(dx, out, dy.dtype), finish(dweight, out_weight, kept), finish(dbias, out_bias, kept)

@@ -208,7 +208,8 @@ __device__ __forceinline__ void normalize_all(
 }
 
 // In training ``scale`` holds the inverse standard deviation; in inference it holds the variance, and there is no
-// rest. ``residual`` may be null, y may be x or the residual.
+// rest. ``mean`` and ``residual`` may be null, y may be x or the residual. Of a gradient, without mean and bias, it is
+// inference's way back.
 extern "C" __global__ void __launch_bounds__(256) batch_norm_normalize(
     const scalar_t *x, const scalar_t *residual, scalar_t *y, const accumulate_t *mean, const accumulate_t *rest,
     const accumulate_t *scale, const accumulate_t *weight, const accumulate_t *bias, BatchNormWalk walk,
@@ -217,7 +218,7 @@ extern "C" __global__ void __launch_bounds__(256) batch_norm_normalize(
     Walker walker(walk);
     if (walker.remaining == 0) return;
     const int channel = walker.channel;
-    Line line = {mean[channel], rest ? rest[channel] : NUMBER(0), scale[channel], NUMBER(0)};
+    Line line = {mean ? mean[channel] : NUMBER(0), rest ? rest[channel] : NUMBER(0), scale[channel], NUMBER(0)};
     if (scale_is_variance) line.factor = NUMBER(1) / square_root(line.factor + epsilon);
     if (weight) line.factor *= weight[channel];
     if (bias) line.offset = bias[channel];
@@ -355,6 +356,28 @@ extern "C" __global__ void __launch_bounds__(256) batch_norm_backward_combine(
         coefficients[channel] = slope.factor;
         coefficients[walk.channels + channel] = slope.slant;
         coefficients[2 * walk.channels + channel] = slope.offset;
+    }
+}
+
+// A warp a channel: the gradients of inference's weight and bias, of the sums for the running mean. The batch's own
+// mean and variance are in neither.
+extern "C" __global__ void __launch_bounds__(256) batch_norm_inference_combine(
+    const accumulate_t *partials, const accumulate_t *variance, accumulate_t *dweight, accumulate_t *dbias,
+    BatchNormWalk walk, double epsilon
+) {
+    const int channel = blockIdx.x * blockDim.y + threadIdx.y;
+    if (channel >= walk.channels) return;  // a whole warp
+    double gradients = 0, products = 0;
+    const accumulate_t *values = partials + (long long)channel * walk.parts;
+    for (int part = threadIdx.x; part < walk.parts; part += 32) {
+        gradients += values[part];
+        products += values[(long long)walk.channels * walk.parts + part];
+    }
+    gradients = warp_sum(gradients);
+    products = warp_sum(products);
+    if (threadIdx.x == 0) {
+        dbias[channel] = gradients;
+        dweight[channel] = products / sqrt(variance[channel] + epsilon);
     }
 }
 

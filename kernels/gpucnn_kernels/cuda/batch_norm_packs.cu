@@ -246,7 +246,8 @@ __device__ __forceinline__ void normalize_all_packs(
         accumulate_t factor = scale[channel];
         if (scale_is_variance) factor = NUMBER(1) / square_root(factor + epsilon);
         if (weight) factor *= weight[channel];
-        lines[c] = {mean[channel], rest ? rest[channel] : NUMBER(0), factor, bias ? bias[channel] : NUMBER(0)};
+        const accumulate_t middle = mean ? mean[channel] : NUMBER(0);
+        lines[c] = {middle, rest ? rest[channel] : NUMBER(0), factor, bias ? bias[channel] : NUMBER(0)};
     }
     if (function <= LEAKY_RELU) {
 #pragma unroll 1
