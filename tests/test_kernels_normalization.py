@@ -386,7 +386,7 @@ def test_a_residual_is_added_before_the_activation(dtype):
             (x, residual, _), vectors = ending_inputs(shape, layout, dtype)
             # Rounded once, at the end: so compare with what it accumulates in, rounded.
             plain = kernels.batch_norm_forward(x.astype(acc), *vectors)[0] + residual.astype(acc)
-            for name in ("identity", "relu", "leaky_relu", "tanh"):
+            for name in ("identity", "relu", "leaky_relu", "relu6", "tanh"):
                 options = {"residual": residual, "activation": name, "negative_slope": 0.3}
                 y = kernels.batch_norm_forward(x, *vectors, **options)[0]
                 assert_rounded_once(y, activated(name, plain, 0.3), dtype, f"{shape} {layout.__name__} {name}")
@@ -398,13 +398,14 @@ def test_a_residual_is_added_before_the_activation(dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
-@pytest.mark.parametrize("name", ["relu", "leaky_relu"])
+@pytest.mark.parametrize("name", ["relu", "leaky_relu", "relu6"])
 def test_backward_through_an_activation_has_the_bits_of_two_launches(dtype, name):
     slope = {"negative_slope": 0.25} if name == "leaky_relu" else {}  # exact: it may be rounded in between
     through = getattr(kernels, f"{name}_backward")
     for shape in ENDING_SHAPES:
         for layout in layouts(inputs(shape)[0]):
             (x, _, dy), vectors = ending_inputs(shape, layout, dtype)
+            vectors = [4 * vector for vector in vectors]  # so that some results are above 6
             y, *statistics = kernels.batch_norm_forward(x, *vectors, activation=name, **slope)
             before = through(dy, y, **slope)
             wanted = kernels.batch_norm_backward(before, x, vectors[0], *statistics)
@@ -574,7 +575,7 @@ def test_errors():
         kernels.batch_norm_backward(images, images, None, None, three)
     with pytest.raises(ArgumentError, match=r"activation must be one of identity, relu, .*, got 'softmax'"):
         kernels.batch_norm_forward(images, activation="softmax")
-    with pytest.raises(ArgumentError, match=r"goes back through identity, relu, leaky_relu, got .*'tanh'"):
+    with pytest.raises(ArgumentError, match=r"goes back through identity, relu, leaky_relu, relu6, got .*'tanh'"):
         kernels.batch_norm_backward(images, images, None, three, three, y=images, activation="tanh")
     with pytest.raises(ArgumentError, match="goes back through relu by its result: give it as y"):
         kernels.batch_norm_backward(images, images, None, three, three, activation="relu")

@@ -294,12 +294,12 @@ def test_out_and_aliasing(backend):
 
 
 @BACKENDS
-@pytest.mark.parametrize("name", ["identity", "relu", "leaky_relu"])
+@pytest.mark.parametrize("name", ["identity", "relu", "leaky_relu", "relu6"])
 def test_a_residual_and_an_activation(backend, name):
     """As the operations one after another, the bits too: in float32 they round at the same places."""
     slope = {"negative_slope": 0.2} if name == "leaky_relu" else {}
     x, weight, bias, dy = inputs((4, 3, 5, 7), "float32")
-    residual = inputs(x.shape, "float32", seed=1)[0]
+    residual = 3 * inputs(x.shape, "float32", seed=1)[0]
     plain, mean, inverse_std = backend.batch_norm_forward(x, weight, bias)
     y, before = plain + residual, dy
     if name != "identity":
@@ -331,7 +331,7 @@ def test_endings_that_cannot_be(backend):
     x, weight, bias, dy = inputs((4, 3, 5, 7), "float32")
     y, mean, inverse_std = backend.batch_norm_forward(x, weight, bias)
     with pytest.raises(
-        ArgumentError, match="activation must be one of 'identity', 'relu', 'leaky_relu', got 'gelu'"
+        ArgumentError, match="activation must be one of 'identity', 'relu', 'leaky_relu', 'relu6', got 'gelu'"
     ):
         backend.batch_norm_forward(x, weight, bias, activation="gelu")
     with pytest.raises(ShapeError, match="residual must have shape"):

@@ -1,9 +1,9 @@
 """Neighbouring layers that train as one on a GPU: fewer launches, and fewer passes through memory.
 
-A batch norm adds the shortcut of a residual block and applies ReLU, or leaky ReLU, as it stores what it has
-normalized; back, it takes the gradient through the activation by the sign of the result. A fully connected layer
-does so, too, and a convolution forward, also with sigmoid and tanh, whose slopes their results say. Where
-:func:`gpucnn_kernels.conv2d_max_pool2d_pays` says so a convolution also pools: its own result, several times
+A batch norm adds the shortcut of a residual block and applies ReLU, leaky ReLU or ReLU6 as it stores what it has
+normalized; back, it takes the gradient through the activation by comparing the result. A fully connected layer
+does so, too, with ReLU, leaky ReLU, sigmoid and tanh, whose slopes their results say, and a convolution forward.
+Where :func:`gpucnn_kernels.conv2d_max_pool2d_pays` says so a convolution also pools: its own result, several times
 larger, is then stored nowhere, and the gradient goes back through pooling and activation at once.
 
 What the layers are stays as it is: each has its own parameters and modes, and saves what its own ``backward``
@@ -25,7 +25,7 @@ from typing import Any
 
 import gpucnn_kernels as kernels
 from gpucnn.device import is_device_array
-from gpucnn.layers.activations import LeakyReLU, ReLU, Sigmoid, Tanh
+from gpucnn.layers.activations import LeakyReLU, ReLU, ReLU6, Sigmoid, Tanh
 from gpucnn.layers.convolution import Conv2d
 from gpucnn.layers.layer import Layer
 from gpucnn.layers.linear import Linear
@@ -38,7 +38,7 @@ from gpucnn_kernels.problem import Pool2dProblem, ProblemError
 
 _OWN: dict[type[Layer], Any] = {
     kind: (kind.forward, kind.backward)
-    for kind in (BatchNorm1d, BatchNorm2d, Conv2d, LeakyReLU, Linear, MaxPool2d, ReLU, Sigmoid, Tanh)
+    for kind in (BatchNorm1d, BatchNorm2d, Conv2d, LeakyReLU, Linear, MaxPool2d, ReLU, ReLU6, Sigmoid, Tanh)
 }
 
 
@@ -86,7 +86,7 @@ def forward_sum(owner: Layer, norm: Layer, x: Array, residual: Array, activation
     """activation(norm(x) + residual) in one operation, or None where that cannot be: each by itself then."""
     if not _may_fuse(owner, x) or not _is_norm(norm) or x.shape != residual.shape:
         return None
-    if activation is not None and _by_sign(activation) is None:
+    if activation is not None and _of_norm(activation) is None:
         return None
     return _ended(norm, x, activation, residual=residual)
 
@@ -102,14 +102,17 @@ def backward_sum(owner: Layer, norm: Layer, activation: Layer | None, dy: Array)
 
 def _may_end(layer: Layer, activation: Layer) -> bool:
     """Whether a batch norm, or a fully connected layer, takes the activation after it."""
-    if _is_norm(layer):
-        return _by_sign(activation) is not None
-    return _is_own(layer, Linear) and _by_result(activation) is not None
+    return (_is_norm(layer) or _is_own(layer, Linear)) and _ending(layer, activation) is not None
+
+
+def _ending(layer: Layer, activation: Layer) -> dict[str, Any] | None:
+    """What the layer's operation takes for the activation after it; None where it does not take that."""
+    return _of_norm(activation) if _is_norm(layer) else _by_result(activation)
 
 
 def _ended(layer: Any, x: Array, activation: Layer | None, **more: Any) -> Array:
     """What the layer and the activation make of x; each saves what it would by itself."""
-    ending = {} if activation is None else _by_result(activation) or {}
+    ending = {} if activation is None else _ending(layer, activation) or {}
     y: Array = layer._located(layer.forward_ending, x, **ending, **more)
     if activation is not None:
         activation._save(y)
@@ -125,7 +128,7 @@ def _may_go_back(owner: Layer, layer: Layer, activation: Layer, dy: Array) -> bo
 
 
 def _back_through(layer: Any, dy: Array, y: Array, activation: Layer, **more: Any) -> Array:
-    dx: Array = layer.backward_ending(dy, y=y, **(_by_result(activation) or {}), **more)
+    dx: Array = layer.backward_ending(dy, y=y, **(_ending(layer, activation) or {}), **more)
     return dx
 
 
@@ -225,6 +228,11 @@ def _by_sign(layer: Layer) -> dict[str, Any] | None:
     if isinstance(layer, LeakyReLU) and _is_own(layer, LeakyReLU) and layer.negative_slope > 0:
         return {"activation": "leaky_relu", "negative_slope": layer.negative_slope}
     return None
+
+
+def _of_norm(layer: Layer) -> dict[str, Any] | None:
+    """What a batch norm takes for an activation whose slope a comparison of its result says; None for others."""
+    return {"activation": "relu6"} if _is_own(layer, ReLU6) else _by_sign(layer)
 
 
 def _by_result(layer: Layer) -> dict[str, Any] | None:

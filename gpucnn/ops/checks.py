@@ -15,9 +15,9 @@ from gpucnn.errors import ArgumentError, DtypeError, ShapeError
 from gpucnn_kernels.problem import Conv2dProblem, IntOrPair, Padding, pair
 
 REDUCTIONS = ("mean", "sum", "none")
-ENDINGS = ("identity", "relu", "leaky_relu")
+ENDINGS = ("identity", "relu", "leaky_relu", "relu6")
 """The activations that a batch norm in training can end with: gradients go back through them by their results."""
-BY_RESULT = (*ENDINGS, "sigmoid", "tanh")
+BY_RESULT = ("identity", "relu", "leaky_relu", "sigmoid", "tanh")
 """Those that a gradient goes back through by the result alone."""
 
 

@@ -333,8 +333,8 @@ class Operations(Protocol):
 
         y = activation((x - mean) * inverse_std * weight + bias + residual), with residual of x's shape or None,
         inverse_std = 1 / sqrt(biased variance + epsilon). The running statistics, where given, move in place by
-        ``momentum`` towards the mean and the *unbiased* variance. ``activation`` is "identity", "relu" or
-        "leaky_relu". Raises ShapeError with fewer than two values a channel.
+        ``momentum`` towards the mean and the *unbiased* variance. ``activation`` is "identity", "relu",
+        "leaky_relu" or "relu6". Raises ShapeError with fewer than two values a channel.
         """
 
     def batch_norm_backward(

@@ -35,8 +35,8 @@ _WHOLE_NUMBERS = _PER_THREAD * _WHOLE_THREADS
 """Of a block that makes all of a batch norm in one launch: more take it longer than two further launches do."""
 _WHOLE_WIDTH = 8  # channels of such a block where channels are neighbours: as many as fill 32 bytes in float32
 
-MASKS = ("identity", "relu", "leaky_relu")
-"""The activations that :func:`batch_norm_backward` goes back through: the sign of the result says all of them."""
+MASKS = ("identity", "relu", "leaky_relu", "relu6")
+"""The activations that :func:`batch_norm_backward` goes back through: comparing the result says each slope."""
 
 
 def _checked(call: Call, *per_channel: str, values: str = "x") -> tuple[str, int]:
@@ -267,10 +267,10 @@ def batch_norm_backward(
     dbias.
 
     dy is the gradient for the result before any activation, or, with ``y``, the result itself, and the
-    ``activation`` that made it, for that: "relu", or "leaky_relu" with a ``negative_slope`` above 0. The gradient
-    for the residual, dy through the activation, goes to ``out_residual`` where that is given, which may be dy.
-    dweight and dbias go to ``out_weight`` and ``out_bias`` where these are given. Few numbers a channel take one
-    launch, more take three.
+    ``activation`` that made it, for that: "relu", "relu6", or "leaky_relu" with a ``negative_slope`` above 0. The
+    gradient for the residual, dy through the activation, goes to ``out_residual`` where that is given, which may
+    be dy. dweight and dbias go to ``out_weight`` and ``out_bias`` where these are given. Few numbers a channel
+    take one launch, more take three.
 
     Raises ArgumentError for another activation, or one without y, or a slope that is not above 0.
     """

@@ -36,7 +36,14 @@ from gpucnn.ops.checks import (
     require_shape,
 )
 from gpucnn.ops.cpu import compiled
-from gpucnn.ops.cpu.activations import leaky_relu_backward, leaky_relu_forward, relu_backward, relu_forward
+from gpucnn.ops.cpu.activations import (
+    leaky_relu_backward,
+    leaky_relu_forward,
+    relu6_backward,
+    relu6_forward,
+    relu_backward,
+    relu_forward,
+)
 from gpucnn.ops.cpu.blocks import PLANE_BYTES, SMALL, contiguously, ranges
 from gpucnn.ops.cpu.compiled import normalization as loops
 from gpucnn.ops.cpu.memory import FloatArray, calculation_dtype, result_like
@@ -154,6 +161,8 @@ def batch_norm_forward(
             y += residual
     if activation == "relu":
         relu_forward(y, out=y)
+    elif activation == "relu6":
+        relu6_forward(y, out=y)
     elif activation == "leaky_relu":
         leaky_relu_forward(y, negative_slope=negative_slope, out=y)
     if out is None:
@@ -252,6 +261,8 @@ def batch_norm_backward(
     check_ending(activation, y, x.shape, negative_slope)
     if y is not None and activation == "relu":
         dy = relu_backward(dy, y)
+    elif y is not None and activation == "relu6":
+        dy = relu6_backward(dy, y)
     elif y is not None and activation == "leaky_relu":
         dy = leaky_relu_backward(dy, y, negative_slope=negative_slope)
     if out_residual is not None:

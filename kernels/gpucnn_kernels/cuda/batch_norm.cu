@@ -188,11 +188,9 @@ __device__ __forceinline__ void normalize_next(
     for (int k = 0; k < COUNT; ++k) {
         accumulate_t value = ((values[k] - line.middle) - line.rest) * line.factor + line.offset;
         if (residual) value += others[k];
-        if (COUNT == 1) {  // the other functions one number at a time: their code is long
-            value = activate(function, value, negative_slope);
-        } else if (value <= NUMBER(0) && function != IDENTITY) {  // a NaN compares false and stays
-            value = function == RELU ? NUMBER(0) : negative_slope * value;
-        }
+        // The other functions one number at a time: their code is long.
+        value = COUNT == 1 ? activate(function, value, negative_slope)
+                           : activate_compared(function, value, negative_slope);
         y[offsets[k]] = store(value);
     }
 }
@@ -201,7 +199,7 @@ __device__ __forceinline__ void normalize_all(
     Walker &walker, const Line &line, const scalar_t *x, const scalar_t *residual, scalar_t *y, int function,
     accumulate_t negative_slope
 ) {
-    if (function <= LEAKY_RELU) {
+    if (compared(function)) {
         while (walker.remaining >= GROUP) normalize_next<GROUP>(walker, line, x, residual, y, function, negative_slope);
     }
     while (walker.remaining > 0) normalize_next<1>(walker, line, x, residual, y, function, negative_slope);
@@ -264,6 +262,10 @@ __device__ __forceinline__ void sum_next(
         values[k] = load(x[walker.offset]);
         results[k] = y ? load(y[walker.offset]) : NUMBER(1);
         walker.advance();
+    }
+    if (function == RELU6) {
+#pragma unroll
+        for (int k = 0; k < COUNT; ++k) gradients[k] = results[k] >= NUMBER(6) ? NUMBER(0) : gradients[k];
     }
 #pragma unroll
     for (int k = 0; k < COUNT; ++k) {
@@ -395,6 +397,10 @@ __device__ __forceinline__ void differentiate_next(
         values[k] = load(x[walker.offset]);
         results[k] = y ? load(y[walker.offset]) : NUMBER(1);
         walker.advance();
+    }
+    if (function == RELU6) {
+#pragma unroll
+        for (int k = 0; k < COUNT; ++k) gradients[k] = results[k] >= NUMBER(6) ? NUMBER(0) : gradients[k];
     }
 #pragma unroll
     for (int k = 0; k < COUNT; ++k) {

@@ -37,13 +37,29 @@ struct Line {
     accumulate_t middle, rest, factor, offset;
 };
 
-// The gradient before the activation (ReLU or leaky ReLU, whose slope above 0 keeps signs) at a number: as
-// activation_backward makes it of dy and y.
+// Whether a function is a comparison or two a number, so that the numbers of several loads go through it together.
+__device__ __forceinline__ bool compared(int function) { return function <= LEAKY_RELU || function == RELU6; }
+
+// It, of one number; a NaN compares false and stays.
+__device__ __forceinline__ accumulate_t activate_compared(
+    int function, accumulate_t value, accumulate_t negative_slope
+) {
+    if (value <= NUMBER(0)) {
+        if (function != IDENTITY) value = function == LEAKY_RELU ? negative_slope * value : NUMBER(0);
+    } else if (function == RELU6 && value >= NUMBER(6)) {
+        value = NUMBER(6);
+    }
+    return value;
+}
+
+// The gradient before the activation (ReLU, ReLU6, or leaky ReLU, whose slope above 0 keeps signs) at a number: as
+// activation_backward makes it of dy and y. What ReLU6 cuts off above was made 0 before, of all loaded numbers at
+// once: to look here at each would cost the other activations two instructions a number.
 __device__ __forceinline__ accumulate_t gradient_before(
     int function, accumulate_t gradient, accumulate_t value, accumulate_t negative_slope
 ) {
     if (value > NUMBER(0)) return gradient;
-    return function == RELU ? NUMBER(0) : gradient * negative_slope;
+    return function == LEAKY_RELU ? gradient * negative_slope : NUMBER(0);
 }
 
 struct GradientSums {

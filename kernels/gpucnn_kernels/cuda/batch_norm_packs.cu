@@ -10,13 +10,14 @@
 // cache, they then begin with what the statistics have read last and the cache still has.
 //
 // Instructions a number in the main loops by the compiled code for sm_90, those of both sides of a choice counted,
-// and what an H200's memory leaves time for while it moves the number's bytes; computed, not measured:
+// (of the gradients' two or three are ReLU6's alone, and the others pass them by), and what an H200's memory leaves
+// time for while it moves the number's bytes; computed, not measured:
 //
 //                        along: float32  bfloat16    across: float32  bfloat16    time for: float32  bfloat16
 //   statistics                       8         8                   8         8                   31        15
-//   normalization                   24        23                  21        22                   62        31
-//   sums of gradients               25        35                  21        33                   62        31
-//   gradients                       24        32                  21        30                   93        46
+//   normalization                   19        21                  17        20                   62        31
+//   sums of gradients               27        37                  24        35                   62        31
+//   gradients                       26        36                  24        34                   93        46
 //
 // Number by number they are 38 for the statistics and about 30 for the others, with loads of 4 and 2 bytes.
 #include "activation_packs.cuh"
@@ -220,9 +221,7 @@ __device__ __forceinline__ void normalize_packs(
             activate_all(function, values, negative_slope);
         } else if (function != IDENTITY) {
 #pragma unroll
-            for (int k = 0; k < PACK; ++k) {  // a NaN compares false and stays
-                if (values[k] <= NUMBER(0)) values[k] = function == RELU ? NUMBER(0) : negative_slope * values[k];
-            }
+            for (int k = 0; k < PACK; ++k) values[k] = activate_compared(function, values[k], negative_slope);
         }
 #pragma unroll
         for (int k = 0; k < PACK; ++k) packs[number].number[k] = store(values[k]);
@@ -249,7 +248,7 @@ __device__ __forceinline__ void normalize_all_packs(
         const accumulate_t middle = mean ? mean[channel] : NUMBER(0);
         lines[c] = {middle, rest ? rest[channel] : NUMBER(0), factor, bias ? bias[channel] : NUMBER(0)};
     }
-    if (function <= LEAKY_RELU) {
+    if (compared(function)) {
 #pragma unroll 1
         while (walker.remaining >= GROUP) {
             normalize_packs<across, GROUP>(walker, lines, x, residual, y, function, negative_slope);
@@ -291,12 +290,21 @@ struct Gradients {
 
     template <bool across>
     __device__ __forceinline__ void fetch(
-        PackWalker<across> &walker, const scalar_t *dy, const scalar_t *x, const scalar_t *y
+        PackWalker<across> &walker, const scalar_t *dy, const scalar_t *x, const scalar_t *y, int function
     ) {
         walker.next(offsets);
         load_packs(dy, offsets, of_dy);
         load_packs(x, offsets, of_x);
         if (y) load_packs(y, offsets, of_y);
+        if (y && function == RELU6) {
+#pragma unroll
+            for (int number = 0; number < count; ++number) {
+#pragma unroll
+                for (int k = 0; k < PACK; ++k) {
+                    if (load(of_y[number].number[k]) >= NUMBER(6)) of_dy[number].number[k] = store(NUMBER(0));
+                }
+            }
+        }
     }
     __device__ __forceinline__ accumulate_t before(
         int number, int k, const scalar_t *y, int function, accumulate_t negative_slope
@@ -314,7 +322,7 @@ __device__ __forceinline__ void sum_packs(
     scalar_t *before, int function, accumulate_t negative_slope
 ) {
     Gradients<count> given;
-    given.fetch(walker, dy, x, y);
+    given.fetch(walker, dy, x, y, function);
 #pragma unroll
     for (int number = 0; number < count; ++number) {
         Pack<scalar_t, PACK> made;
@@ -408,7 +416,7 @@ __device__ __forceinline__ void differentiate_packs(
     scalar_t *dx, int function, accumulate_t negative_slope
 ) {
     Gradients<count> given;
-    given.fetch(walker, dy, x, y);
+    given.fetch(walker, dy, x, y, function);
 #pragma unroll
     for (int number = 0; number < count; ++number) {
         Pack<scalar_t, PACK> made;
