@@ -22,8 +22,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from gpucnn_kernels import conv2d_direct, conv2d_filter_direct, conv2d_first_layer
-from gpucnn_kernels.conv2d_forward_paths import depthwise_slides, stride_phases, terms
+from gpucnn_kernels import conv2d_direct, conv2d_filter_depthwise, conv2d_filter_direct, conv2d_first_layer
+from gpucnn_kernels.conv2d_forward_paths import depthwise_instructions, depthwise_slides, stride_phases, terms
 from gpucnn_kernels.conv2d_tiles import (
     CUBLAS_TENSOR_TILES,
     CUBLAS_TILES,
@@ -50,7 +50,9 @@ LAUNCH_SECONDS = 3e-6  # [P] an empty launch, below which nothing is; the next b
 REACHED_BANDWIDTH = 0.9  # [P] of the datasheet's: 4.3 of 4.8 TB/s of an H200 in a copy
 MARGIN = 1.25  # [E] an estimate has to be better by this to be believed against the path that is known to be good
 DEPTHWISE_SHARE = 0.1  # [E] a multiply-add needs a load, and a bound for each
-FILTER_DEPTHWISE_SHARE = 0.06  # [E] nine tenths of the 9 multiply-adds of 132 instructions, as compiled for sm_90
+FILTER_DEPTHWISE_SHARE = (
+    0.06  # [E] for any filter: nine tenths of the 9 multiply-adds of 132 instructions, as compiled for sm_90
+)
 COLUMN_BYTES = 256 << 20  # of the workspace for columns: more is done some images at a time
 
 
@@ -148,10 +150,8 @@ def estimate(
     if path == "depthwise":
         share = DEPTHWISE_SHARE
         if depthwise_slides(problem, direction == "backward_data"):
-            taps = problem.R * problem.S
-            share = taps / (
-                taps + 8 * problem.S * problem.stride[0] + 34
-            )  # reading rows, and what an output takes
+            instructions = depthwise_instructions(problem, direction == "backward_data", channels_last)
+            share = problem.R * problem.S / instructions
         return Estimate(path, "", problem.flops / (share * plain_rate(gpu, dtype)), 0.0, _memory(gpu, once))
     if path == "dilated":
         whole = Sizes(sizes.channels, problem.N * problem.H * problem.W, problem.groups)
@@ -216,8 +216,10 @@ def _filter_gradient(
     positions = problem.N * problem.P * problem.Q
     once = _arrays(problem, item)
     if path == "depthwise":
-        rate = FILTER_DEPTHWISE_SHARE * plain_rate(gpu, dtype)
-        return Estimate(path, "", problem.flops / rate, 0.0, _memory(gpu, once), 2)
+        share = FILTER_DEPTHWISE_SHARE
+        if conv2d_filter_depthwise.takes(problem):
+            share = problem.R * problem.S / conv2d_filter_depthwise.instructions(problem, channels_last)
+        return Estimate(path, "", problem.flops / (share * plain_rate(gpu, dtype)), 0.0, _memory(gpu, once), 2)
     if path == "im2col":
         # A product for each image, one after the other, each adding to the same sums: few blocks at a time.
         made = _by_columns("im2col", problem, dtype, gpu)

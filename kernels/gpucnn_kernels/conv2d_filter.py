@@ -8,7 +8,8 @@ Ways, all deterministic, to the weight's:
   conv2d_filter_direct.py.
 - "im2col": the windows copied to columns, some images at a time, and a dense matrix product an image, added up in
   order.
-- "depthwise": for one input channel a group, where a product of matrices would have nothing to share.
+- "depthwise": for one input channel a group, where a product of matrices would have nothing to share; the usual
+  filters have kernels of their own, see conv2d_filter_depthwise.py.
 - "tensor": as "implicit_gemm", on tensor cores; see conv2d_tensor.py.
 
 Half precision is added up in float32 and rounded once. The bias's gradient can come with the weight's:
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gpucnn_kernels import conv2d_filter_direct, conv2d_tensor, tuning
+from gpucnn_kernels import conv2d_filter_depthwise, conv2d_filter_direct, conv2d_tensor, tuning
 from gpucnn_kernels.arrays import DeviceArray, image_layout
 from gpucnn_kernels.channel_sums import launch_channel_sums
 from gpucnn_kernels.columns import columns_shape, images, launch_im2col
@@ -111,6 +112,8 @@ def conv2d_backward_filter(
                 partial, bias, parts = conv2d_filter_direct.filter_sums(
                     call, problem, call["dy"], call["x"], fastest, together
                 )
+            elif name == "depthwise" and conv2d_filter_depthwise.takes(problem):
+                partial, parts = conv2d_filter_depthwise.filter_sums(call, problem, call["dy"], call["x"])
             else:
                 partial, bias, parts = _by_parts(call, problem, fastest, name, together)
             if db is not None and bias is None:

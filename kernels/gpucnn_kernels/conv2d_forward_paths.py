@@ -14,6 +14,7 @@ from gpucnn_kernels.activations import FUNCTIONS
 from gpucnn_kernels.arrays import DeviceArray, image_layout
 from gpucnn_kernels.columns import columns_shape, images, launch_im2col
 from gpucnn_kernels.conv2d_tiles import implicit_tile
+from gpucnn_kernels.depthwise_forms import form_of, usual_suffix
 from gpucnn_kernels.errors import ArgumentError
 from gpucnn_kernels.launch import THREADS, Call, blocks_for
 from gpucnn_kernels.matmul import matmul
@@ -31,6 +32,7 @@ WORKSPACE_BYTES = 1 << 28
 """Columns are made for so many images at a time that they take no more than this, but at least for one."""
 
 _MOST_UNITS = 65535  # blocks along y and z
+_SLIDING_THREADS = 128
 _RUN, _SHORT_RUN = 28, 4  # rows of a depthwise kernel's thread
 _ENOUGH_THREADS = 1 << 17  # of long runs, to keep a GPU of some hundred multiprocessors busy
 
@@ -214,20 +216,24 @@ def depthwise(
 ) -> None:
     """Fill ``output``, y from x or (``transposed``) dx from dy, where each input channel is a group of its own."""
     vertical, horizontal = axes(problem, transposed)
-    kernel = "conv2d_depthwise"
+    kernel, threads = "conv2d_depthwise", THREADS
     blocks: tuple[int, ...] = (blocks_for(output.size),)
     more: dict[str, Any] = {"count": output.size}
-    lines = problem.C * horizontal["output"]
-    if depthwise_slides(problem, transposed) and lines < 1 << 31:
-        kernel = f"conv2d_depthwise_{problem.R}x{problem.S}_stride_{problem.stride[0]}"
+    if depthwise_slides(problem, transposed) and problem.C * horizontal["output"] < 1 << 31:
+        left = problem.S - 1 - problem.padding[2] if transposed else problem.padding[2]
+        form = form_of(problem, left, source, output, epilogue.residual)
+        kernel = f"conv2d_depthwise_{problem.R}x{problem.S}_stride_{problem.stride[0]}{form.suffix}"
+        threads = _SLIDING_THREADS
+        lines = problem.C // form.channels * -(-horizontal["output"] // form.columns)
         run = _RUN if problem.N * lines * vertical["output"] >= _RUN * _ENOUGH_THREADS else _SHORT_RUN
         run = max(run, -(-vertical["output"] // _MOST_UNITS))
-        blocks = (-(-lines // THREADS), -(-vertical["output"] // run), min(problem.N, _MOST_UNITS))
+        blocks = (-(-lines // threads), -(-vertical["output"] // run), min(problem.N, _MOST_UNITS))
         more = {"run": run}
     call.launch(
         "conv2d_depthwise",
         kernel,
         blocks,
+        threads,
         scalar=source.dtype,
         input=source,
         input_strides=strides(source),
@@ -253,6 +259,25 @@ def depthwise_slides(problem: Conv2dProblem, transposed: bool) -> bool:
         and problem.dilation == (1, 1)
         and (problem.stride == (1, 1) or (problem.stride == (2, 2) and not transposed))
     )
+
+
+_INSTRUCTIONS = {
+    (3, 1): {"_columns": 21, "_channels": 25, "": 39},
+    (3, 2): {"_columns": 31, "_channels": 39, "": 71},
+    (5, 1): {"_columns": 47, "": 63},
+    (5, 2): {"_columns": 57, "": 97},
+}
+"""Of a depthwise kernel's loop for each output, as compiled for sm_90 and without an epilogue, by kernel size and
+stride: the more of float32's and bfloat16's."""
+_START = 450  # instructions that a thread's run begins with
+
+
+def depthwise_instructions(problem: Conv2dProblem, transposed: bool, channels_last: bool) -> float:
+    """For each output of a depthwise kernel that slides, where images begin on boundaries of packs."""
+    left = problem.S - 1 - problem.padding[2] if transposed else problem.padding[2]
+    suffix = usual_suffix(problem, left, channels_last)
+    rows = min(problem.H if transposed else problem.P, _RUN)
+    return _INSTRUCTIONS[problem.S, problem.stride[0]][suffix] + _START / (4 * rows)
 
 
 def im2col(

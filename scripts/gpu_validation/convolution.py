@@ -47,6 +47,14 @@ WIDE = {
     "groups-2-of-70": Conv2dProblem.from_shapes((2, 140, 21, 33), (140, 70, 3, 2), stride=2, padding=1, groups=2),
     "depthwise-k5": Conv2dProblem.from_shapes((2, 9, 14, 23), (9, 1, 5, 5), padding=2, groups=9),
     "depthwise-k5-s2": Conv2dProblem.from_shapes((2, 9, 15, 22), (9, 1, 5, 5), stride=2, padding=2, groups=9),
+    "depthwise-packs": Conv2dProblem.from_shapes((2, 10, 14, 24), (10, 1, 3, 3), padding=1, groups=10),
+    "depthwise-packs-s2": Conv2dProblem.from_shapes(
+        (2, 10, 15, 24), (10, 1, 3, 3), stride=2, padding=1, groups=10
+    ),
+    "depthwise-packs-k5": Conv2dProblem.from_shapes((2, 9, 14, 24), (9, 1, 5, 5), padding=2, groups=9),
+    "depthwise-packs-k5-s2": Conv2dProblem.from_shapes(
+        (2, 9, 15, 24), (9, 1, 5, 5), stride=2, padding=2, groups=9
+    ),
 }
 
 

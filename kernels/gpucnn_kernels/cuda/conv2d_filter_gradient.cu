@@ -11,7 +11,8 @@
 // step), 1024 among 1450 (64 x 128, sixteen) and 512 among 850 (32 x 64): 70, 71 and 60 of 100, which is the most
 // that they can reach of the peak. Of the rest a third loads from shared memory, the others look up and stage. For
 // one input channel a group a product needs a load of its own: 9 multiply-adds of 132 instructions, about 2.5 times
-// what reading dy and x once takes. Counted and computed, not measured.
+// what reading dy and x once takes; conv2d_depthwise_filter.cu has the usual filters of these. Counted and computed,
+// not measured.
 //
 // Columns run c, r, s for a contiguous result and r, s, c for a channels-last one, so that neighbouring threads
 // meet neighbouring memory where they write and, where x has the same layout, where they read.
