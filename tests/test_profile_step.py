@@ -79,7 +79,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_command(tmp_path: Path) -> None:
     done = run("lenet5 28 N128", "--runtime", "host", "--steps", "2", "--json", str(tmp_path / "profile.json"))
     assert done.returncode == 0, done.stderr
-    assert "| `conv2d_max_pool_narrow` |" in done.stdout
+    assert "| `conv2d_max_pool_halves_narrow` |" in done.stdout
     found = json.loads((tmp_path / "profile.json").read_text())
     assert found["runtime"] == "host"
     assert sum(entry["seconds"] for entry in found["kernels"]) <= found["seconds"] * 1.5
