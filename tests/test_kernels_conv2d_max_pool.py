@@ -406,6 +406,12 @@ def test_what_does_not_fit():
         conv2d_max_pool2d_forward(awkward(x), weight, pool_size=2, **where)
     with pytest.raises(ArgumentError, match="out must have shape"):
         conv2d_max_pool2d_forward(x, weight, pool_size=2, out=numpy.empty((3, 3, 3, 3), "f4"), **where)
+    long = Conv2dProblem.from_shapes((1, 1 << 16, 1, 1 << 15), (1 << 16, 1, 1, 1), groups=1 << 16)
+    conv2d_max_pool.check_rows(long, (1 << 16) - 1)
+    with pytest.raises(
+        ArgumentError, match=r"rows span less than 2\^31 numbers, got 32768 columns that are 65536"
+    ):
+        conv2d_max_pool.check_rows(long, 1 << 16)
     square = numpy.ones((1, 1, 2, 2), "f4")
     with pytest.raises(ArgumentError, match="out shares memory with x"):
         conv2d_max_pool2d_forward(square, square[:, :, :1, :1].copy(), pool_size=1, out=square)

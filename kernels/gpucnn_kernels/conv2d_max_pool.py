@@ -29,6 +29,10 @@ from gpucnn_kernels.runtime import itemsize
 
 SOURCES: dict[str, tuple[dict[str, str], ...]] = {"conv2d_max_pool": ({},)}
 
+SHARED_BYTES = {
+    f"conv2d_max_pool_{kind}": MOST_BYTES for kind in ("halves_wide", "halves_medium", "halves_narrow", "windows")
+}
+
 MOST_PLACES = 256
 """Of a pooling window: its argmax is one byte."""
 
@@ -301,7 +305,8 @@ def conv2d_max_pool2d_forward(
     since only the winners have one.
 
     x, weight and ``out`` may each be contiguous or channels-last; results are laid out as ``out``, or as x. Raises
-    what the two functions raise, and ArgumentError for a window of more than 256 places.
+    what the two functions raise, and ArgumentError for a window of more than 256 places or rows of x that span
+    2^31 numbers.
     """
     with Call(stream, x=x, weight=weight, bias=bias, out=out) as call:
         dtype = call.floating("x", "weight", "bias", "out")
@@ -322,6 +327,7 @@ def conv2d_max_pool2d_forward(
                 f"a pooling window in one kernel with its convolution has at most {MOST_PLACES} places, got "
                 f"{pool.R}x{pool.S} = {pool.R * pool.S}; call conv2d_forward and max_pool2d_forward"
             )
+        check_rows(problem, images.strides[3])
         epilogue = Epilogue(by_channel(call, "bias", problem.K), activation, negative_slope)
         y = result_array(call, pool.output_shape, dtype, images, epilogue.bias)
         argmax = call.empty(pool.output_shape, "uint8", like=y, name="argmax") if with_argmax else None
@@ -351,6 +357,15 @@ def conv2d_max_pool2d_forward(
             patch=made.plan.patch,
         )
         return call.give(y) if argmax is None else call.give(y, argmax)
+
+
+def check_rows(problem: Conv2dProblem, apart: int) -> None:
+    """Raise ArgumentError for rows whose columns, so many numbers ``apart``, span more than an int counts."""
+    if problem.N and problem.W * apart >= 1 << 31:
+        raise ArgumentError(
+            "a convolution in one kernel with its pooling is for images whose rows span less than 2^31 numbers, "
+            f"got {problem.W} columns that are {apart} apart; call conv2d_forward and max_pool2d_forward"
+        )
 
 
 def _pool(pool: Pool2dProblem, made: PooledPlan) -> dict[str, int]:
