@@ -347,6 +347,24 @@ def test_every_problem_of_the_tests_keeps_a_way_of_its_kind() -> None:
             assert made.seconds <= least.seconds, (name, direction, way)
 
 
+def test_channels_that_are_filled_up_are_multiplied_like_others() -> None:
+    """Of a filter's gradient, too: three input channels are eight of 16 bits, and four of float32."""
+    for dtype, precision, filled in (("bfloat16", "bfloat16", 8), ("float32", "tf32", 4)):
+        three, whole = (
+            conv2d_cost.estimate(
+                "tensor",
+                "backward_filter",
+                shaped(256, channels, 224, 64, 7, stride=2, padding=3),
+                dtype,
+                H200,
+                precision=precision,
+                channels_last=True,
+            )
+            for channels in (3, filled)
+        )
+        assert (three.tile, three.arithmetic, three.cache) == (whole.tile, whole.arithmetic, whole.cache)
+
+
 def test_an_unknown_way() -> None:
     for direction in DIRECTIONS:
         with pytest.raises(ValueError, match="no estimate of a path 'magic'"):

@@ -140,7 +140,7 @@ def test_every_tile(form, tile, monkeypatch):
                 )
 
 
-@pytest.mark.parametrize("tile", ["large", "medium", "small"])
+@pytest.mark.parametrize("tile", ["large", "broad", "medium", "small"])
 @EVERY_FORM
 def test_every_tile_of_the_filters_gradient(form, tile, monkeypatch):
     tiles = THREE_PRODUCT_FILTER_TILES if form == "3xtf32" else TENSOR_FILTER_TILES
@@ -165,9 +165,9 @@ def test_the_tile_is_large_where_it_is_filled_and_there_are_enough():
         assert tile(32, 64 * 56 * 56) == "medium"
         assert tile(512, 49) == "small"
         tile = tensor_filter_tile(H200, dtype, precision, 128, 1152, 1, 256 * 28 * 28)
-        assert tile.name == "filter_gradient_tensor_large"
+        assert tile.name == f"filter_gradient_tensor_{'broad' if three else 'large'}"
         tile = tensor_filter_tile(H200, dtype, precision, 64, 576, 1, 256 * 56 * 56)
-        assert tile.name == "filter_gradient_tensor_medium"
+        assert tile.name == "filter_gradient_tensor_broad"
         tile = tensor_filter_tile(H200, dtype, precision, 64, 27, 1, 256 * 56 * 56)
         assert tile.name == "filter_gradient_tensor_small"
 

@@ -233,6 +233,9 @@ def _filter_gradient(
         )
     sizes = outputs, columns, problem.groups, positions
     if path == "tensor":
+        chunk = 16 // item  # channels of either factor are filled up to pieces of 16 bytes
+        filled = -(-(problem.C // problem.groups) // chunk) * chunk * problem.R * problem.S
+        sizes = -(-outputs // chunk) * chunk, filled, problem.groups, positions
         tile, rate = tensor_filter_tile(gpu, dtype, precision, *sizes), tensor_rate(gpu, dtype, precision)
         parts = filter_parts(tile, *sizes)
         packed, packs = _packing(problem, item, channels_last, "backward_filter")
@@ -243,7 +246,7 @@ def _filter_gradient(
     else:
         raise ValueError(f"no estimate of a path '{path}' for backward_filter")
     arithmetic, cache = filter_seconds(gpu, tile, *sizes, parts, rate, item)
-    arithmetic += around(gpu, tile, tile.blocks(outputs, columns, problem.groups * parts))
+    arithmetic += around(gpu, tile, tile.blocks(sizes[0], sizes[1], problem.groups * parts))
     sums = 4.0 * parts * problem.K * columns
     passes = _memory(gpu, packed + sums)
     return Estimate(path, tile.name, arithmetic, cache, _memory(gpu, once + sums), 2 + packs, passes)

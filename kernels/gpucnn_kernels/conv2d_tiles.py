@@ -89,7 +89,8 @@ CUBLAS_TENSOR_TILES = tuple(
 # 1.83 of an H200's 1.98 GHz [P]. A product of 16 x 8 by two chunks takes 4 clocks at the peak, and as many as it
 # has instructions, counted in the main loop compiled for sm_90: 2.1 to 5.1, less than the 6.9 at 63 %, but for the
 # small tile's 9 (8 of three products). And fragments come from shared memory at 128 bytes a clock, which it is
-# filled by, too: that is 22 % of the peak in the small tile, and 44 and 33 % in the filter's medium and small.
+# filled by, too: that is 22 % of the peak in the small tile, and 49, 44 and 33 % in the filter's broad, medium and
+# small.
 TENSOR_TILES = (
     Tile("conv2d_tensor_wide", 128, 256, 8, 1, 0.58, 1000, 4),
     Tile("conv2d_tensor_large", 128, 128, 4, 2, 0.58, 1000, 4),
@@ -111,11 +112,13 @@ THREE_PRODUCT_TILES = (
 )
 TENSOR_FILTER_TILES = (
     Tile("filter_gradient_tensor_large", 128, 128, 4, 2, 0.58, 600, 13),
+    Tile("filter_gradient_tensor_broad", 64, 192, 4, 2, 0.49, 700, 13),
     Tile("filter_gradient_tensor_medium", 64, 128, 4, 3, 0.44, 600, 13),
     Tile("filter_gradient_tensor_small", 64, 64, 4, 5, 0.33, 600, 13),
 )
 THREE_PRODUCT_FILTER_TILES = (
     Tile("filter_gradient_tensor_large", 128, 64, 4, 2, 0.58, 600, 13),
+    Tile("filter_gradient_tensor_broad", 64, 96, 4, 2, 0.58, 700, 13),
     Tile("filter_gradient_tensor_medium", 64, 128, 4, 2, 0.58, 600, 13),
     Tile("filter_gradient_tensor_small", 64, 64, 4, 5, 0.58, 600, 13),
 )

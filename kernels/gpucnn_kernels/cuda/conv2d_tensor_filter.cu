@@ -2,8 +2,8 @@
 // the matrix product of dy (output channels x positions) with the windows of x (positions x (tap, input
 // channel)), as in conv2d_filter_gradient.cu, whose filter_gradient_finish adds the parts up in a fixed order.
 //
-// A block of four warps, two by two, makes 128 x 128 (large, of three products 128 x 64), 64 x 128 (medium) or 64
-// x 64 (small) sums. Both factors are read where they lie, channels side by side in chunks of 16 bytes
+// A block of four warps, two by two, makes 128 x 128 (large, of three products 128 x 64), 64 x 192 (broad, of three
+// products 64 x 96), 64 x 128 (medium) or 64 x 64 (small) sums. Both factors are read where they lie, channels side by side in chunks of 16 bytes
 // (conv2d_tensor_pack.cu), by cp.async into a ring of four stages of 64 bytes' worth of positions: 32 in 16 bits,
 // 16 in float32. A thread fetches every fourth (eighth) chunk of one position, so that it keeps up with one window
 // a step, by additions. Here the positions are summed over, so a stage's rows are transposed on the way to the
@@ -15,11 +15,13 @@
 // memory, and each part's sums, in float32, written and read. What follows is counted in the code compiled for
 // sm_90, not measured: a step of the large tile takes 163 instructions by the warp for 64 products of 16 x 8 in
 // 16 bits, 264 in tf32 (of them 64 rounding and 48 loading fragments), and of three products 466 for 96. For
-// each byte that comes through L2 it does 64 operations in 16 bits, 32 in tf32 (medium 43 and 21, small 32 and
-// 16); by an L2 of 5.5 TB/s, an estimate for the H200, that is 350 and 175 TFLOP/s.
+// each byte that comes through L2 it does 64 operations in 16 bits, 32 in tf32 (broad 48 and 24, medium 43 and 21,
+// small 32 and 16); by an L2 of 5.5 TB/s, an estimate for the H200, that is 350 and 175 TFLOP/s. The broad one, 161
+// instructions for 48 products in 16 bits, is for 64 output channels: 3 x 3 taps of 64 input channels are 576
+// columns, three of its tiles, where the medium one's five take a quarter more from L2.
 //
-// Compiled for sm_90, large, medium and small: registers 236, 166 and 78 (16 bits), 222, 152 and 94 (tf32), 202,
-// 226 and 96 (three products), shared memory 70, 53 and 37 KiB.
+// Compiled for sm_90, large, broad, medium and small: registers 236, 222, 166 and 78 (16 bits), 222, 190, 152 and 94
+// (tf32), 202, 184, 226 and 96 (three products), shared memory 70, 70, 53 and 37 KiB.
 #include "conv2d_tensor.cuh"
 
 struct TensorFilterGradient {
@@ -86,8 +88,9 @@ constexpr int DEPTH = 64 / (int)sizeof(scalar_t);  // positions a step
 constexpr int THREADS = 128;                       // four warps, two by two
 constexpr int LANES = THREADS / DEPTH;             // threads that fill a row of a stage
 
-// Columns of a warp's tile of the large kernel: the parts of split numbers take the registers that more would.
-constexpr int WARP_COLUMNS = PRODUCTS == 3 ? 32 : 64;
+// Columns of a warp's tile of the large and of the broad kernel: the parts of split numbers take the registers that
+// more would.
+constexpr int WARP_COLUMNS = PRODUCTS == 3 ? 32 : 64, BROAD_COLUMNS = PRODUCTS == 3 ? 48 : 96;
 
 // As in conv2d_tensor.cu.
 constexpr int HALVES = PRODUCTS == 3 ? 1 : 2;
@@ -324,6 +327,13 @@ extern "C" __global__ void __launch_bounds__(128, 2) filter_gradient_tensor_larg
 ) {
     extern __shared__ __align__(128) unsigned char stages[];
     multiply_positions<64, WARP_COLUMNS>(x, dy, partial, gradient, stages);
+}
+
+extern "C" __global__ void __launch_bounds__(128, 2) filter_gradient_tensor_broad(
+    const scalar_t *x, const scalar_t *dy, float *partial, TensorFilterGradient gradient
+) {
+    extern __shared__ __align__(128) unsigned char stages[];
+    multiply_positions<32, BROAD_COLUMNS>(x, dy, partial, gradient, stages);
 }
 
 extern "C" __global__ void __launch_bounds__(128, 2) filter_gradient_tensor_medium(
