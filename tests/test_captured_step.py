@@ -16,7 +16,7 @@ from resume_worker import make_data, make_model
 
 from gpucnn import layers
 from gpucnn.device import to_device
-from gpucnn.errors import ArgumentError, NonFiniteError
+from gpucnn.errors import ArgumentError, NonFiniteError, StateError
 from gpucnn.losses import CrossEntropyLoss
 from gpucnn.random import manual_seed
 from gpucnn.training import Callback, Progress, RunFolder, Trainer, TrainingOptions
@@ -199,6 +199,18 @@ def test_batch_norms_whose_statistics_stay(launches: list[int]) -> None:
     assert_same(*runs)
     assert len(launches) > 6
     assert runs[0].progress.said == [SAID]
+
+
+@pytest.mark.parametrize("capture", ["on", "off"])
+@pytest.mark.parametrize("hook", ["on_step_end", "on_epoch_end"])
+def test_weights_that_move_are_not_averaged_where_they_were(capture: str, hook: str) -> None:
+    class Moving(Callback):
+        pass
+
+    setattr(Moving, hook, lambda self, trainer, _: trainer.model.to("cpu").to("cuda") and None)
+    trainer(capture, callbacks=[Moving()]).fit()  # the optimizer follows
+    with pytest.raises(StateError, match=r"'0\.weight' was moved while its average is taken"):
+        trainer(capture, callbacks=[Moving()], ema_decay=0.9).fit()
 
 
 class OwnLoss(CrossEntropyLoss):

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from gpucnn.device import copy_into, is_device_array
-from gpucnn.errors import DeviceError
+from gpucnn.errors import DeviceError, StateError
 from gpucnn.layers import Layer
 from gpucnn.ops import Array
 from gpucnn.parameters import shaped_like
@@ -33,7 +33,7 @@ class WeightAverage:
 
     def __init__(self, model: Layer, decay: float, buffers: BufferCopy | None = None) -> None:
         self.model, self.decay = model, decay
-        live = {name: parameter.data for name, parameter in model.named_parameters()} | dict(model.named_buffers())
+        self._followed = live = _live(model)
         self.average: dict[str, Array] = dict.fromkeys(live)
         names = {id(array): name for name, array in live.items()}
         self._pairs: list[tuple[Array, Array]] = []
@@ -44,6 +44,16 @@ class WeightAverage:
                 alone = part is whole
                 view = average if alone else shaped_like(part, average[start : start + part.size])
                 self.average[names[id(part)]] = view
+
+    def require_followed(self) -> None:
+        """Raise StateError where the model's arrays are others than those that are averaged."""
+        live = _live(self.model)
+        for name, array in self._followed.items():
+            if live.get(name) is not array:
+                raise StateError(
+                    f"'{name}' was moved while its average is taken, which knows the array from before: move the "
+                    "model, or choose its precision, before it is trained"
+                )
 
     def share(self, step: int) -> float:
         """How much of the way to the weights the average moves after ``step``, which counts from 1."""
@@ -104,6 +114,10 @@ class WeightAverage:
         """Continue from an earlier :attr:`average`, whose arrays may be on any device."""
         for name, array in self.average.items():
             copy_into(array, state[name])
+
+
+def _live(model: Layer) -> dict[str, Array]:
+    return {name: parameter.data for name, parameter in model.named_parameters()} | dict(model.named_buffers())
 
 
 def _parameter_arrays(model: Layer) -> Iterator[tuple[Array, list[tuple[int, Array]]]]:

@@ -266,7 +266,7 @@ class Trainer:
     def _train_epoch(self, watch: InterruptWatch) -> None:
         position, options = self._position, self.options
         steps = len(self.loader)
-        self._steps.look_again()
+        self._look_again()
         self.progress.begin_epoch(position.epoch + 1, options.epochs, self._images_an_epoch(), position.images)
         if position.batch >= steps:  # stopped between the last step and the end of the validation
             return
@@ -286,11 +286,17 @@ class Trainer:
                 self.progress.step(count, position.loss_sum / position.images, position.correct / position.images)
                 for callback in self._step_callbacks:
                     callback.on_step_end(self, loss)
-                    self._steps.look_again()
+                    self._look_again()
                 if watch.received is not None:
                     raise self._interrupted(watch.received)
                 self._saver.save_if_due(self.options, position, self.history)
                 began = time.perf_counter()
+
+    def _look_again(self) -> None:
+        """A callback may have changed anything."""
+        self._steps.look_again()
+        if self._average is not None:
+            self._average.require_followed()
 
     def _step(self, batch: Batch) -> tuple[float, int]:
         """(loss, images classified rightly) of a batch, after the optimizer's step."""
