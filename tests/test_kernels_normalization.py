@@ -223,6 +223,12 @@ def test_the_gradient_for_given_statistics_in_any_order_and_of_nothing():
         kernels.batch_norm_inference_backward(dy, channels_last(x), row, row, row)
     with pytest.raises(DtypeError, match="running_var must be float32 where dy is float32"):
         kernels.batch_norm_inference_backward(dy, x, row, row, row.astype(float))
+    for name in ("out_weight", "out_bias"):
+        with pytest.raises(ArgumentError, match=f"{name} shares memory with weight"):
+            kernels.batch_norm_inference_backward(dy, x, row, row + 0, row + 0, **{name: row})
+    both = row.copy()
+    with pytest.raises(ArgumentError, match="out_bias shares memory with out_weight"):
+        kernels.batch_norm_inference_backward(dy, x, row, row, row, out_weight=both, out_bias=both)
     with pytest.raises(ProblemError, match="got dy of shape"):
         kernels.batch_norm_inference_backward(dy[0], None, row, row, row)
 

@@ -7,6 +7,7 @@ float32, and float64 for float64 x. Half precision would lose a running mean's s
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -290,8 +291,7 @@ def batch_norm_backward(
         if out_residual is not None:
             before = call.output(call["x"].shape, dtype, name="out_residual")
             require_apart(before, call["x"])  # which is read again after it was written
-        for place, result in enumerate((dweight, dbias)):
-            require_apart(result, *(call.get(name) for name in vectors), *(dweight, dbias)[:place])
+        _require_vectors_apart(call, vectors, dweight, dbias)
         given: dict[str, Any] = {"dy": call["dy"], "y": call.get("y") if function else None, "function": function}
         arrays: dict[str, Any] = {
             "x": call["x"],
@@ -329,6 +329,12 @@ def batch_norm_backward(
             given = {"dy": before, "y": None, "function": FUNCTIONS["identity"]}
         passes.launch(call, "backward_data", dx=dx, coefficients=coefficients, **given, **arrays)
         return call.give(dx, dweight, dbias)
+
+
+def _require_vectors_apart(call: Call, vectors: Iterable[str], dweight: DeviceArray, dbias: DeviceArray) -> None:
+    """Raise ArgumentError where a parameter's gradient would overwrite what is still read, or the other one."""
+    for place, result in enumerate((dweight, dbias)):
+        require_apart(result, *(call.get(name) for name in vectors), *(dweight, dbias)[:place])
 
 
 def _mask(activation: str, y: Any, negative_slope: float) -> int:
@@ -431,6 +437,7 @@ def batch_norm_inference_backward(
         dweight = dbias = None
         if x is not None:
             dweight, dbias = (call.output((channels,), accumulate, name=name) for name in results)
+            _require_vectors_apart(call, vectors, dweight, dbias)
             _sum_for_parameters(call, dweight, dbias, epsilon)
         line: dict[str, Any] = {
             "mean": None,
