@@ -541,6 +541,25 @@ def test_a_branch_must_not_overwrite_the_input_of_the_others(inside):
     layers.Residual(layers.Sequential(layers.Conv2d(2, 2, 1), layers.ReLU(inplace=True)))
 
 
+def test_a_layer_of_a_sequential_is_replaced_in_its_place():
+    network = small_network()
+    network.features[0] = layers.Conv2d(2, 4, 5)
+    assert network.features[0].kernel_size == (5, 5)
+    assert network.features[0].weight.path == "features.0.weight"
+    network.classifier = layers.Linear(16, 3)
+    model = layers.Sequential({"body": layers.Linear(4, 3), "act": layers.ReLU(), "head": layers.Linear(3, 2)})
+    model["body"], model[-1] = layers.Linear(4, 6), layers.Linear(6, 5)
+    assert [name for name, _ in model.children()] == ["body", "act", "head"]
+    assert model(numpy.ones((2, 4), numpy.float32)).shape == (2, 5)
+    for index in ("tail", 3, -4):
+        with pytest.raises((KeyError, IndexError)):
+            model[index] = layers.ReLU()
+    with pytest.raises(DtypeError, match="Sequential takes layers, got ndarray for 'head'"):
+        model[2] = numpy.ones(3)
+    with pytest.raises(ArgumentError, match="stands twice"):
+        model[2] = model[0]
+
+
 def test_a_sequential_has_no_slices():
     with pytest.raises(DtypeError, match="indexed by a number or a name"):
         small_network().features[:2]

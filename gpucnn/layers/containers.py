@@ -63,9 +63,20 @@ class Sequential(Layer):
 
     def __getitem__(self, index: int | str) -> Layer:
         named = dict(self.children())
+        return named[self._name_of(index)]
+
+    def __setitem__(self, index: int | str, layer: Layer) -> None:
+        """Put ``layer`` in the place of the one there, such as a last layer for other classes."""
+        self._add(self._name_of(index), layer)
+
+    def _name_of(self, index: int | str) -> str:
+        """The name of the layer that ``index``, a number or its name, means. Raises as lists and dicts do."""
+        names = [name for name, _ in self.children()]
         if not isinstance(index, (int, str)):
             raise DtypeError(f"a Sequential is indexed by a number or a name, got {index!r}")
-        return named[index] if isinstance(index, str) else list(named.values())[index]
+        if isinstance(index, str) and index not in names:
+            raise KeyError(index)
+        return index if isinstance(index, str) else names[index]
 
     def forward(self, x: Array) -> Array:
         """x through every layer in turn."""
