@@ -10,7 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpucnn_kernels import ArgumentError, Conv2dProblem, conv2d_backward_data, conv2d_direct, conv2d_forward
+from gpucnn_kernels import (
+    ArgumentError,
+    Conv2dProblem,
+    conv2d_backward_data,
+    conv2d_direct,
+    conv2d_forward,
+    conv2d_input_columns,
+)
 from gpucnn_kernels.gpu import H200
 from gpucnn_kernels.runtime.host import order_independent
 from tests.accuracy import max_error
@@ -49,6 +56,7 @@ def forced(request, monkeypatch):
         return used[-1]
 
     monkeypatch.setattr(conv2d_direct, "plan", plan)
+    monkeypatch.setattr(conv2d_input_columns, "plan", lambda *_: None)
     yield request.param
     assert {made.kernel for made in used} == {request.param}
     assert any(sliced)

@@ -14,9 +14,10 @@ from gpucnn_kernels import conv2d_filter, conv2d_tensor, conv2d_wgmma, tuning
 from gpucnn_kernels import conv2d_forward_paths as forward_paths
 from gpucnn_kernels.arrays import DeviceArray, image_layout
 from gpucnn_kernels.conv2d_choice import chosen, least_precision
-from gpucnn_kernels.conv2d_direct import DIRECT_CHANNELS, direct, direct_backward_data
+from gpucnn_kernels.conv2d_direct import DIRECT_CHANNELS, direct
 from gpucnn_kernels.conv2d_filter import conv2d_backward_bias, conv2d_backward_filter
 from gpucnn_kernels.conv2d_forward_paths import Epilogue
+from gpucnn_kernels.conv2d_input_columns import direct_backward_data
 from gpucnn_kernels.errors import ArgumentError, LayoutError
 from gpucnn_kernels.gpu import H200, Gpu
 from gpucnn_kernels.launch import Call

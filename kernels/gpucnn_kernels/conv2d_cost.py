@@ -22,7 +22,13 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from gpucnn_kernels import conv2d_direct, conv2d_filter_depthwise, conv2d_filter_direct, conv2d_first_layer
+from gpucnn_kernels import (
+    conv2d_direct,
+    conv2d_filter_depthwise,
+    conv2d_filter_direct,
+    conv2d_first_layer,
+    conv2d_input_columns,
+)
 from gpucnn_kernels.conv2d_forward_paths import depthwise_instructions, depthwise_slides, stride_phases, terms
 from gpucnn_kernels.conv2d_tiles import (
     CUBLAS_TENSOR_TILES,
@@ -144,7 +150,10 @@ def estimate(
         packed, launches = _packing(problem, item, channels_last, direction)
         return replace(made, launches=1 + launches, passes=_memory(gpu, packed))
     if path == "direct":
-        plan = conv2d_direct.plan(problem, direction == "backward_data", dtype, gpu)
+        if direction == "forward":
+            plan = conv2d_direct.plan(problem, False, dtype, gpu)
+        else:
+            plan = conv2d_input_columns.faster(problem, dtype, gpu)
         fetched = plan.blocks * plan.copied * item / cache_bandwidth(gpu)
         return Estimate(path, plan.kernel, plan.seconds(gpu), fetched, _memory(gpu, once))
     if path == "depthwise":

@@ -360,10 +360,3 @@ def direct(
         epilogue=epilogue.fields,
         patch=made.patch,
     )
-
-
-def direct_backward_data(
-    call: Call, problem: Conv2dProblem, dy: DeviceArray, weight: DeviceArray, dx: DeviceArray, epilogue: Epilogue
-) -> None:
-    """Fill dx, for few input channels a group: :func:`direct` the other way."""
-    direct(call, problem, dy, weight, dx, epilogue, transposed=True)
