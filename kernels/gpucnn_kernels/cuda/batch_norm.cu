@@ -407,7 +407,7 @@ __device__ __forceinline__ void differentiate_next(
         const accumulate_t gradient = gradient_before(function, gradients[k], results[k], negative_slope);
         const accumulate_t distance = values[k] - middle;
         if (before) before[offsets[k]] = store(gradient);
-        dx[offsets[k]] = store(gradient * slope.factor + distance * slope.slant + slope.offset);
+        dx[offsets[k]] = store(slope.of(gradient, distance));
     }
 }
 

@@ -66,7 +66,16 @@ struct GradientSums {
     accumulate_t gradients, products, distances;  // the sums of dy, of dy * (x - mean), and of x - mean
 };
 
+__device__ __forceinline__ float fused(float a, float b, float sum) { return fmaf(a, b, sum); }
+__device__ __forceinline__ double fused(double a, double b, double sum) { return fma(a, b, sum); }
+
 // dx = dy * factor + (x - mean) * slant + offset.
 struct Slope {
     accumulate_t factor, slant, offset;
+
+    // Which product is fused with which sum is said here: left to the compiler, it might be another one in each form
+    // of the kernels, and a batch norm with its activation have other bits than the two by themselves.
+    __device__ __forceinline__ accumulate_t of(accumulate_t gradient, accumulate_t distance) const {
+        return fused(gradient, factor, fused(distance, slant, offset));
+    }
 };

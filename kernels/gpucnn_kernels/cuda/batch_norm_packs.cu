@@ -17,7 +17,7 @@
 //   statistics                       8         8                   8         8                   31        15
 //   normalization                   19        21                  17        20                   62        31
 //   sums of gradients               27        37                  24        35                   62        31
-//   gradients                       26        36                  24        34                   93        46
+//   gradients                       24        33                  22        31                   93        46
 //
 // Number by number they are 38 for the statistics and about 30 for the others, with loads of 4 and 2 bytes.
 #include "activation_packs.cuh"
@@ -425,7 +425,7 @@ __device__ __forceinline__ void differentiate_packs(
             const Slope &slope = slopes[Channels<across>::of(k)];
             const accumulate_t gradient = given.before(number, k, y, function, negative_slope);
             const accumulate_t distance = load(given.of_x[number].number[k]) - middle[Channels<across>::of(k)];
-            made.number[k] = store(gradient * slope.factor + distance * slope.slant + slope.offset);
+            made.number[k] = store(slope.of(gradient, distance));
         }
         store_pack<PACK>(dx + given.offsets[number], made);
     }
