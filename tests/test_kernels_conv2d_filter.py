@@ -23,6 +23,7 @@ from gpucnn_kernels.conv2d_filter import (
     filter_algorithms,
 )
 from gpucnn_kernels.gpu import H200
+from gpucnn_kernels.linear import linear_backward_bias
 from gpucnn_kernels.runtime.host import order_independent
 from tests.accuracy import awkward, channels_last, max_error
 from tests.kernel_arrays import DTYPES, EPSILON, LAYOUTS, accumulated, cast, error_bound, wide
@@ -147,6 +148,16 @@ def test_the_bias():
                 assert db.dtype == dy.dtype
                 assert db.shape == (problem.K,)
                 assert max_error(wide(db), expected) <= error_bound(plain, expected, dtype), f"{name}, {layout}"
+
+
+@pytest.mark.parametrize("shape", [(700, 3, 5, 7), (40, 2, 13, 17), (3, 5, 61, 67), (9, 40, 3, 61)])
+def test_the_bias_of_planes_shorter_and_longer_than_a_block_takes_every_number_once(shape):
+    # Integers whose sums are exact: planes that end within a thread's eight loads, and numbers left over.
+    dy = numpy.random.default_rng(0).integers(-8, 9, shape).astype(numpy.float32)
+    for arranged in LAYOUTS.values():
+        assert conv2d_backward_bias(arranged(dy)).tolist() == dy.sum(axis=(0, 2, 3)).tolist()
+    rows = dy.reshape(shape[0] * shape[1], -1)
+    assert linear_backward_bias(rows).tolist() == rows.sum(axis=0).tolist()
 
 
 def test_long_sums_are_exact_where_the_numbers_are():
