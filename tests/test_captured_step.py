@@ -172,6 +172,25 @@ def test_a_number_that_stays_behind_shows(stale: str, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_gradients_of_branches_that_convolutions_add(precision: str, launches: list[int]) -> None:
+    def block(outputs: int) -> layers.Residual:
+        body = layers.Sequential(layers.Conv2d(8, outputs, 3, padding=1), layers.BatchNorm2d(outputs))
+        shortcut = None if outputs == 8 else layers.Sequential(layers.Conv2d(8, outputs, 1))
+        return layers.Residual(body, shortcut, layers.ReLU())
+
+    runs = []
+    for capture in ("on", "off"):
+        manual_seed(3)
+        stem, head = layers.Conv2d(1, 8, 3), (layers.Flatten(), layers.Linear(16 * 16, 3))
+        model = layers.Sequential(stem, block(8), block(16), *head)
+        made = trainer(capture, model=model, precision=precision, epochs=1)
+        made.fit()
+        runs.append(made)
+    assert_same(*runs)
+    assert len(launches) > 1
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_class_that_is_ignored(precision: str, launches: list[int]) -> None:
     runs = []
     for capture, ignored in (("on", 1), ("off", 1), ("off", None)):

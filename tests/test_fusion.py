@@ -11,6 +11,8 @@ import pytest
 from gpucnn import device, layers, losses, models, optimizers
 from gpucnn.errors import ShapeError, StateError
 from gpucnn.gradient_check import check_gradients
+from gpucnn.layers import fusion
+from gpucnn.layers.fusion import backward_through
 from gpucnn.layers.precision import set_precision
 from gpucnn.models.mobilenet import InvertedResidual
 from gpucnn.models.resnet import BasicBlock, Bottleneck
@@ -141,7 +143,32 @@ def rows():
     )
 
 
-NETWORKS = [rows, norms, residuals, basic, bottleneck, inverted, activated, pooled]
+def branches():
+    """Branches that begin with a convolution, inside of containers, too, and such that do not."""
+    deep = layers.Sequential(
+        layers.Sequential(layers.Sequential(layers.Conv2d(3, 4, 3, padding=1)), layers.ReLU()),
+        layers.Conv2d(4, 5, 1),
+    )
+    joined = layers.Concatenate(
+        layers.Sequential(layers.BatchNorm2d(3), layers.ReLU()),
+        deep,
+        layers.Conv2d(3, 2, 3, padding=1, bias=False),
+        layers.Identity(),
+        layers.Residual(layers.Conv2d(3, 3, 1)),
+    )
+    depthwise = layers.Sequential(
+        layers.Sequential(layers.Conv2d(16, 16, 3, padding=1, groups=16), layers.ReLU()), layers.BatchNorm2d(16)
+    )
+    strided = layers.Sequential(layers.Conv2d(16, 8, 1, stride=2), layers.BatchNorm2d(8))
+    return layers.Sequential(
+        joined,
+        layers.Residual(depthwise),
+        layers.Residual(strided, layers.Sequential(layers.Conv2d(16, 8, 3, stride=2, padding=1)), layers.ReLU()),
+        layers.Residual(layers.Identity()),
+    )
+
+
+NETWORKS = [rows, norms, residuals, basic, bottleneck, inverted, activated, pooled, branches]
 
 
 def made(network, fused=True, precision="float32", channels_last=None):
@@ -293,7 +320,7 @@ def test_16_bits_are_rounded_less_often():
     assert 0 < errors[0] < errors[1]
 
 
-@pytest.mark.parametrize("network", [norms, residuals, basic, pooled, activated])
+@pytest.mark.parametrize("network", [norms, residuals, basic, pooled, activated, branches])
 def test_gradients(network):
     manual_seed(3)
     model = network().to("cuda", dtype="float64").train()
@@ -313,6 +340,103 @@ def test_batch_norms_in_evaluation_have_the_bits_of_layers_one_by_one(network):
         results.append(passes(model))
     for ours, theirs in zip(*results, strict=True):
         numpy.testing.assert_array_equal(ours, theirs)
+
+
+# ---------------------------------------------------------------- the gradients of two branches
+
+
+@pytest.fixture
+def added(monkeypatch):
+    """How many residuals input gradients of convolutions got, and how many sums there were beside."""
+    found = {"by a convolution": 0, "apart": 0}
+    gradient, add = layers.Conv2d.backward_adding, fusion.add
+
+    def counted(self, dy, residual):
+        found["by a convolution"] += 1
+        return gradient(self, dy, residual)
+
+    def counted_sum(first, second):
+        found["apart"] += 1
+        return add(first, second)
+
+    monkeypatch.setattr(layers.Conv2d, "backward_adding", counted)
+    monkeypatch.setattr(fusion, "add", counted_sum)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("network", "by_convolutions", "apart"),
+    [(basic, 2, 0), (bottleneck, 2, 0), (inverted, 1, 0), (residuals, 3, 1), (branches, 5, 3)],
+)
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
+def test_a_branch_adds_the_gradient_of_the_other(network, by_convolutions, apart, precision, added):
+    """Where it begins with a convolution, and is no other layer, such as a batch norm."""
+    passes(made(network, precision=precision), precision, steps=1)
+    assert added == {"by a convolution": by_convolutions, "apart": apart}
+    added.update(dict.fromkeys(added, 0))
+    passes(made(network, False, precision), precision, steps=1)
+    assert added["by a convolution"] == 0
+
+
+class OwnConvolution(layers.Conv2d):
+    def backward(self, dy):
+        return super().backward(dy) * 2
+
+
+def test_a_convolution_of_ones_own_goes_back_by_itself(added):
+    def network():
+        body = layers.Sequential(OwnConvolution(3, 3, 1), layers.BatchNorm2d(3))
+        patched = layers.Sequential(layers.Conv2d(3, 3, 1), layers.BatchNorm2d(3))
+        backward = patched[0].backward
+        object.__setattr__(patched[0], "backward", lambda dy: backward(dy) * 3)
+        inside = layers.Sequential(layers.Sequential(layers.Conv2d(3, 3, 1)), layers.BatchNorm2d(3))
+        within = inside[0].backward
+        object.__setattr__(inside[0], "backward", lambda dy: within(dy) * 4)
+        return layers.Sequential(*map(layers.Residual, (body, patched, inside)))
+
+    ours, theirs = (passes(made(network, fused)) for fused in (True, False))
+    for one, other in zip(ours, theirs, strict=True):
+        numpy.testing.assert_array_equal(one, other)
+    assert added["by a convolution"] == 0
+
+
+def test_a_sum_of_gradients_in_16_bits_is_rounded_once():
+    manual_seed(0)
+    body = layers.Sequential(layers.Conv2d(3, 3, 1, bias=False), layers.Identity())
+    block = layers.Residual(body).to("cuda")
+    weight = block.body[0].weight
+    weight.data[...] = weight.data.astype("float16")  # so that narrow copies are exact
+    x = images("float16")
+    dy = gradient_for(x)
+    block(x.astype("float32"))
+    exact = device.to_cpu(block.backward(dy.astype("float32")))
+    set_precision(block, "float16")
+    errors = []
+    for fused in (True, False):
+        block.fuse(fused)(x)
+        dx = device.to_cpu(block.backward(dy)).astype("float32")
+        errors.append(float(numpy.sqrt(numpy.mean((dx - exact) ** 2))))
+    assert 0 < errors[0] < errors[1]
+
+
+def test_a_gradient_of_another_dtype_is_added_apart(added):
+    block = layers.Residual(layers.Sequential(layers.Conv2d(3, 3, 1), layers.Identity())).to("cuda")
+    x = images()
+    block(x)
+    dx = block.backward(gradient_for(x))
+    block(x)
+    other = backward_through(block, block.body.steps(), gradient_for(x), gradient_for(x).astype("float64"))
+    assert added["by a convolution"] == 1
+    assert other.dtype == "float32"
+    numpy.testing.assert_array_equal(device.to_cpu(other), device.to_cpu(dx))
+
+
+def test_a_frozen_input_is_told_as_before():
+    block = layers.Residual(layers.Sequential(layers.Conv2d(3, 3, 1), layers.Identity())).to("cuda")
+    block.body[0].skip_input_gradient()
+    block(images())
+    with pytest.raises(TypeError):
+        block.backward(gradient_for(images()))
 
 
 def test_backward_by_hand():
@@ -548,7 +672,7 @@ def nodes(name, channels, size, n, precision, monkeypatch, **options):
         ("lenet5", 1, 28, 8, "float32", {}, 20),
         ("animalnet", 3, 63, 4, "float32", {}, 34),
         ("vgg-small", 1, 16, 4, "float32", {"width": 16}, 55),
-        ("resnet18", 3, 8, 2, "float32", {"width": 8, "stem": "small"}, 144),
+        ("resnet18", 3, 8, 2, "float32", {"width": 8, "stem": "small"}, 138),
     ],
 )
 def test_a_step_has_no_more_nodes_than(name, channels, size, n, precision, options, most, monkeypatch):

@@ -141,15 +141,14 @@ class Residual(Layer):
 
     def backward(self, dy: Array) -> Array:
         """The sum of the gradients that come back through the body and the shortcut."""
-        *before, last = self.body.steps()
-        both = backward_sum(self, last, self.activation, dy)
-        if both is None:
-            if self.activation is not None:
-                dy = self.activation.backward(dy)
-            both = last.backward(dy), dy
-        dx, dy = both
-        dx = backward_through(self, before, dx)
-        return add(dx, dy if self.shortcut is None else self.shortcut.backward(dy))
+        through = self.body.steps()
+        both = backward_sum(self, through[-1], self.activation, dy)
+        if both is not None:
+            through, (dx, dy) = through[:-1], both
+        else:
+            dx = dy = dy if self.activation is None else self.activation.backward(dy)
+        residual = dy if self.shortcut is None else self.shortcut.backward(dy)
+        return backward_through(self, through, dx, residual)
 
     def shortcut_sum(self) -> ShortcutSum:
         """All of it."""
@@ -191,8 +190,7 @@ class Concatenate(Layer):
         check_gradient(dy, output_shape)
         dx, start = None, 0
         for (_, branch), width in zip(self.children(), widths, strict=True):
-            part = branch.backward(_channels_of(dy, start, start + width))
-            dx = part if dx is None else add(dx, part)
+            dx = backward_through(self, [branch], _channels_of(dy, start, start + width), dx)
             start += width
         return dx
 

@@ -212,6 +212,13 @@ class Conv2d(Layer):
 
     def backward(self, dy: Array) -> Array:
         """The gradient for x; adds to ``weight.gradient`` and ``bias.gradient``."""
+        return self._backward(dy, None)
+
+    def backward_adding(self, dy: Array, residual: Array) -> Array:
+        """backward(dy) + ``residual``, another gradient for x, added by the operation that makes the first."""
+        return self._backward(dy, residual)
+
+    def _backward(self, dy: Array, residual: Array | None) -> Array:
         x, output_shape = self._take_saved()
         check_gradient(dy, output_shape, x)
         ops = backend_of(dy)
@@ -241,6 +248,7 @@ class Conv2d(Layer):
             dilation=self.dilation,
             groups=self.groups,
             algorithm=self.algorithm["backward_data"],
+            residual=residual,
             out=result_for(x.shape, dy, is_channels_last(x)),
         )
 

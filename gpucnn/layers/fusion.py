@@ -6,6 +6,10 @@ does so, too, with ReLU, leaky ReLU, sigmoid and tanh, whose slopes their result
 Where :func:`gpucnn_kernels.conv2d_max_pool2d_pays` says so a convolution also pools: its own result, several times
 larger, is then stored nowhere, and the gradient goes back through pooling and activation at once.
 
+Where branches have read the same input, as a residual block's body and shortcut have, the one that goes back last
+adds the others' gradient to its own as its first convolution makes that: the sum takes no pass of its own, and in
+16 bits it is rounded once and not twice.
+
 What the layers are stays as it is: each has its own parameters and modes, and saves what its own ``backward``
 needs, which may be called by itself. That is the result also where leaky ReLU by itself would keep its input, and
 a pooling none of both: nobody is to overwrite what such layers gave before they have gone back. In float32 the
@@ -33,7 +37,7 @@ from gpucnn.layers.normalization import BatchNorm1d, BatchNorm2d
 from gpucnn.layers.pooling import MaxPool2d
 from gpucnn.ops import Array, array_module
 from gpucnn.ops.checks import own_precision
-from gpucnn.ops.memory_format import empty_image, is_channels_last
+from gpucnn.ops.memory_format import add, empty_image, is_channels_last
 from gpucnn_kernels.problem import Pool2dProblem, ProblemError
 
 _OWN: dict[type[Layer], Any] = {
@@ -63,8 +67,32 @@ def forward_through(owner: Layer, layers: Sequence[Layer], x: Array) -> Array:
     return x
 
 
-def backward_through(owner: Layer, layers: Sequence[Layer], dy: Array) -> Array:
-    """dy through each layer's backward, last to first, those of them together that can be."""
+def backward_through(owner: Layer, layers: Sequence[Layer], dy: Array, residual: Array | None = None) -> Array:
+    """dy through each layer's backward, last to first, those of them together that can be.
+
+    To what comes out of the first ``residual`` is added, the gradient that another branch has for the same input.
+    """
+    if residual is None:
+        return _backward_through(owner, layers, dy)
+    if not layers:
+        return add(dy, residual)
+    first: Any = layers[0]
+    after = layers[1:]
+    inside = first.steps()
+    if inside[0] is not first:
+        return backward_through(first, inside, _backward_through(owner, after, dy), residual)
+    if not _is_own(first, Conv2d):
+        return add(_backward_through(owner, layers, dy), residual)
+    dy = _backward_through(owner, after, dy)
+    if _may_fuse(owner, dy) and _may_add(first, dy, residual):
+        added: Array = first.backward_adding(dy, residual)
+        return added
+    dx: Array = first.backward(dy)
+    dx += residual  # in place: a convolution's result is nobody else's
+    return dx
+
+
+def _backward_through(owner: Layer, layers: Sequence[Layer], dy: Array) -> Array:
     position = len(layers)
     while position > 0:
         layer = layers[position - 1]
@@ -117,6 +145,13 @@ def _ended(layer: Any, x: Array, activation: Layer | None, **more: Any) -> Array
     if activation is not None:
         activation._save(y)
     return y
+
+
+def _may_add(convolution: Any, dy: Array, residual: Array) -> bool:
+    """Whether the convolution makes a gradient for its input that can have ``residual`` added to it."""
+    if convolution._saved is None or not convolution.input_needs_gradient:
+        return False
+    return bool(residual.shape == convolution._saved[0].shape and residual.dtype == dy.dtype)
 
 
 def _may_go_back(owner: Layer, layer: Layer, activation: Layer, dy: Array) -> bool:

@@ -15,7 +15,7 @@ from gpucnn.layers import (
     ReLU6,
     Sequential,
 )
-from gpucnn.layers.fusion import forward_sum, forward_through
+from gpucnn.layers.fusion import backward_through, forward_sum, forward_through
 from gpucnn.layers.layer import ShortcutSum
 from gpucnn.models.images import check_at_least, check_image_size
 from gpucnn.models.model import Model
@@ -85,10 +85,7 @@ class InvertedResidual(Layer):
 
     def backward(self, dy: Array) -> Array:
         """The gradient for x."""
-        dx = self.conv.backward(dy)
-        if self.has_shortcut:
-            dx += dy
-        return dx
+        return backward_through(self, [self.conv], dy, dy if self.has_shortcut else None)
 
 
 class MobileNetV2(Model):

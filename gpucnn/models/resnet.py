@@ -88,9 +88,8 @@ class BasicBlock(Layer):
     def backward(self, dy: Array) -> Array:
         """The sum of the gradients through the body and the shortcut."""
         dx, dy = _backward_sum(self, self.bn2, self.relu2, dy)
-        dx = backward_through(self, (self.conv1, self.bn1, self.relu1, self.conv2), dx)
-        dx += dy if self.downsample is None else self.downsample.backward(dy)
-        return dx
+        residual = dy if self.downsample is None else self.downsample.backward(dy)
+        return backward_through(self, (self.conv1, self.bn1, self.relu1, self.conv2), dx, residual)
 
 
 class Bottleneck(Layer):
@@ -133,9 +132,8 @@ class Bottleneck(Layer):
     def backward(self, dy: Array) -> Array:
         """The sum of the gradients through the body and the shortcut."""
         dx, dy = _backward_sum(self, self.bn3, self.relu3, dy)
-        dx = backward_through(self, self._before_sum(), dx)
-        dx += dy if self.downsample is None else self.downsample.backward(dy)
-        return dx
+        residual = dy if self.downsample is None else self.downsample.backward(dy)
+        return backward_through(self, self._before_sum(), dx, residual)
 
     def _before_sum(self) -> tuple[Layer, ...]:
         """What comes before the last batch norm."""

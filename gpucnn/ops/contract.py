@@ -57,9 +57,13 @@ class Operations(Protocol):
         dilation: IntOrPair = 1,
         groups: int = 1,
         algorithm: str = "auto",
+        residual: Array | None = None,
         out: Array | None = None,
     ) -> Array:
-        """The gradient for x, (N, C, H, W), from dy (N, K, P, Q); ``input_size`` is (H, W)."""
+        """The gradient for x, (N, C, H, W), from dy (N, K, P, Q), plus ``residual``; ``input_size`` is (H, W).
+
+        A residual, of the gradient's shape, is added before the sums are rounded; it may be ``out`` itself.
+        """
 
     def conv2d_backward_filter(
         self,

@@ -21,7 +21,7 @@ from gpucnn_kernels.conv2d_input_columns import direct_backward_data
 from gpucnn_kernels.errors import ArgumentError, LayoutError
 from gpucnn_kernels.gpu import H200, Gpu
 from gpucnn_kernels.launch import Call
-from gpucnn_kernels.overlap import require_apart
+from gpucnn_kernels.overlap import require_apart, require_same_or_apart
 from gpucnn_kernels.problem import Conv2dProblem, IntOrPair, Padding, ProblemError, pair
 
 __all__ = [
@@ -221,6 +221,7 @@ def conv2d_backward_data(
     groups: int = 1,
     algorithm: str = "auto",
     precision: str | None = None,
+    residual: Any = None,
     out: Any = None,
     stream: Any = None,
 ) -> Any:
@@ -230,9 +231,12 @@ def conv2d_backward_data(
     was multiplied by weight[k, c, r, s] for y[n, k, p, q]. The result is laid out as dy. All paths but "scatter"
     give the same bits every time; "dilated", "col2im", "scatter" and "tensor" take workspaces. ``precision`` and
     what is raised are :func:`conv2d_forward`'s.
+
+    ``residual``, of the result's shape and layout, is added to the sums before they are rounded, once: another
+    gradient for the same x, such as that of a residual block's shortcut. It may be ``out`` itself.
     """
-    with Call(stream, dy=dy, weight=weight, bias=None, out=out) as call:
-        call.floating("dy", "weight", "out")
+    with Call(stream, dy=dy, weight=weight, bias=None, residual=residual, out=out) as call:
+        call.floating("dy", "weight", "residual", "out")
         if len(call["weight"].shape) != 4:
             raise ProblemError(
                 f"weight must have 4 dimensions (K, C / groups, R, S), got shape {call['weight'].shape}"
@@ -252,14 +256,17 @@ def conv2d_backward_data(
 def input_gradient(
     call: Call, problem: Conv2dProblem, dy: DeviceArray, algorithm: str, precision: str | None = None
 ) -> DeviceArray:
-    """The gradient for the input of ``problem`` in a call that has arguments weight, bias (C,) or None, and out.
+    """The gradient for the input of ``problem`` in a call that has arguments weight, bias (C,), residual and out.
 
-    The bias is the transposed convolution's, which this is too.
+    The last three may be None. The bias is the transposed convolution's, which this is too.
     """
     _check_algorithm(call, "backward_data", algorithm, problem, dy.dtype, precision)
     bias = by_channel(call, "bias", problem.C)
-    epilogue = Epilogue(bias)
     dx = result_array(call, problem.input_shape, dy.dtype, dy, bias)
+    _check_residual(call, dx, in_place=True)
+    epilogue = Epilogue(bias, residual=call.get("residual"))
+    if algorithm == "auto" and tuning.enabled():
+        epilogue = epilogue.apart_from(call, dx)  # measuring does the work many times
     weight = call["weight"]
 
     def run(name: str) -> None:
@@ -283,18 +290,24 @@ def by_channel(call: Call, name: str, channels: int) -> DeviceArray | None:
     return array
 
 
-def _check_residual(call: Call, y: DeviceArray) -> None:
-    """Raise unless the residual, where there is one, is read at the place where the result is written."""
+def _check_residual(call: Call, result: DeviceArray, *, in_place: bool = False) -> None:
+    """Raise unless the residual, where there is one, is laid out as the result, and shares no memory with it.
+
+    With ``in_place`` it may be the result itself.
+    """
     residual = call.get("residual")
     if residual is None:
         return
-    call.require("residual", shape=y.shape)
-    if not residual.same_layout(y):
+    call.require("residual", shape=result.shape)
+    if not residual.same_layout(result):
         raise LayoutError(
-            f"residual has strides {residual.strides}, but the result has {y.strides} (in elements); bring both "
-            "to the same memory format"
+            f"residual has strides {residual.strides}, but the result has {result.strides} (in elements); bring "
+            "both to the same memory format"
         )
-    require_apart(y, residual)
+    if in_place:
+        require_same_or_apart(result, residual)
+    else:
+        require_apart(result, residual)
 
 
 def result_array(

@@ -1,6 +1,6 @@
 """The paths of a convolution's input gradient, each a function that fills dx; the module ``conv2d`` chooses.
 
-They also are the paths of a transposed convolution, whose bias (and activation) come with the epilogue.
+They also are the paths of a transposed convolution, whose bias comes with the epilogue, as does a residual.
 """
 
 from __future__ import annotations
@@ -115,15 +115,20 @@ def _by_columns(
     algorithm: str,
 ) -> None:
     wide = SCALARS[dx.dtype][1]
+    # 16-bit sums stay in a float32 workspace until the epilogue is done, so that they are rounded once.
+    apart = wide != dx.dtype and not epilogue.nothing
+    if not apart:
+        epilogue = epilogue.apart_from(call, dx)
     # A 1x1 kernel at stride 1 without padding has dx itself as columns.
     pointwise, matrix = is_pointwise(problem), filter_matrix(call, weight)
     outputs, depth = problem.K // problem.groups, matrix.shape[1]
     for first, last in batches(problem, wide, pointwise):
         part_dy, part_dx = images(dy, first, last), images(dx, first, last)
         gradients = as_matrices(part_dy)
+        sums = call.empty(part_dx.shape, wide, like=part_dx, name=dx.name) if apart else part_dx
         workspace = None
         if pointwise:
-            columns = as_matrices(part_dx)
+            columns = as_matrices(sums)
         else:
             workspace = call.empty((last - first, *columns_shape(problem)[1:]), wide)
             columns = workspace.array
@@ -131,5 +136,5 @@ def _by_columns(
             k, c = slice(group * outputs, (group + 1) * outputs), slice(group * depth, (group + 1) * depth)
             matmul(matrix[k].transpose()[None], gradients[:, k], out=columns[:, c])
         if workspace is not None:
-            launch_col2im(call, workspace, part_dx, problem, algorithm)
-        finish(call, part_dx, epilogue.of_images(first, last))
+            launch_col2im(call, workspace, sums, problem, algorithm)
+        finish(call, part_dx, epilogue.of_images(first, last), sums if apart else None)

@@ -70,6 +70,15 @@ class Epilogue:
             return self
         return dataclasses.replace(self, residual=images(self.residual, first, last))
 
+    def apart_from(self, call: Call, output: DeviceArray) -> Epilogue:
+        """The same, its residual a copy where that is ``output`` itself: for what writes before it has read."""
+        residual = self.residual
+        if residual is None or residual.address != output.address or residual.size == 0:
+            return self
+        copy = call.empty(residual.shape, residual.dtype, like=residual, name=residual.name)
+        copy.array[...] = residual.array
+        return dataclasses.replace(self, residual=copy)
+
     @property
     def fields(self) -> dict[str, Any]:
         """As the kernels' struct."""

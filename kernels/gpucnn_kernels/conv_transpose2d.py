@@ -35,7 +35,7 @@ def conv_transpose2d_forward(
     The output height is (H - 1) * stride - 2 * padding + dilation * (R - 1) + output_padding + 1. ``algorithm`` is
     one of "backward_data"'s. ``precision`` and what is raised are :func:`gpucnn_kernels.conv2d_forward`'s.
     """
-    with Call(stream, x=x, weight=weight, bias=bias, out=out) as call:
+    with Call(stream, x=x, weight=weight, bias=bias, residual=None, out=out) as call:
         call.floating("x", "weight", "bias", "out")
         problem = conv_transpose2d_problem(
             call["x"].shape,

@@ -11,7 +11,7 @@ import gpucnn_kernels as kernels
 from gpucnn_kernels import conv2d_max_pool
 from gpucnn_kernels.arrays import numpy_dtype
 from scripts.gpu_validation.bench import EPSILON, LAYOUTS, Bench, rounding
-from scripts.gpu_validation.convolution import Array, Expectations, takes
+from scripts.gpu_validation.convolution import ATOMIC, Array, Expectations, takes
 from tests.oracles import activations as activation_oracle
 from tests.oracles import convolution as oracle
 from tests.oracles import pooling as pooling_oracle
@@ -93,6 +93,42 @@ def check_shortcut(bench: Bench) -> None:
                 )  # fmt: skip
 
 
+def check_second_gradient(bench: Bench) -> None:
+    """An input gradient plus another, by every algorithm; also into the other gradient's own memory."""
+    for numbers in bench.numbers():
+        for name in ("k3-same", "depthwise-s2", "k1", "resnet-down"):
+            wanted = Expectations(name, ALL[name], numbers)
+            problem, residual = wanted.problem, wanted.x
+            expected = wanted.truth("data") + residual
+            size = numpy.abs(wanted.truth("data")) + numpy.abs(residual)
+            ways = [
+                (algorithm, dtype)
+                for algorithm in kernels.conv2d_algorithms("backward_data")
+                for dtype in numbers.dtypes
+            ]
+            ways += [("tensor", dtype) for dtype in numbers.dtypes if dtype != "float64"]
+            for (algorithm, dtype), layout, in_place in product(ways, LAYOUTS, (False, True)):
+                if not takes(algorithm, problem):
+                    continue
+                cut = wanted.terms("data") / 8 * EPSILON["float32"] * float(size.max()) * (algorithm == "tensor")
+
+                def added(
+                    algorithm: str = algorithm, dtype: str = dtype, layout: str = layout, in_place: bool = in_place
+                ) -> Any:
+                    other = bench.put(residual, dtype, layout)
+                    return kernels.conv2d_backward_data(
+                        *(bench.put(part, dtype, layout) for part in (wanted.dy, wanted.weight)),
+                        input_size=(problem.H, problem.W), residual=other, out=other if in_place else None,
+                        algorithm=algorithm, **options(problem),
+                    )  # fmt: skip
+
+                bench.check(
+                    "conv2d_backward_data, residual", f"{name}, {layout}{', in place' * in_place}", dtype, added,
+                    [expected], [wanted.bound("data", dtype) + cut + rounding(dtype, expected, size, 8)],
+                    algorithm=algorithm, repeatable=algorithm not in ATOMIC,
+                )  # fmt: skip
+
+
 POOLINGS: dict[str, dict[str, Any]] = {
     "lenet-1": {"size": (2, 2), "stride": (2, 2)},
     "lenet-2": {"size": (2, 2), "stride": (2, 2)},
@@ -160,5 +196,6 @@ def check_max_pool(bench: Bench) -> None:
 CHECKS = {
     "convolution with activation": check_epilogue,
     "convolution with shortcut": check_shortcut,
+    "input gradient with another": check_second_gradient,
     "convolution with pooling": check_max_pool,
 }

@@ -19,6 +19,7 @@ from gpucnn.ops.checks import (
     backward_data_problem,
     backward_filter_problem,
     check_algorithm,
+    check_residual,
     forward_problem,
     require_dimensions,
     require_floating,
@@ -230,9 +231,10 @@ def conv2d_backward_data(
     dilation: IntOrPair = 1,
     groups: int = 1,
     algorithm: str = "auto",
+    residual: NDArray[Any] | None = None,
     out: NDArray[Any] | None = None,
 ) -> NDArray[Any]:
-    """The gradient for x, (N, C, H, W), from dy (N, K, P, Q); ``input_size`` is (H, W).
+    """The gradient for x, (N, C, H, W), from dy (N, K, P, Q), plus ``residual``; ``input_size`` is (H, W).
 
     dx[n, c, h, w] is the sum of dy[n, k, p, q] * weight[k, c, r, s] over all k, p, q, r, s in which x[n, c, h, w]
     was multiplied by weight[k, c, r, s] for y[n, k, p, q]. Raises what :func:`conv2d_forward` does.
@@ -240,6 +242,7 @@ def conv2d_backward_data(
     problem = backward_data_problem(
         dy, weight, input_size, stride=stride, padding=padding, dilation=dilation, groups=groups
     )
+    check_residual(residual, problem.input_shape)
     if algorithm == tf32.ALGORITHM:
         dy, weight, algorithm = tf32.rounded(dy), tf32.rounded(weight), "auto"
     dtype = _common_dtype(dy, weight)
@@ -247,8 +250,11 @@ def conv2d_backward_data(
 
     def compute(target: NDArray[Any]) -> None:
         _BACKWARD_DATA[name](problem, dy.astype(dtype, copy=False), _dense(weight, dtype), target)
+        if residual is not None:
+            with numpy.errstate(all="ignore"):
+                target += residual
 
-    return _compute_into(out, problem.input_shape, dy.dtype, dtype, (dy, weight), compute)
+    return _compute_into(out, problem.input_shape, dy.dtype, dtype, (dy, weight, residual), compute)
 
 
 def conv2d_backward_filter(

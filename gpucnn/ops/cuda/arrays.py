@@ -123,6 +123,20 @@ def laid_out_as(first: Array, array: Array, dtype: Any) -> Array:
         return copy
 
 
+def ordered_as(model: Array, array: Array, dtype: Any) -> Array:
+    """``array`` as a convolution lays out what it makes of ``model``, and of ``dtype``: itself or a copy.
+
+    Contiguous where the image ``model`` is, otherwise channels-last.
+    """
+    if model.flags.c_contiguous:
+        return contiguous(array, dtype)
+    rows = array.transpose(0, 2, 3, 1)
+    if rows.flags.c_contiguous and array.dtype == dtype:
+        return array
+    with on_device(device_of(array)), numpy.errstate(all="ignore"):
+        return module_of(array).ascontiguousarray(rows, dtype).transpose(0, 3, 1, 2)
+
+
 # ---------------------------------------------------------------- dtypes
 
 

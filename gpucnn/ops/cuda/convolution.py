@@ -11,6 +11,7 @@ from gpucnn.ops.checks import (
     backward_filter_problem,
     check_algorithm,
     check_bias,
+    check_residual,
     columns_problem,
     forward_problem,
     own_precision,
@@ -30,6 +31,7 @@ from gpucnn.ops.cuda.arrays import (
     image,
     is_contiguous,
     is_image,
+    ordered_as,
     usable,
 )
 from gpucnn_kernels.problem import Conv2dProblem, IntOrPair, Padding, conv_transpose2d_problem, pair
@@ -111,17 +113,22 @@ def conv2d_backward_data(
     dilation: IntOrPair = 1,
     groups: int = 1,
     algorithm: str = "auto",
+    residual: Array | None = None,
     out: Array | None = None,
 ) -> Array:
-    """The gradient for x, (N, C, H, W), from dy (N, K, P, Q); ``input_size`` is (H, W)."""
-    check_devices(dy=dy, weight=weight, out=out)
+    """The gradient for x, (N, C, H, W), from dy (N, K, P, Q), plus ``residual``; ``input_size`` is (H, W)."""
+    check_devices(dy=dy, weight=weight, residual=residual, out=out)
     options: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     problem = backward_data_problem(dy, weight, input_size, **options)
+    check_residual(residual, problem.input_shape)
     dtype = common_dtype(dy, weight)
     way = algorithm_options("backward_data", algorithm, problem, dtype)
     gradient, filters = image(dy, dtype), image(weight, dtype)
     options |= {"input_size": (problem.H, problem.W), **way}
-    target = usable(out, problem.input_shape, dy.dtype, dtype, gradient, filters, layout=is_image)
+    apart = None if residual is out else residual
+    target = usable(out, problem.input_shape, dy.dtype, dtype, gradient, filters, apart, layout=is_image)
+    if residual is not None:
+        options["residual"] = ordered_as(gradient if target is None else target, residual, dtype)
     return finish(call(kernels.conv2d_backward_data, gradient, filters, **options, out=target), out, dy.dtype)
 
 

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy
-
 import gpucnn_kernels as kernels
-from gpucnn.device import device_of, module_of, on_device
 from gpucnn.ops.checks import check_residual, forward_problem, own_precision, require_choice
 from gpucnn.ops.contract import Array
-from gpucnn.ops.cuda.arrays import call, check_devices, common_dtype, contiguous, finish, image, is_image, usable
+from gpucnn.ops.cuda.arrays import (
+    call,
+    check_devices,
+    common_dtype,
+    contiguous,
+    finish,
+    image,
+    is_image,
+    ordered_as,
+    usable,
+)
 from gpucnn.ops.cuda.convolution import algorithm_options
 from gpucnn.ops.cuda.pooling import max_pool2d_forward
 from gpucnn.ops.memory_format import is_channels_last, result_for
@@ -51,7 +58,7 @@ def conv2d_inference(
         offset,
         **options,
         **way,
-        residual=None if residual is None else _ordered_as(given if target is None else target, residual, dtype),
+        residual=None if residual is None else ordered_as(given if target is None else target, residual, dtype),
         activation=activation,
         negative_slope=negative_slope,
         out=target,
@@ -165,17 +172,3 @@ def _pooled(
     )
     y, argmax = result if with_argmax else (result, None)
     return finish(y, out, x.dtype), argmax
-
-
-def _ordered_as(model: Array, array: Array, dtype: Any) -> Array:
-    """``array`` as a convolution lays out what it makes of ``model``, and of ``dtype``: itself or a copy.
-
-    Contiguous where the image ``model`` is, otherwise channels-last.
-    """
-    if model.flags.c_contiguous:
-        return contiguous(array, dtype)
-    rows = array.transpose(0, 2, 3, 1)
-    if rows.flags.c_contiguous and array.dtype == dtype:
-        return array
-    with on_device(device_of(array)), numpy.errstate(all="ignore"):
-        return module_of(array).ascontiguousarray(rows, dtype).transpose(0, 3, 1, 2)
