@@ -184,15 +184,16 @@ def test_columns_that_are_made_for_some_images_at_a_time(dtype, algorithm, monke
 
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_sum_of_three_products_that_is_taken_again(in_place):
-    """3.4e38 rounded to tf32 is infinite; what is taken again in float32 meets the residual once."""
+    """The largest number rounded to tf32 is infinite; what is taken again in float32 meets the residual once."""
+    largest = numpy.finfo("f4").max
     problem = Conv2dProblem.from_shapes((2, 8, 5, 6), (4, 8, 1, 1))
     dy = numpy.zeros(problem.output_shape, "f4")
-    dy[1, 2, 3, 4] = 3.4e38
+    dy[1, 2, 3, 4] = largest
     weight = numpy.full(problem.weight_shape, 0.5, "f4")
     for arrange in LAYOUTS.values():
         residual = arrange(numpy.full(problem.input_shape, -1.0e38, "f4"))
         expected = residual.copy("K")
-        expected[1, :, 3, 4] = numpy.float32(0.5) * numpy.float32(3.4e38) - numpy.float32(1.0e38)
+        expected[1, :, 3, 4] = numpy.float32(0.5) * largest - numpy.float32(1.0e38)
         dx = conv2d_backward_data(
             arrange(dy),
             weight,
