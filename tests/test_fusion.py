@@ -26,6 +26,7 @@ from gpucnn.training.steps import StepParts
 from gpucnn_kernels.launch import Call
 from gpucnn_kernels.runtime import using
 from gpucnn_kernels.runtime.host_graph import HostGraph
+from tests.accuracy import channels_last
 
 
 @pytest.fixture(autouse=True)
@@ -470,6 +471,40 @@ def test_a_copy_between_forward_and_backward():
     twin = copy.deepcopy(model)
     dy = gradient_for(y)
     numpy.testing.assert_array_equal(device.to_cpu(twin.backward(dy)), device.to_cpu(model.backward(dy)))
+
+
+def wide_norms():
+    """Batch norms of so many numbers a channel that their passes are apart, of whole pieces of 16 bytes."""
+    return layers.Sequential(
+        layers.BatchNorm2d(4),
+        layers.ReLU(),
+        layers.Residual(layers.BatchNorm2d(4), activation=layers.LeakyReLU(0.1)),
+        layers.Residual(layers.BatchNorm2d(4)),
+    )
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_backward_reads_a_mask_and_not_the_results_of_activations(layout, monkeypatch):
+    read = []
+    launch = Call.launch
+
+    def launched(self, source, kernel, *rest, **more):
+        if "backward_sums" in kernel:
+            read.append((more["y"] is not None, more["mask"] is not None))
+        return launch(self, source, kernel, *rest, **more)
+
+    monkeypatch.setattr(Call, "launch", launched)
+    whole, apart = made(wide_norms), made(wide_norms, fused=False)
+    x = numpy.random.default_rng(5).standard_normal((40, 4, 16, 16)).astype("float32")
+    x = device.to_device(channels_last(x) if layout == "channels_last" else x, "cuda")
+    y = whole(x)
+    numpy.testing.assert_array_equal(device.to_cpu(y), device.to_cpu(apart(x)))
+    dy = gradient_for(y)
+    numpy.testing.assert_array_equal(device.to_cpu(whole.backward(dy)), device.to_cpu(apart.backward(dy)))
+    for ours, theirs in zip(whole.parameters(), apart.parameters(), strict=True):
+        numpy.testing.assert_array_equal(device.to_cpu(ours.gradient), device.to_cpu(theirs.gradient))
+    # The last of them has no activation; those apart have theirs elsewhere.
+    assert read == [(False, False), (False, True), (False, True), *[(False, False)] * 3]
 
 
 class OwnReLU(layers.ReLU):

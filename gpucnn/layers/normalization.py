@@ -79,16 +79,17 @@ class _BatchNorm(Layer):
             self.num_batches_tracked += 1
             if momentum is None:
                 momentum = 1.0 / float(self.num_batches_tracked)
-        y, mean, inverse_std = backend_of(x).batch_norm_forward(
+        y, *saved = backend_of(x).batch_norm_forward(
             x,
             *self._affine(),
             self.running_mean,
             self.running_var,
             momentum=momentum if momentum is not None else 0.0,
             epsilon=self.eps,
+            with_mask=self.training and "activation" in ending,
             **ending,
         )
-        self._save(x, mean, inverse_std)
+        self._save(x, *saved)
         return y
 
     def backward(self, dy: Array) -> Array:
@@ -100,11 +101,13 @@ class _BatchNorm(Layer):
 
         ``ending`` is what that takes besides: the result y, its activation, where the residual's gradient goes.
         """
-        x, mean, rest = self._take_saved()
+        x, mean, rest, *mask = self._take_saved()
         if mean is None:
             return self._backward_for_given_statistics(dy, x, rest)
         check_gradient(dy, x.shape, x)
         trained, targets = self._targets(mean.dtype)
+        if mask and ending:
+            ending["mask"] = mask[0]
         dx, *gradients = backend_of(dy).batch_norm_backward(
             dy, x, self._affine()[0], mean, rest, **targets, **ending
         )

@@ -331,14 +331,18 @@ class Operations(Protocol):
         residual: Array | None = None,
         activation: str = "identity",
         negative_slope: float = 0.01,
+        with_mask: bool = False,
         out: Array | None = None,
-    ) -> tuple[Array, Array, Array]:
+    ) -> tuple[Array, ...]:
         """(y, mean, inverse_std) with statistics over all axes but 1 of x (N, C) or (N, C, H, W).
 
         y = activation((x - mean) * inverse_std * weight + bias + residual), with residual of x's shape or None,
         inverse_std = 1 / sqrt(biased variance + epsilon). The running statistics, where given, move in place by
         ``momentum`` towards the mean and the *unbiased* variance. ``activation`` is "identity", "relu",
         "leaky_relu" or "relu6". Raises ShapeError with fewer than two values a channel.
+
+        ``with_mask`` adds a fourth result: None, or an array for backward, in a form of the backend's own, that
+        says at which numbers of y a gradient passes the activation as it is.
         """
 
     def batch_norm_backward(
@@ -350,6 +354,7 @@ class Operations(Protocol):
         inverse_std: Array,
         *,
         y: Array | None = None,
+        mask: Array | None = None,
         activation: str = "identity",
         negative_slope: float = 0.01,
         out: Array | None = None,
@@ -359,7 +364,8 @@ class Operations(Protocol):
     ) -> tuple[Array, Array, Array]:
         """(dx, dweight, dbias) of the training-time batch norm, of dy of y, its result after the activation.
 
-        ``activation`` is as forward's, with a ``negative_slope`` above 0; without one y is not needed. dweight and
+        ``activation`` is as forward's, with a ``negative_slope`` above 0; without one y is not needed. ``mask`` is
+        what forward gave with y: a backend may read it instead, and gives the same results without it. dweight and
         dbias go to ``out_weight`` and ``out_bias``, arrays in C order, where they are given; to ``out_residual``
         the gradient for the residual, which is dy through the activation.
         """

@@ -119,8 +119,15 @@ class _Passes:
     walk: dict[str, int]
     numbers: dict[str, int]
 
-    def launch(self, call: Call, kernel: str, **arguments: Any) -> None:
-        """Start ``kernel`` in this form."""
+    @property
+    def in_packs(self) -> bool:
+        """Whether they go through the images in packs of 16 bytes."""
+        return self.source == PACKS_SOURCE
+
+    def launch(self, call: Call, kernel: str, *, mask: DeviceArray | None = None, **arguments: Any) -> None:
+        """Start ``kernel`` in this form; a ``mask`` there is in packs only."""
+        if self.in_packs and kernel != "statistics":
+            arguments["mask"] = mask
         name = f"batch_norm_{kernel}{self.form}"
         call.launch(self.source, name, _grid(self.walk), scalar=self.dtype, walk=self.walk, **arguments)
 
@@ -157,6 +164,11 @@ def _passes(numbers: dict[str, int], *arrays: DeviceArray | None) -> _Passes:
     return _Passes(PACKS_SOURCE, "_across" if across else "_along", x.dtype, walk, numbers | combined)
 
 
+def _mask_bytes(x: DeviceArray) -> int:
+    """Of the mask of an image of x's shape and dtype: one for each pack."""
+    return x.size * ITEM_SIZES[x.dtype] // 16
+
+
 def _grid(walk: dict[str, int]) -> tuple[int, int]:
     return -(-walk["channels"] // walk["width"]), walk["parts"]
 
@@ -186,6 +198,7 @@ def batch_norm_forward(
     residual: Any = None,
     activation: str = "identity",
     negative_slope: float = 0.01,
+    with_mask: bool = False,
     out: Any = None,
     stream: Any = None,
 ) -> Any:
@@ -196,6 +209,11 @@ def batch_norm_forward(
     ``negative_slope``), rounded once. The running statistics, where given, move in place by ``momentum`` towards
     the mean and the *unbiased* variance. All others but x and y are (C,) and float32 (float64 for float64 x).
     ``out`` has x's layout, and may be x or the residual. Few numbers a channel take one launch, more take three.
+
+    ``with_mask`` adds a fourth result, which :func:`batch_norm_backward` reads instead of y: a byte (uint8) for
+    each 16 bytes of y, in the order of memory, in which bit k says whether number k is above 0, and for ReLU6 also
+    below 6. It is None where there is no gain: of few numbers a channel, of planes or channels that fill no pieces
+    of 16 bytes or begin off their boundaries, and without an activation that backward goes through.
 
     Raises ProblemError with fewer than two values a channel, LayoutError where x is neither contiguous nor
     channels-last.
@@ -230,7 +248,8 @@ def batch_norm_forward(
         if _is_whole(walk):
             grid, threads = _grid(walk), _whole_threads(walk)
             call.launch(SOURCE, "batch_norm_whole", grid, threads, scalar=dtype, walk=walk, **line, **moved)
-            return call.give(y, mean, inverse_std)
+            results = call.give(y, mean, inverse_std)
+            return (*results, None) if with_mask else results
         passes = _passes(walk, call["x"], call.get("residual"), y)
         rest, size = call.scratch(channels, accumulate), channels * passes.numbers["parts"]
         partial: dict[str, Any] = {
@@ -239,10 +258,13 @@ def batch_norm_forward(
         }
         passes.launch(call, "statistics", x=call["x"], **partial)
         _combine(call, "batch_norm_combine", dtype, passes.numbers, **partial, mean=mean, rest=rest, **moved)
-        passes.launch(
-            call, "normalize", rest=rest, scale=inverse_std, scale_is_variance=False, epsilon=epsilon, **line
-        )
-        return call.give(y, mean, inverse_std)
+        mask = None
+        if with_mask and passes.in_packs and function and activation in MASKS:
+            mask = call.empty((_mask_bytes(y),), "uint8", name="mask")
+        line |= {"rest": rest, "scale": inverse_std, "scale_is_variance": False, "epsilon": epsilon}
+        passes.launch(call, "normalize", mask=mask, **line)
+        results = call.give(y, mean, inverse_std)
+        return (*results, None if mask is None else call.give(mask)) if with_mask else results
 
 
 def batch_norm_backward(
@@ -253,6 +275,7 @@ def batch_norm_backward(
     inverse_std: Any,
     *,
     y: Any = None,
+    mask: Any = None,
     activation: str = "identity",
     negative_slope: float = 0.01,
     out: Any = None,
@@ -268,21 +291,25 @@ def batch_norm_backward(
     dbias.
 
     dy is the gradient for the result before any activation, or, with ``y``, the result itself, and the
-    ``activation`` that made it, for that: "relu", "relu6", or "leaky_relu" with a ``negative_slope`` above 0. The
-    gradient for the residual, dy through the activation, goes to ``out_residual`` where that is given, which may
-    be dy. dweight and dbias go to ``out_weight`` and ``out_bias`` where these are given. Few numbers a channel
-    take one launch, more take three.
+    ``activation`` that made it, for that: "relu", "relu6", or "leaky_relu" with a ``negative_slope`` above 0.
+    Where forward gave a ``mask`` with y, that is read instead, if x, dy and the results begin on boundaries of 16
+    bytes. The gradient for the residual, dy through the activation, goes to ``out_residual`` where that is given,
+    which may be dy. dweight and dbias go to ``out_weight`` and ``out_bias`` where these are given. Few numbers a
+    channel take one launch, more take three.
 
-    Raises ArgumentError for another activation, or one without y, or a slope that is not above 0.
+    Raises ArgumentError for another activation, or one without y, or a slope that is not above 0, or a mask of
+    another shape.
     """
-    function = _mask(activation, y, negative_slope)
+    function = _function_back(activation, y, negative_slope)
     vectors: dict[str, Any] = {"weight": weight, "mean": mean, "inverse_std": inverse_std}
     results = {"out_weight": out_weight, "out_bias": out_bias}
-    with Call(stream, dy=dy, x=x, y=y, **vectors, out=out, **results, out_residual=out_residual) as call:
+    images = {"dy": dy, "x": x, "y": y}
+    with Call(stream, **images, mask=mask, **vectors, out=out, **results, out_residual=out_residual) as call:
         dtype, channels = _checked(call, *vectors)
         call.floating("dy", "x", "y", "out", "out_residual")
         call.elementwise("x", "dy", "y", "out", "out_residual")
-        call.contiguous(*results)
+        call.contiguous(*results, "mask")
+        call.require("mask", "uint8", (_mask_bytes(call["x"]),))
         walk = _walk(call["x"])
         accumulate = SCALARS[dtype][1]
         dx = call.output(call["x"].shape, dtype, like=call["x"])
@@ -319,7 +346,10 @@ def batch_norm_backward(
                 **kept,
             )
             return call.give(dx, dweight, dbias)
-        passes = _passes(walk, call["x"], call["dy"], given["y"], before, dx)
+        known = call.get("mask") if function else None
+        passes = _passes(walk, call["x"], call["dy"], given["y"] if known is None else None, before, dx)
+        if passes.in_packs and known is not None:
+            given |= {"mask": known, "y": None}
         partials = call.scratch(3 * channels * passes.numbers["parts"], accumulate)
         coefficients = call.scratch(3 * channels, accumulate)
         passes.launch(call, "backward_sums", before=before, partials=partials, **given, **arrays)
@@ -337,7 +367,7 @@ def _require_vectors_apart(call: Call, vectors: Iterable[str], dweight: DeviceAr
         require_apart(result, *(call.get(name) for name in vectors), *(dweight, dbias)[:place])
 
 
-def _mask(activation: str, y: Any, negative_slope: float) -> int:
+def _function_back(activation: str, y: Any, negative_slope: float) -> int:
     """The number of an activation that the gradient goes back through. Raises ArgumentError for what cannot be."""
     if activation not in MASKS:
         raise ArgumentError(f"batch norm goes back through {', '.join(MASKS)}, got activation={activation!r}")

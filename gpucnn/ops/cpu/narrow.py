@@ -136,17 +136,18 @@ def batch_norm_forward(
     residual: NDArray[Any] | None = None,
     activation: str = "identity",
     negative_slope: float = 0.01,
+    with_mask: bool = False,
     out: NDArray[Any] | None = None,
-) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+) -> tuple[Any, ...]:
     """As :func:`gpucnn.ops.cpu.batch_norm_forward`, whose own it is where running statistics have 16 bits, too."""
     options: dict[str, Any] = {"momentum": momentum, "epsilon": epsilon}
-    options |= {"activation": activation, "negative_slope": negative_slope}
+    options |= {"activation": activation, "negative_slope": negative_slope, "with_mask": with_mask}
     if is_narrow(running_mean):
         options |= {"residual": residual, "out": out}
         return cpu.batch_norm_forward(x, weight, bias, running_mean, running_var, **options)
     vectors = _widened(weight), _widened(bias), running_mean, running_var
-    y, mean, inverse_std = cpu.batch_norm_forward(_widened(x), *vectors, residual=_widened(residual), **options)
-    return _rounded(y, x.dtype, out), mean, inverse_std
+    y, *kept = cpu.batch_norm_forward(_widened(x), *vectors, residual=_widened(residual), **options)
+    return _rounded(y, x.dtype, out), *kept
 
 
 def batch_norm_backward(
@@ -157,6 +158,7 @@ def batch_norm_backward(
     inverse_std: NDArray[Any],
     *,
     y: NDArray[Any] | None = None,
+    mask: None = None,
     activation: str = "identity",
     negative_slope: float = 0.01,
     out: NDArray[Any] | None = None,
@@ -169,6 +171,7 @@ def batch_norm_backward(
     dx, dweight, dbias = cpu.batch_norm_backward(
         *map(_widened, (dy, x, weight, mean, inverse_std)),
         y=_widened(y),
+        mask=mask,
         activation=activation,
         negative_slope=negative_slope,
         out_weight=out_weight,

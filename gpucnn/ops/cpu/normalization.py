@@ -138,20 +138,23 @@ def batch_norm_forward(
     residual: FloatArray | None = None,
     activation: str = "identity",
     negative_slope: float = 0.01,
+    with_mask: bool = False,
     out: FloatArray | None = None,
-) -> tuple[FloatArray, FloatArray, FloatArray]:
+) -> tuple[Any, ...]:
     """(y, mean, inverse_std) with statistics over all axes but 1 of x (N, C) or (N, C, H, W).
 
     y = activation((x - mean) * inverse_std * weight + bias + residual), inverse_std = 1 / sqrt(biased variance +
     epsilon). The running statistics, where given, move in place by ``momentum`` towards the mean and the
     *unbiased* variance. Raises ShapeError with fewer than two values a channel.
 
-    The residual and the activation are passes of their own: on the CPU nobody gains by them but who compares.
+    The residual and the activation are passes of their own: on the CPU nobody gains by them but who compares. Nor
+    would backward gain by a mask: ``with_mask`` adds None.
     """
     require_choice(activation, ENDINGS, "activation")
     given = (x, weight, bias, running_mean, running_var)
+    nothing = (None,) if with_mask else ()
     if residual is None and activation == "identity":
-        return _forward(*given, momentum, epsilon, out)
+        return *_forward(*given, momentum, epsilon, out), *nothing
     check_residual(residual, x.shape)
     if out is not None:
         check_out(out, x.shape, x.dtype)
@@ -166,9 +169,9 @@ def batch_norm_forward(
     elif activation == "leaky_relu":
         leaky_relu_forward(y, negative_slope=negative_slope, out=y)
     if out is None:
-        return y, mean, inverse_std
+        return y, mean, inverse_std, *nothing
     out[...] = y
-    return out, mean, inverse_std
+    return out, mean, inverse_std, *nothing
 
 
 def _forward(
@@ -250,6 +253,7 @@ def batch_norm_backward(
     inverse_std: FloatArray,
     *,
     y: FloatArray | None = None,
+    mask: None = None,
     activation: str = "identity",
     negative_slope: float = 0.01,
     out: FloatArray | None = None,

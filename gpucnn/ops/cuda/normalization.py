@@ -61,11 +61,13 @@ def batch_norm_forward(
     residual: Array | None = None,
     activation: str = "identity",
     negative_slope: float = 0.01,
+    with_mask: bool = False,
     out: Array | None = None,
-) -> tuple[Array, Array, Array]:
+) -> tuple[Array, ...]:
     """(y, mean, inverse_std) with statistics over all axes but 1 of x (N, C) or (N, C, H, W).
 
-    y = activation((x - mean) * inverse_std * weight + bias + residual), rounded once.
+    y = activation((x - mean) * inverse_std * weight + bias + residual), rounded once. ``with_mask`` adds the mask
+    that backward reads instead of y, or None where there is no gain in that.
     """
     given = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     check_devices(x=x, **given, residual=residual, out=out)
@@ -75,7 +77,7 @@ def batch_norm_forward(
     check_residual(residual, x.shape)
     values, vectors = _values(x, x.dtype), _vectors(x.dtype, **given)
     added = None if residual is None else laid_out_as(values, residual, values.dtype)
-    y, mean, inverse_std = call(
+    y, mean, inverse_std, *mask = call(
         kernels.batch_norm_forward,
         values,
         **vectors,
@@ -84,12 +86,13 @@ def batch_norm_forward(
         residual=added,
         activation=activation,
         negative_slope=negative_slope,
+        with_mask=with_mask,
         out=usable_in_place(out, values, x.dtype, added),
     )
     for name in ("running_mean", "running_var"):
         if given[name] is not None:
             write_back(given[name], vectors[name])
-    return finish(y, out, x.dtype), mean, inverse_std
+    return finish(y, out, x.dtype), mean, inverse_std, *mask
 
 
 def batch_norm_backward(
@@ -100,6 +103,7 @@ def batch_norm_backward(
     inverse_std: Array,
     *,
     y: Array | None = None,
+    mask: Array | None = None,
     activation: str = "identity",
     negative_slope: float = 0.01,
     out: Array | None = None,
@@ -110,7 +114,7 @@ def batch_norm_backward(
     """(dx, dweight, dbias) of the training-time batch norm, of dy of y, its result after the activation."""
     given = {"weight": weight, "mean": mean, "inverse_std": inverse_std}
     results = {"out": out, "out_weight": out_weight, "out_bias": out_bias, "out_residual": out_residual}
-    check_devices(dy=dy, x=x, y=y, **given, **results)
+    check_devices(dy=dy, x=x, y=y, mask=mask, **given, **results)
     check_batch_norm(x, **given)
     require_floating(dy, "the output gradient")
     require_shape(dy, x.shape, "the output gradient")
@@ -130,6 +134,7 @@ def batch_norm_backward(
         values,
         **_vectors(dtype, **given),
         y=result,
+        mask=mask if dtype == x.dtype else None,  # which is of numbers of forward's width
         activation=activation,
         negative_slope=negative_slope,
         out=usable_in_place(out, gradient, dy.dtype, *reads),

@@ -15,8 +15,9 @@
 // Memory is the limit: forward reads x twice and writes y, inference reads x and writes y, backward reads dy and x
 // twice and writes dx. A residual that is added, and the activation after it, ride along: forward reads the residual
 // besides, backward y, each time that it reads dy, or once where what comes through the activation is wanted (the
-// residual's gradient) and therefore stored. Apart they would be launches of their own, of three passes each. The
-// passes that write have the loads of several numbers under way before they store the first.
+// residual's gradient) and therefore stored; in packs a mask of a bit a number stands for y. Apart they would be launches
+// of their own, of three passes each. The passes that write have the loads of several numbers under way before they store
+// the first.
 //
 // Where a block has all numbers of its channels, and they are few, the launches are what takes the time: the
 // ``whole`` kernels then do everything in one, which reads x (and dy and y) the second time from the caches.

@@ -9,15 +9,21 @@
 // The passes that write go through the parts from the last to the first: of an image larger than the second-level
 // cache, they then begin with what the statistics have read last and the cache still has.
 //
+// Of a result that an activation ended, backward needs to know one bit a number. Forward leaves them in a mask, which
+// is a sixteenth of y's bytes to write, and to read each time, where reading y would be a third of what the sums read,
+// and a quarter of what the gradients move.
+//
 // Instructions a number in the main loops by the compiled code for sm_90, those of both sides of a choice counted,
-// (of the gradients' two or three are ReLU6's alone, and the others pass them by), and what an H200's memory leaves
-// time for while it moves the number's bytes; computed, not measured:
+// and what an H200's memory leaves time for while it moves the number's bytes; computed, not measured:
 //
 //                        along: float32  bfloat16    across: float32  bfloat16    time for: float32  bfloat16
 //   statistics                       8         8                   8         8                   31        15
-//   normalization                   19        21                  17        20                   62        31
-//   sums of gradients               27        37                  24        35                   62        31
-//   gradients                       24        33                  22        31                   93        46
+//   normalization                   26        27                  25        26                   62        31
+//   sums of gradients               27        33                  25        32                   62        31
+//   gradients                       25        30                  23        28                   93        46
+//
+// Through ReLU by a mask the sums across execute 12 of the 32 in bfloat16: the others are those by y, those of leaky
+// ReLU, and those that store the residual's gradient.
 //
 // Number by number they are 38 for the statistics and about 30 for the others, with loads of 4 and 2 bytes.
 #include "activation_packs.cuh"
@@ -197,11 +203,43 @@ extern "C" __global__ void __launch_bounds__(256, 2) batch_norm_statistics_acros
 
 // ---------------------------------------------------------------- normalization
 
+// The mask: a byte a pack, in the order of memory, whose bit k says whether at number k of the result, as it is
+// stored, a gradient passes ReLU, leaky ReLU or ReLU6 as it is: above 0, and for ReLU6 below 6. That is all there is
+// to know of the result. Of these numbers, those up to ``zero`` are stored as 0 or below, those from ``six`` on as 6.
+__device__ __forceinline__ unsigned passing(
+    int function, const accumulate_t (&values)[PACK], accumulate_t zero, accumulate_t six
+) {
+    unsigned bits = 0;
+#pragma unroll
+    for (int k = 0; k < PACK; ++k) bits |= values[k] > zero ? 1u << k : 0u;
+    if (function == RELU6) {
+#pragma unroll
+        for (int k = 0; k < PACK; ++k) bits &= values[k] >= six ? ~(1u << k) : ~0u;
+    }
+    return bits;
+}
+
+// What is rounded to 0 and to 6 when it is stored: up to half of the least number that there is, and from half of the
+// distance between 6 and the number below it on. Comparing numbers before they are rounded spares converting them
+// back.
+#if defined(SCALAR_FLOAT16)
+constexpr accumulate_t STORED_AS_ZERO = 0x1p-25f, STORED_AS_SIX = 6 - 0x1p-9f;
+#elif defined(SCALAR_BFLOAT16)
+// The first is 0 where the compiler has such numbers flushed, as sums are there.
+constexpr accumulate_t STORED_AS_ZERO = 0x1p-134f, STORED_AS_SIX = 6 - 0x1p-6f;
+#else
+constexpr accumulate_t STORED_AS_ZERO = 0, STORED_AS_SIX = 6;
+#endif
+
+__device__ __forceinline__ unsigned long long number_of_pack(long long offset) {
+    return (unsigned long long)offset / PACK;
+}
+
 // The activations that cost next to nothing are taken four packs at a time, the others, whose code is long, one.
 template <bool across, int count>
 __device__ __forceinline__ void normalize_packs(
     PackWalker<across> &walker, const Line (&lines)[Channels<across>::count], const scalar_t *x,
-    const scalar_t *residual, scalar_t *y, int function, accumulate_t negative_slope
+    const scalar_t *residual, scalar_t *y, unsigned char *mask, int function, accumulate_t negative_slope
 ) {
     long long offsets[count];
     Pack<scalar_t, PACK> packs[count], others[count];
@@ -226,15 +264,19 @@ __device__ __forceinline__ void normalize_packs(
 #pragma unroll
         for (int k = 0; k < PACK; ++k) packs[number].number[k] = store(values[k]);
         store_pack<PACK>(y + offsets[number], packs[number]);
+        if (mask) {
+            const unsigned bits = passing(function, values, STORED_AS_ZERO, STORED_AS_SIX);
+            mask[number_of_pack(offsets[number])] = (unsigned char)bits;
+        }
     }
 }
 
-// As batch_norm_normalize.
+// As batch_norm_normalize; ``mask`` may be null.
 template <bool across>
 __device__ __forceinline__ void normalize_all_packs(
-    const scalar_t *x, const scalar_t *residual, scalar_t *y, const accumulate_t *mean, const accumulate_t *rest,
-    const accumulate_t *scale, const accumulate_t *weight, const accumulate_t *bias, const BatchNormPacks &walk,
-    bool scale_is_variance, accumulate_t epsilon, int function, accumulate_t negative_slope
+    const scalar_t *x, const scalar_t *residual, scalar_t *y, unsigned char *mask, const accumulate_t *mean,
+    const accumulate_t *rest, const accumulate_t *scale, const accumulate_t *weight, const accumulate_t *bias,
+    const BatchNormPacks &walk, bool scale_is_variance, accumulate_t epsilon, int function, accumulate_t negative_slope
 ) {
     PackWalker<across> walker(walk, walk.parts - 1 - blockIdx.y);
     if (walker.remaining == 0) return;
@@ -251,67 +293,78 @@ __device__ __forceinline__ void normalize_all_packs(
     if (compared(function)) {
 #pragma unroll 1
         while (walker.remaining >= GROUP) {
-            normalize_packs<across, GROUP>(walker, lines, x, residual, y, function, negative_slope);
+            normalize_packs<across, GROUP>(walker, lines, x, residual, y, mask, function, negative_slope);
         }
     }
 #pragma unroll 1
     while (walker.remaining > 0) {
-        normalize_packs<across, 1>(walker, lines, x, residual, y, function, negative_slope);
+        normalize_packs<across, 1>(walker, lines, x, residual, y, mask, function, negative_slope);
     }
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2) batch_norm_normalize_along(
-    const scalar_t *x, const scalar_t *residual, scalar_t *y, const accumulate_t *mean, const accumulate_t *rest,
-    const accumulate_t *scale, const accumulate_t *weight, const accumulate_t *bias, BatchNormPacks walk,
-    bool scale_is_variance, accumulate_t epsilon, int function, accumulate_t negative_slope
+    const scalar_t *x, const scalar_t *residual, scalar_t *y, unsigned char *mask, const accumulate_t *mean,
+    const accumulate_t *rest, const accumulate_t *scale, const accumulate_t *weight, const accumulate_t *bias,
+    BatchNormPacks walk, bool scale_is_variance, accumulate_t epsilon, int function, accumulate_t negative_slope
 ) {
     normalize_all_packs<false>(
-        x, residual, y, mean, rest, scale, weight, bias, walk, scale_is_variance, epsilon, function, negative_slope
+        x, residual, y, mask, mean, rest, scale, weight, bias, walk, scale_is_variance, epsilon, function,
+        negative_slope
     );
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2) batch_norm_normalize_across(
-    const scalar_t *x, const scalar_t *residual, scalar_t *y, const accumulate_t *mean, const accumulate_t *rest,
-    const accumulate_t *scale, const accumulate_t *weight, const accumulate_t *bias, BatchNormPacks walk,
-    bool scale_is_variance, accumulate_t epsilon, int function, accumulate_t negative_slope
+    const scalar_t *x, const scalar_t *residual, scalar_t *y, unsigned char *mask, const accumulate_t *mean,
+    const accumulate_t *rest, const accumulate_t *scale, const accumulate_t *weight, const accumulate_t *bias,
+    BatchNormPacks walk, bool scale_is_variance, accumulate_t epsilon, int function, accumulate_t negative_slope
 ) {
     normalize_all_packs<true>(
-        x, residual, y, mean, rest, scale, weight, bias, walk, scale_is_variance, epsilon, function, negative_slope
+        x, residual, y, mask, mean, rest, scale, weight, bias, walk, scale_is_variance, epsilon, function,
+        negative_slope
     );
 }
 
 // ---------------------------------------------------------------- gradients
 
-// What ``count`` packs of dy are before the activation, as numbers; ``y`` is null where there is none.
+// What ``count`` packs of dy are before the activation, as numbers (gradient_before). Which of them pass as they are
+// says the ``mask``, or where that is null the result y; both are null where there is no activation.
 template <int count>
 struct Gradients {
     long long offsets[count];
-    Pack<scalar_t, PACK> of_dy[count], of_x[count], of_y[count];
+    Pack<scalar_t, PACK> of_dy[count], of_x[count];
+    unsigned passed[count];
 
     template <bool across>
     __device__ __forceinline__ void fetch(
-        PackWalker<across> &walker, const scalar_t *dy, const scalar_t *x, const scalar_t *y, int function
+        PackWalker<across> &walker, const scalar_t *dy, const scalar_t *x, const scalar_t *y,
+        const unsigned char *mask, int function
     ) {
         walker.next(offsets);
         load_packs(dy, offsets, of_dy);
         load_packs(x, offsets, of_x);
-        if (y) load_packs(y, offsets, of_y);
-        if (y && function == RELU6) {
+        if (mask) {
+#pragma unroll
+            for (int number = 0; number < count; ++number) passed[number] = mask[number_of_pack(offsets[number])];
+        } else if (y) {
+            Pack<scalar_t, PACK> of_y[count];
+            load_packs(y, offsets, of_y);
 #pragma unroll
             for (int number = 0; number < count; ++number) {
+                accumulate_t results[PACK];
 #pragma unroll
-                for (int k = 0; k < PACK; ++k) {
-                    if (load(of_y[number].number[k]) >= NUMBER(6)) of_dy[number].number[k] = store(NUMBER(0));
-                }
+                for (int k = 0; k < PACK; ++k) results[k] = load(of_y[number].number[k]);
+                passed[number] = passing(function, results, NUMBER(0), NUMBER(6));
             }
+        } else {
+#pragma unroll
+            for (int number = 0; number < count; ++number) passed[number] = (1u << PACK) - 1;
         }
     }
     __device__ __forceinline__ accumulate_t before(
-        int number, int k, const scalar_t *y, int function, accumulate_t negative_slope
+        int number, int k, int function, accumulate_t negative_slope
     ) const {
         const accumulate_t gradient = load(of_dy[number].number[k]);
-        if (!y) return gradient;
-        return gradient_before(function, gradient, load(of_y[number].number[k]), negative_slope);
+        return gradient_before(function, gradient, NUMBER(passed[number] >> k & 1), negative_slope);
     }
 };
 
@@ -319,17 +372,17 @@ template <bool across, int count>
 __device__ __forceinline__ void sum_packs(
     PackWalker<across> &walker, GradientSums (&sums)[Channels<across>::count],
     const accumulate_t (&middle)[Channels<across>::count], const scalar_t *dy, const scalar_t *x, const scalar_t *y,
-    scalar_t *before, int function, accumulate_t negative_slope
+    const unsigned char *mask, scalar_t *before, int function, accumulate_t negative_slope
 ) {
     Gradients<count> given;
-    given.fetch(walker, dy, x, y, function);
+    given.fetch(walker, dy, x, y, mask, function);
 #pragma unroll
     for (int number = 0; number < count; ++number) {
         Pack<scalar_t, PACK> made;
 #pragma unroll
         for (int k = 0; k < PACK; ++k) {
             const int c = Channels<across>::of(k);
-            const accumulate_t gradient = given.before(number, k, y, function, negative_slope);
+            const accumulate_t gradient = given.before(number, k, function, negative_slope);
             const accumulate_t distance = load(given.of_x[number].number[k]) - middle[c];
             sums[c].gradients += gradient;
             sums[c].products += gradient * distance;
@@ -343,9 +396,9 @@ __device__ __forceinline__ void sum_packs(
 // As batch_norm_backward_sums; partials: [3][channels][parts].
 template <bool across>
 __device__ __forceinline__ void sums_of_packs(
-    const scalar_t *dy, const scalar_t *x, const scalar_t *y, scalar_t *before, const accumulate_t *mean,
-    accumulate_t *partials, const BatchNormPacks &walk, int function, accumulate_t negative_slope,
-    accumulate_t *shared
+    const scalar_t *dy, const scalar_t *x, const scalar_t *y, const unsigned char *mask, scalar_t *before,
+    const accumulate_t *mean, accumulate_t *partials, const BatchNormPacks &walk, int function,
+    accumulate_t negative_slope, accumulate_t *shared
 ) {
     using channels = Channels<across>;
     constexpr int lines = 3 * channels::count;
@@ -360,11 +413,11 @@ __device__ __forceinline__ void sums_of_packs(
     constexpr int group = channels::count * sizeof(accumulate_t) > 16 ? 2 : GROUP;  // packs, for want of registers
 #pragma unroll 1
     while (walker.remaining >= group) {
-        sum_packs<across, group>(walker, sums, middle, dy, x, y, before, function, negative_slope);
+        sum_packs<across, group>(walker, sums, middle, dy, x, y, mask, before, function, negative_slope);
     }
 #pragma unroll 1
     while (walker.remaining > 0) {
-        sum_packs<across, 1>(walker, sums, middle, dy, x, y, before, function, negative_slope);
+        sum_packs<across, 1>(walker, sums, middle, dy, x, y, mask, before, function, negative_slope);
     }
 #pragma unroll
     for (int c = 0; c < channels::count; ++c) {
@@ -394,36 +447,36 @@ __device__ __forceinline__ void sums_of_packs(
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2) batch_norm_backward_sums_along(
-    const scalar_t *dy, const scalar_t *x, const scalar_t *y, scalar_t *before, const accumulate_t *mean,
-    accumulate_t *partials, BatchNormPacks walk, int function, accumulate_t negative_slope
+    const scalar_t *dy, const scalar_t *x, const scalar_t *y, const unsigned char *mask, scalar_t *before,
+    const accumulate_t *mean, accumulate_t *partials, BatchNormPacks walk, int function, accumulate_t negative_slope
 ) {
     __shared__ accumulate_t shared[3 * 256];
-    sums_of_packs<false>(dy, x, y, before, mean, partials, walk, function, negative_slope, shared);
+    sums_of_packs<false>(dy, x, y, mask, before, mean, partials, walk, function, negative_slope, shared);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2) batch_norm_backward_sums_across(
-    const scalar_t *dy, const scalar_t *x, const scalar_t *y, scalar_t *before, const accumulate_t *mean,
-    accumulate_t *partials, BatchNormPacks walk, int function, accumulate_t negative_slope
+    const scalar_t *dy, const scalar_t *x, const scalar_t *y, const unsigned char *mask, scalar_t *before,
+    const accumulate_t *mean, accumulate_t *partials, BatchNormPacks walk, int function, accumulate_t negative_slope
 ) {
     __shared__ accumulate_t shared[3 * PACK * 256];
-    sums_of_packs<true>(dy, x, y, before, mean, partials, walk, function, negative_slope, shared);
+    sums_of_packs<true>(dy, x, y, mask, before, mean, partials, walk, function, negative_slope, shared);
 }
 
 template <bool across, int count>
 __device__ __forceinline__ void differentiate_packs(
     PackWalker<across> &walker, const Slope (&slopes)[Channels<across>::count],
     const accumulate_t (&middle)[Channels<across>::count], const scalar_t *dy, const scalar_t *x, const scalar_t *y,
-    scalar_t *dx, int function, accumulate_t negative_slope
+    const unsigned char *mask, scalar_t *dx, int function, accumulate_t negative_slope
 ) {
     Gradients<count> given;
-    given.fetch(walker, dy, x, y, function);
+    given.fetch(walker, dy, x, y, mask, function);
 #pragma unroll
     for (int number = 0; number < count; ++number) {
         Pack<scalar_t, PACK> made;
 #pragma unroll
         for (int k = 0; k < PACK; ++k) {
             const Slope &slope = slopes[Channels<across>::of(k)];
-            const accumulate_t gradient = given.before(number, k, y, function, negative_slope);
+            const accumulate_t gradient = given.before(number, k, function, negative_slope);
             const accumulate_t distance = load(given.of_x[number].number[k]) - middle[Channels<across>::of(k)];
             made.number[k] = store(slope.of(gradient, distance));
         }
@@ -434,8 +487,9 @@ __device__ __forceinline__ void differentiate_packs(
 // As batch_norm_backward_data.
 template <bool across>
 __device__ __forceinline__ void data_of_packs(
-    const scalar_t *dy, const scalar_t *x, const scalar_t *y, scalar_t *dx, const accumulate_t *mean,
-    const accumulate_t *coefficients, const BatchNormPacks &walk, int function, accumulate_t negative_slope
+    const scalar_t *dy, const scalar_t *x, const scalar_t *y, const unsigned char *mask, scalar_t *dx,
+    const accumulate_t *mean, const accumulate_t *coefficients, const BatchNormPacks &walk, int function,
+    accumulate_t negative_slope
 ) {
     using channels = Channels<across>;
     PackWalker<across> walker(walk, walk.parts - 1 - blockIdx.y);
@@ -452,24 +506,26 @@ __device__ __forceinline__ void data_of_packs(
     constexpr int group = channels::count * sizeof(accumulate_t) > 16 ? 2 : GROUP;
 #pragma unroll 1
     while (walker.remaining >= group) {
-        differentiate_packs<across, group>(walker, slopes, middle, dy, x, y, dx, function, negative_slope);
+        differentiate_packs<across, group>(walker, slopes, middle, dy, x, y, mask, dx, function, negative_slope);
     }
 #pragma unroll 1
     while (walker.remaining > 0) {
-        differentiate_packs<across, 1>(walker, slopes, middle, dy, x, y, dx, function, negative_slope);
+        differentiate_packs<across, 1>(walker, slopes, middle, dy, x, y, mask, dx, function, negative_slope);
     }
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2) batch_norm_backward_data_along(
-    const scalar_t *dy, const scalar_t *x, const scalar_t *y, scalar_t *dx, const accumulate_t *mean,
-    const accumulate_t *coefficients, BatchNormPacks walk, int function, accumulate_t negative_slope
+    const scalar_t *dy, const scalar_t *x, const scalar_t *y, const unsigned char *mask, scalar_t *dx,
+    const accumulate_t *mean, const accumulate_t *coefficients, BatchNormPacks walk, int function,
+    accumulate_t negative_slope
 ) {
-    data_of_packs<false>(dy, x, y, dx, mean, coefficients, walk, function, negative_slope);
+    data_of_packs<false>(dy, x, y, mask, dx, mean, coefficients, walk, function, negative_slope);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2) batch_norm_backward_data_across(
-    const scalar_t *dy, const scalar_t *x, const scalar_t *y, scalar_t *dx, const accumulate_t *mean,
-    const accumulate_t *coefficients, BatchNormPacks walk, int function, accumulate_t negative_slope
+    const scalar_t *dy, const scalar_t *x, const scalar_t *y, const unsigned char *mask, scalar_t *dx,
+    const accumulate_t *mean, const accumulate_t *coefficients, BatchNormPacks walk, int function,
+    accumulate_t negative_slope
 ) {
-    data_of_packs<true>(dy, x, y, dx, mean, coefficients, walk, function, negative_slope);
+    data_of_packs<true>(dy, x, y, mask, dx, mean, coefficients, walk, function, negative_slope);
 }
