@@ -84,7 +84,8 @@ cores, on GPUs from compute capability 8.0 on. `precision` says how:
 
 Channels-last arrays whose channels a group are a multiple of 16 bytes are read where they lie. Others are copied
 by one launch into a workspace, filled up with zeros; results are written in either layout without a copy. A first
-layer, of up to four input channels, has a kernel of its own in 16 bits and tf32, which copies nothing. The
+layer, of up to four input channels, has kernels of its own in 16 bits and, forward, in tf32: they copy nothing.
+The
 automatic choice may take tensor cores where `precision` is `"tf32"`, `"float16"` or `"bfloat16"`, and for float32
 arrays without one, three products for each, where that is reckoned to be much faster. Results are then as exact as
 float32's, of infinities and NaN too; of numbers below 2e-35 digits are lost. `precision="float32"` keeps a call's

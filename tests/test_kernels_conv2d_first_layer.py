@@ -7,7 +7,15 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from gpucnn_kernels import Conv2dProblem, conv2d_cost, conv2d_first_layer, conv2d_forward, launch
+from gpucnn_kernels import (
+    Conv2dProblem,
+    conv2d_backward_filter,
+    conv2d_cost,
+    conv2d_first_layer,
+    conv2d_first_layer_filter,
+    conv2d_forward,
+    launch,
+)
 from gpucnn_kernels.gpu import H200, Gpu
 from gpucnn_kernels.runtime.host import order_independent
 from tests.accuracy import max_error
@@ -131,10 +139,106 @@ def test_pixels_beside_a_window_are_not_met(form, value):
         assert numpy.isfinite(y[~met]).all()
 
 
+# ---------------------------------------------------------------- the filter's gradient
+
+FILTER_KERNELS = {kernel.name: kernel for kernel in conv2d_first_layer_filter.KERNELS}
+SIXTEEN_BITS = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+
+
+def run_filter(problem, dtype, arrange=numpy.ascontiguousarray, **more):
+    x, _, _, dy = (cast(array, dtype) for array in arrays(problem))
+    more = {"kernel_size": (problem.R, problem.S), "algorithm": "tensor", **options(problem), **more}
+    return conv2d_backward_filter(arrange(dy), arrange(x), **more)
+
+
+@pytest.mark.parametrize("kernel", FILTER_KERNELS)
+@SIXTEEN_BITS
+def test_every_kernel_of_the_filters_gradient(dtype, kernel, started, monkeypatch):
+    forced, plan = (FILTER_KERNELS[kernel],), conv2d_first_layer_filter.plan
+    monkeypatch.setattr(conv2d_first_layer_filter, "plan", lambda *given: plan(*given, forced))
+    for name, problem in WIDE.items():
+        assert conv2d_first_layer_filter.takes(problem, dtype)
+        x, _, _, dy = (wide(cast(array, dtype)) for array in arrays(problem))
+        truth, plain = (
+            convolution.plain_backward_filter(dy, x, problem.weight_shape, geometry(problem), kind)
+            for kind in ("float64", "float32")
+        )
+        for layout, arrange in LAYOUTS.items():
+            for blocks in (10**6, 2):
+                monkeypatch.setattr(
+                    conv2d_first_layer_filter.Plan, "blocks", lambda self, gpu, most=blocks: min(most, self.tiles)
+                )
+                error = max_error(wide(run_filter(problem, dtype, arrange)), truth)
+                assert error <= error_bound(plain, truth, dtype), f"{name}, {layout}, {blocks}"
+    assert {name for name in started if name.startswith("first")} == {kernel}
+
+
+@pytest.mark.parametrize("value", [numpy.inf, numpy.nan])
+@SIXTEEN_BITS
+def test_positions_that_there_are_not_meet_nothing(dtype, value):
+    """A run reaches beyond a row's end, to windows whose pixels other taps of the last position meet."""
+    problem = shaped((1, 3, 5, 20), (5, 3, 3, 3), stride=(1, 2))  # nine positions a row
+    x, _, _, dy = (cast(array, dtype) for array in arrays(problem))
+    x = x.copy()
+    x[0, 1, 2, 18] = value  # met by the last position's last tap alone; a tenth would meet it by its first
+    for arrange in LAYOUTS.values():
+        dw = conv2d_backward_filter(arrange(dy), arrange(x), kernel_size=3, stride=(1, 2), algorithm="tensor")
+        dw = wide(dw)
+        met = numpy.zeros(dw.shape, bool)
+        met[:, 1, :, 2] = True
+        assert not numpy.isfinite(dw[met]).any()
+        assert numpy.isfinite(dw[~met]).all()
+
+
+def test_the_filters_gradient_of_no_images_and_of_views_at_odd_places():
+    problem, dtype = WIDE["four-channels"], "float16"
+    x, _, _, dy = (cast(array, dtype) for array in arrays(problem))
+    expected = run_filter(problem, dtype)
+    shifted = numpy.empty(dy.size + 1, dy.dtype)[1:].reshape(dy.shape)
+    shifted[...] = dy
+    more = {"kernel_size": (3, 3), "algorithm": "tensor", **options(problem)}
+    numpy.testing.assert_array_equal(conv2d_backward_filter(shifted, x, **more), expected)
+    assert not conv2d_backward_filter(dy[:0], x[:0], **more).any()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(1, 4), st.integers(1, 300), st.integers(1, 300), st.integers(1, 200), st.integers(1, 12),
+    st.integers(1, 12), st.integers(1, 5), st.sampled_from([H200, ADA]),
+)  # fmt: skip
+def test_a_plan_of_the_filters_gradient_covers_everything_and_fits(
+    channels, height, width, outputs, down, across, stride, gpu
+):
+    assume(down <= height)
+    assume(across <= width)
+    problem = shaped((3, channels, height, width), (outputs, channels, down, across), stride=stride)
+    assume(conv2d_first_layer_filter.takes(problem, "float16"))
+    made = conv2d_first_layer_filter.plan(problem, "float16", gpu)
+    patch = made.patch
+    assert patch["rows"] * patch["runs"] <= 16
+    assert patch["rows"] * patch["down"] >= problem.P
+    assert patch["runs"] * 16 * patch["across"] >= problem.Q
+    assert patch["width"] % 2 == 0
+    assert patch["width"] >= (patch["runs"] * 16 - 1) * stride + patch["steps"] * 4
+    assert patch["steps"] * 4 >= across
+    assert made.here in (1, 2, 4)
+    assert made.here * made.groups * 4 >= down * patch["steps"]  # four columns a warp
+    assert made.channel_tiles * made.kernel.outputs >= outputs
+    assert made.shared_bytes <= conv2d_first_layer.MOST_BYTES
+    assert made.parts(gpu) * made.here == 4 * made.blocks(gpu)
+    assert 4 * made.parts(gpu) * outputs * channels * down * across <= max(64 << 20, 16 * made.most_parts)
+    assert 0 < made.seconds(gpu, "float16") < 1
+
+
+# ---------------------------------------------------------------- both
+
+
 def test_the_order_of_threads_changes_nothing():
     for form in FORMS:
         for name in ("stem", "two-channels"):
             assert order_independent(lambda form=form, name=name: run(WIDE[name], form))
+            if form != "tf32":
+                assert order_independent(lambda form=form, name=name: run_filter(WIDE[name], form))
 
 
 def test_views_at_odd_places_and_empty_batches():
@@ -208,3 +312,6 @@ def test_it_is_what_tensor_cores_are_reckoned_by():
     assert made.tile == "conv2d_first_layer_wide"
     assert made.launches == 1
     assert 113e-6 < made.seconds < 250e-6
+    made = conv2d_cost.estimate("tensor", "backward_filter", stem, "bfloat16", H200)
+    assert made.tile == "first_layer_filter_wide"
+    assert 113e-6 < made.seconds < 300e-6

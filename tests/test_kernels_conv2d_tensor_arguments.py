@@ -196,7 +196,7 @@ def test_large_layers_take_large_tiles_and_their_shared_memory(devices: Recordin
 def test_the_catalog_knows_what_they_need(devices: RecordingRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = catalog.capabilities(["float16"])
     by_name = {source.name: capability for source, capability in needed.items()}
-    for name in ("conv2d_tensor", "conv2d_tensor_filter", "conv2d_first_layer"):
+    for name in ("conv2d_tensor", "conv2d_tensor_filter", "conv2d_first_layer", "conv2d_first_layer_filter"):
         assert by_name[name] == (8, 0)
     assert by_name["conv2d_tensor_pack"] == by_name["layout"] == (0, 0)
     assert {dict(source.definitions)["SCALAR"] for source in needed if source.name == "conv2d_tensor"} == {
@@ -206,7 +206,7 @@ def test_the_catalog_knows_what_they_need(devices: RecordingRuntime, monkeypatch
     monkeypatch.setattr(catalog, "current", lambda: devices)
     assert catalog.warm_up("float16") == len(needed)
     devices.capabilities[0] = (7, 5)
-    assert catalog.warm_up("float16") == len(needed) - 4  # these two, the first layer's and the one for sm_90
+    assert catalog.warm_up("float16") == len(needed) - 5  # these four and the one for sm_90
 
 
 def test_cupy_is_asked_for_the_compute_capability(stand_in_cupy: StandInCupy) -> None:

@@ -138,6 +138,7 @@ def test_every_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
             "bottleneck",
             "resnet-block",
             "many-outputs",
+            "sixty-four-outputs",
             "some-outputs",
             "many-inputs",
             "three-inputs",

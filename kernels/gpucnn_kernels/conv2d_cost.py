@@ -27,6 +27,7 @@ from gpucnn_kernels import (
     conv2d_filter_depthwise,
     conv2d_filter_direct,
     conv2d_first_layer,
+    conv2d_first_layer_filter,
     conv2d_input_columns,
 )
 from gpucnn_kernels.conv2d_forward_paths import depthwise_instructions, depthwise_slides, stride_phases, terms
@@ -240,6 +241,11 @@ def _filter_gradient(
         return Estimate(
             path, "filter_gradient_direct", arithmetic, 0.0, _memory(gpu, once + sums), 2, _memory(gpu, sums)
         )
+    if path == "tensor" and conv2d_first_layer_filter.takes(problem, dtype):
+        first = conv2d_first_layer_filter.plan(problem, dtype, gpu)
+        sums = 4.0 * first.parts(gpu) * problem.K * columns
+        arithmetic, memory = first.seconds(gpu, dtype), _memory(gpu, once + sums)
+        return Estimate(path, first.kernel.name, arithmetic, 0.0, memory, 2, _memory(gpu, sums))
     sizes = outputs, columns, problem.groups, positions
     if path == "tensor":
         chunk = 16 // item  # channels of either factor are filled up to pieces of 16 bytes

@@ -36,7 +36,7 @@ _THREADS, _RUNS, _RUN = 128, 16, 16  # of a block: threads, runs of positions, a
 _STEP = 32  # bytes of the sum that a product takes
 _TOGETHER = 8  # pixels of a thread that are on their way at a time
 _OUTPUT_PART, _OUTPUT_PADDING = 64, 8  # positions whose sums are in shared memory at a time, numbers between them
-_SHARED_KIB = {(8, 0): 164, (8, 6): 100, (8, 9): 100, (9, 0): 228, (12, 0): 100}
+SHARED_KIB = {(8, 0): 164, (8, 6): 100, (8, 9): 100, (9, 0): 228, (12, 0): 100}
 
 # Instructions of a warp, counted in the code for sm_90.
 _OF_A_STEP = 57  # beside its products: both factors, masks, the loop
@@ -44,8 +44,8 @@ _OF_A_PIXEL = 39  # that is brought to shared memory, of each thread, eight toge
 _OF_A_SUM = 9  # of each thread, on its way out
 _OF_A_TILE = 300
 _OF_A_WEIGHT = 39
-_PRODUCT_SHARE = 0.63  # of the datasheet's rate, what mma.sync is known to reach
-_OVERLAP = 0.8  # [E] of the busier of tensor cores and schedulers, with few warps
+PRODUCT_SHARE = 0.63  # of the datasheet's rate, what mma.sync is known to reach
+OVERLAP = 0.8  # [E] of the busier of tensor cores and schedulers, with few warps
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +90,12 @@ class Plan:
         warps = -(
             -blocks * self.channel_tiles // gpu.multiprocessors
         )  # of each scheduler: a block has one for each
-        busy = max(self.products * clocks, self.instructions) * turns * warps / _OVERLAP
+        busy = max(self.products * clocks, self.instructions) * turns * warps / OVERLAP
         return (busy + self.beginning * warps) / gpu.clock
 
     def _operations_a_clock(self, gpu: Gpu, dtype: str) -> float:
         """Of one scheduler's tensor core."""
-        return _PRODUCT_SHARE * tensor_rate(gpu, dtype, "tf32") / (4 * gpu.multiprocessors * gpu.clock)
+        return PRODUCT_SHARE * tensor_rate(gpu, dtype, "tf32") / (4 * gpu.multiprocessors * gpu.clock)
 
 
 def takes(problem: Conv2dProblem, dtype: str, precision: str | None) -> bool:
@@ -105,9 +105,34 @@ def takes(problem: Conv2dProblem, dtype: str, precision: str | None) -> bool:
         and problem.C <= FIRST_LAYER_CHANNELS
         and (problem.dilation[1] == 1 or problem.S == 1)
         and products(dtype, precision) == 1
-        and max(problem.N * problem.P * problem.Q, problem.C * problem.H * problem.W) < 1 << 31
+        and fits_in_integers(problem)
         and _fitting(problem, itemsize(dtype)) is not None
     )
+
+
+def fits_in_integers(problem: Conv2dProblem) -> bool:
+    """Whether places inside of an image, and positions, are numbers of 32 bits."""
+    return max(problem.N * problem.P * problem.Q, problem.C * problem.H * problem.W) < 1 << 31
+
+
+def patch_of(
+    problem: Conv2dProblem, rows: int, runs: int, step_pixels: int, *, even: bool = False
+) -> dict[str, int]:
+    """The kernels' struct Patch; ``even``: of rows of an even number of pixels."""
+    steps = -(-problem.S // step_pixels)
+    width = (runs * _RUN - 1) * problem.stride[1] + steps * step_pixels
+    width += width % 2 if even else 0
+    return {
+        "rows": rows,
+        "runs": runs,
+        "height": (rows - 1) * problem.stride[0] + (problem.R - 1) * problem.dilation[0] + 1,
+        "width": width,
+        "down_by": _THREADS // width,
+        "across_by": _THREADS % width,
+        "down": -(-problem.P // rows),
+        "across": -(-problem.Q // (runs * _RUN)),
+        "steps": steps,
+    }
 
 
 @functools.lru_cache(maxsize=1024)
@@ -133,36 +158,24 @@ def _plans(
 
 def _made(kernel: Kernel, problem: Conv2dProblem, rows: int, runs: int, item: int, gpu: Gpu | None) -> Plan | None:
     pixel = FIRST_LAYER_CHANNELS * item
-    steps = -(-problem.S // (_STEP // pixel))
-    height = (rows - 1) * problem.stride[0] + (problem.R - 1) * problem.dilation[0] + 1
-    width = (runs * _RUN - 1) * problem.stride[1] + steps * (_STEP // pixel)
+    patch = patch_of(problem, rows, runs, _STEP // pixel)
+    steps, area = patch["steps"], patch["height"] * patch["width"]
     sums = 4 * max(_OUTPUT_PART * (kernel.outputs + _OUTPUT_PADDING), kernel.outputs * (_OUTPUT_PART + 4))
     weights = problem.R * steps * kernel.outputs * _STEP
-    shared_bytes = weights + max(height * width * pixel, sums)
+    shared_bytes = weights + max(area * pixel, sums)
     if shared_bytes > MOST_BYTES:
         return None
-    down, across = -(-problem.P // rows), -(-problem.Q // (runs * _RUN))
     resident = kernel.resident
     if gpu is not None:
-        most = max((size for size in _SHARED_KIB if size <= gpu.capability), default=(8, 6))
-        resident = min(resident, (_SHARED_KIB[most] << 10) // (shared_bytes + 3072))
+        most = max((size for size in SHARED_KIB if size <= gpu.capability), default=(8, 6))
+        resident = min(resident, (SHARED_KIB[most] << 10) // (shared_bytes + 3072))
     products_of_a_warp = problem.R * steps * 4 * kernel.outputs / 8
-    pixels = -(-height * width // (_TOGETHER * _THREADS)) * _TOGETHER
+    pixels = -(-area // (_TOGETHER * _THREADS)) * _TOGETHER
     return Plan(
         kernel,
-        {
-            "rows": rows,
-            "runs": runs,
-            "height": height,
-            "width": width,
-            "down_by": _THREADS // width,
-            "across_by": _THREADS % width,
-            "down": down,
-            "across": across,
-            "steps": steps,
-        },
+        patch,
         shared_bytes,
-        max(1, problem.N) * down * across,
+        max(1, problem.N) * patch["down"] * patch["across"],
         -(-problem.K // kernel.outputs),
         max(1, resident),
         products_of_a_warp,
@@ -205,14 +218,14 @@ def convolve(
         vertical=vertical,
         horizontal=horizontal,
         epilogue=epilogue.fields,
-        vectors=int(_in_vectors(y, epilogue.residual)),
+        vectors=int(in_vectors(y, epilogue.residual)),
         patch=made.patch,
         tiles=made.tiles,
     )
 
 
-def _in_vectors(y: DeviceArray, residual: DeviceArray | None) -> bool:
-    """Whether the result's neighbours, channels or a row's positions, are in pieces of 16 bytes."""
+def in_vectors(y: DeviceArray, residual: DeviceArray | None = None) -> bool:
+    """Whether an image's neighbours, channels or a row's positions, are in pieces of 16 bytes."""
     steps, (_, channels, _, width) = strides(y), y.shape
     whole = (channels if steps["c"] < steps["w"] else width) % (16 // itemsize(y.dtype)) == 0
     return whole and all(image is None or image.address % 16 == 0 for image in (y, residual))

@@ -21,7 +21,7 @@ in either layout without a copy. So contiguous callers are not refused, but pay 
 is read, where channels-last ones pay none. A refusal would cost them the same pass, and another for the result.
 
 A first layer's images, of up to four channels, are read as they lie: conv2d_first_layer makes its product, but for
-three products.
+three products, and conv2d_first_layer_filter its filter's gradient in 16 bits.
 
 GPUs from compute capability 8.0 on; others are refused in words.
 """
@@ -30,7 +30,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gpucnn_kernels import conv2d_first_layer
+from gpucnn_kernels import conv2d_first_layer, conv2d_first_layer_filter
 from gpucnn_kernels.arrays import DeviceArray
 from gpucnn_kernels.conv2d_forward_paths import (
     Epilogue,
@@ -161,6 +161,8 @@ def filter_sums(
 ) -> tuple[DeviceArray, int]:
     """(a row of the weight's sums, ordered K, R, S, C / groups, for every part of the positions, their number)."""
     check(call, x.dtype)
+    if conv2d_first_layer_filter.takes(problem, x.dtype):
+        return conv2d_first_layer_filter.filter_sums(call, problem, dy, x)
     chunk = chunk_of(x.dtype)
     outputs, depth = problem.K // problem.groups, problem.C // problem.groups
     dy_chunks, x_chunks = -(-outputs // chunk), -(-depth // chunk)

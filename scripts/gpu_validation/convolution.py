@@ -15,6 +15,7 @@ from gpucnn_kernels import (
     conv2d_filter,
     conv2d_filter_direct,
     conv2d_first_layer,
+    conv2d_first_layer_filter,
     conv2d_pieces,
     conv2d_tensor,
     conv2d_wgmma,
@@ -42,6 +43,7 @@ WIDE = {
     "many-outputs": Conv2dProblem.from_shapes((5, 5, 31, 30), (136, 5, 3, 3), padding=1),
     "some-outputs": Conv2dProblem.from_shapes((2, 12, 13, 12), (40, 12, 3, 3), padding=1),
     "many-inputs": Conv2dProblem.from_shapes((9, 72, 31, 30), (5, 72, 3, 3), padding=1),
+    "sixty-four-outputs": Conv2dProblem.from_shapes((2, 6, 9, 12), (64, 6, 3, 3), padding=1),
     "three-inputs": Conv2dProblem.from_shapes((3, 3, 40, 38), (70, 3, 7, 7), stride=2, padding=3),
     "four-inputs": Conv2dProblem.from_shapes((5, 4, 31, 30), (24, 4, 3, 3), padding=1),
     "groups-2-of-70": Conv2dProblem.from_shapes((2, 140, 21, 33), (140, 70, 3, 2), stride=2, padding=1, groups=2),
@@ -232,15 +234,19 @@ def largest_tiles() -> Iterator[None]:
             three if tiles.products(dtype, precision) == 3 else one, channels
         )
 
-    plan_first_layer = conv2d_first_layer.plan
+    def planned(module: Any) -> Callable[..., Any]:
+        plan = module.plan
 
-    def first_layer(problem: Conv2dProblem, dtype: str, gpu: Gpu) -> conv2d_first_layer.Plan:
-        every = conv2d_first_layer.KERNELS
-        most = next((kernel for kernel in every if kernel.outputs / 2 < problem.K), every[-1])
-        return plan_first_layer(problem, dtype, gpu, (most,))
+        def first_layer(problem: Conv2dProblem, dtype: str, gpu: Gpu) -> Any:
+            every = module.KERNELS
+            most = next((kernel for kernel in every if kernel.outputs / 2 < problem.K), every[-1])
+            return plan(problem, dtype, gpu, (most,))
+
+        return first_layer
 
     places: list[tuple[Any, str, Callable[..., Any]]] = [
-        (conv2d_first_layer, "plan", first_layer),
+        (conv2d_first_layer, "plan", planned(conv2d_first_layer)),
+        (conv2d_first_layer_filter, "plan", planned(conv2d_first_layer_filter)),
         (forward_paths, "implicit_tile", plain(tiles.IMPLICIT_TILES, tiles.IMPLICIT_TILES_FLOAT64)),
         (conv2d_filter, "filter_tile", plain(tiles.FILTER_TILES, tiles.FILTER_TILES_FLOAT64)),
         (conv2d_tensor, "tensor_tile", tensor(tiles.TENSOR_TILES, tiles.THREE_PRODUCT_TILES)),

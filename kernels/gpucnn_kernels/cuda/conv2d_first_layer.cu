@@ -22,67 +22,8 @@
 // Limit: input and output once through memory, or 2 * N * P * Q * K * R * S' * 4 operations at the tensor cores'
 // rate, S' being S filled up to whole steps. Of the stem of a ResNet in bfloat16, 256 images, that is 113 us for the
 // bytes and, at the 63 % of the datasheet's rate that mma.sync is known to reach, 148 us for the products.
-#include "conv2d_tensor.cuh"
+#include "conv2d_first_layer.cuh"
 #include "conv2d_tensor_output.cuh"
-
-#if PRODUCTS != 1
-#error "products of numbers split in two are conv2d_tensor.cu's"
-#endif
-
-constexpr int WARPS = 4, THREADS = 32 * WARPS, POSITIONS = 64 * WARPS;
-constexpr int RUN = 16;                                   // positions of a tensor core's tile
-constexpr int DEPTH = 4;                                  // channels of a pixel in shared memory
-constexpr int PIXEL = DEPTH * (int)sizeof(scalar_t);      // bytes
-constexpr int STEP = 32, STEP_PIXELS = STEP / PIXEL;      // bytes and pixels of a product's sum
-
-// Where a block's positions lie in an image, and what of it they meet: ``rows`` rows of ``runs`` runs, for which
-// ``height`` rows of ``width`` pixels are brought to shared memory; from one pixel of a thread to its next are
-// ``down_by`` rows and ``across_by`` columns. An image has down * across such tiles, a row of the filter ``steps``
-// steps.
-struct Patch { int rows, runs, height, width, down_by, across_by, down, across, steps; };
-
-constexpr int TOGETHER = 8;  // pixels of a thread that are on their way at a time
-
-// The image's row and column at a patch's upper left corner, but the row of the thread's first pixel, and that one's
-// column in the patch.
-struct Corner { int row, left, across; };
-
-// Fills a patch, of ``area`` pixels, with zeros where there is no image and no channel.
-template <int MOST_CHANNELS>
-__device__ __forceinline__ void bring(
-    const scalar_t *source, Strides strides, int channels, int height, int width, Patch patch, Corner at, int area,
-    unsigned char *pixels
-) {
-    const scalar_t *planes[MOST_CHANNELS];
-#pragma unroll
-    for (int c = 0; c < MOST_CHANNELS; ++c) planes[c] = source + (c < channels ? c : 0) * strides.c;
-    int row_step = (int)strides.h, column_step = (int)strides.w, down_by = patch.down_by, across_by = patch.across_by;
-    int patch_width = patch.width, left = at.left, row = at.row, across = at.across;
-    keep(row_step), keep(column_step), keep(down_by), keep(across_by), keep(patch_width), keep(height), keep(width);
-    Pack<scalar_t, DEPTH> *to = reinterpret_cast<Pack<scalar_t, DEPTH> *>(pixels) + threadIdx.x;
-#pragma unroll 1
-    for (int over = area - (int)threadIdx.x; over > 0; over -= TOGETHER * THREADS) {
-        Pack<scalar_t, DEPTH> fetched[TOGETHER];
-#pragma unroll
-        for (int i = 0; i < TOGETHER; ++i) {  // beyond the patch's end, too, where the image goes on
-            const int column = left + across, place = row * row_step + column * column_step;
-            const bool there = inside(row, height) && inside(column, width);
-#pragma unroll
-            for (int c = 0; c < DEPTH; ++c) {
-                fetched[i].number[c] = store(0.0f);
-                if (c < MOST_CHANNELS && there && c < channels) fetched[i].number[c] = planes[c][place];
-            }
-            row += down_by;
-            across += across_by;
-            if (across >= patch_width) across -= patch_width, ++row;
-        }
-#pragma unroll
-        for (int i = 0; i < TOGETHER; ++i) {
-            if (over > i * THREADS) to[i * THREADS] = fetched[i];
-        }
-        to += TOGETHER * THREADS;
-    }
-}
 
 template <int OUTPUTS>
 __device__ __forceinline__ void convolve(
@@ -151,14 +92,10 @@ __device__ __forceinline__ void convolve(
             first_row * vertical.stride - vertical.pad + thread_row, first_column * horizontal.stride - horizontal.pad,
             thread_column
         };
-        if (channels.source == 3) {
-            bring<3>(source, input_strides, 3, vertical.source, horizontal.source, patch, corner_of_patch, area, pixels);
-        } else {
-            bring<DEPTH>(
-                source, input_strides, channels.source, vertical.source, horizontal.source, patch, corner_of_patch, area,
-                pixels
-            );
-        }
+        bring_image(
+            source, input_strides, channels.source, vertical.source, horizontal.source, patch, corner_of_patch, area,
+            pixels, 0
+        );
 #pragma unroll
         for (int i = 0; i < LOOKED_UP; ++i) {
             const int p = first_row + rows[i], q = first_column + columns[i];
