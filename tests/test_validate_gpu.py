@@ -240,7 +240,7 @@ FAULTS = {
     "conv2d_forward": (convolution.check_convolution, lambda y: y * numpy.float32(1 + 1e-4)),  # as TF32 would
     "conv2d_backward_filter": (convolution.check_convolution, lambda y: numpy.roll(y, 1, axis=-1)),
     "max_pool2d_forward": (layers.check_pooling, lambda y: y[::-1]),
-    "batch_norm_forward": (layers.check_batch_norm, lambda y: (y[0], y[1], y[2] * (1 + 1e-4))),
+    "batch_norm_forward": (layers.check_batch_norm, lambda y: (*y[:2], y[2] * (1 + 1e-4), *y[3:])),
     "softmax_cross_entropy_backward": (steps.check_cross_entropy, lambda y: y * (1 + 1e-3)),
     "images_to_float": (steps.check_images, lambda y: y[..., ::-1]),
     "augment_images": (augmentation.check_augmentation, lambda y: y * numpy.float32(1 + 1e-5)),

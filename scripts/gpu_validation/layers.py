@@ -194,6 +194,7 @@ def check_batch_norm(bench: Bench) -> None:
         x, dy = numbers.normal(*shape), numbers.normal(*shape)
         x = numbers.rounded(x + numbers.normal(1, channels, *[1] * (len(shape) - 2), scale=2))
         residual, mask = numbers.normal(*shape), numpy.maximum(numbers.normal(*shape), 0)
+        decided = numpy.where(mask > 0, 100.0, -100.0)  # a residual whose signs are those of its sum with y
         weight, bias, mean0 = numbers.normal(channels), numbers.normal(channels), numbers.normal(channels)
         var0 = numbers.uniform(0.5, 2.0, channels)
         y, mean, inverse = normalization_oracle.batch_norm(x, weight, bias, epsilon)
@@ -266,6 +267,25 @@ def check_batch_norm(bench: Bench) -> None:
                     rounding(dtype, through[0], backward_over, 16),
                     *(rounding(wide, part, sums, 4) for part in through[1:]),
                     0.0,
+                ],
+            )  # fmt: skip
+
+            def by_mask(dtype: str = dtype, layout: str = layout, wide: str = wide) -> Any:
+                ended, _, _, bits = kernels.batch_norm_forward(
+                    bench.put(x, dtype, layout), *(bench.put(values, wide) for values in (weight, bias)),
+                    residual=bench.put(decided, dtype, layout), activation="relu", with_mask=True,
+                )  # fmt: skip
+                return kernels.batch_norm_backward(
+                    bench.put(dy, dtype, layout), bench.put(x, dtype, layout),
+                    *(bench.put(values, wide) for values in (weight, mean, inverse)),
+                    y=ended, mask=bits, activation="relu",
+                )  # fmt: skip
+
+            bench.check(
+                "batch_norm_backward", f"{title}, by forward's mask", dtype, by_mask, [*through],
+                [
+                    rounding(dtype, through[0], backward_over, 16),
+                    *(rounding(wide, part, sums, 4) for part in through[1:]),
                 ],
             )  # fmt: skip
             bench.check(
