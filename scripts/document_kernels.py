@@ -101,7 +101,8 @@ where it is asked for by name, until it was measured.
 Every algorithm of `conv2d_forward` stores activation(scale * sum + bias + residual), made in float32 (float64 for
 float64) and rounded once: `bias` and `scale` for each output channel, `residual` of the result's shape and memory
 format, `activation` by name. A residual block's sum and ReLU, or a batch norm in evaluation, then take no pass of
-their own. im2col, whose products are cuBLAS's, ends in a second launch.
+their own. im2col, whose products are cuBLAS's, ends in a second launch. `conv2d_backward_data` takes a `residual`
+likewise, which may be `out` itself: the gradients of a residual block's two branches need no pass of their own.
 
 `conv2d_max_pool2d_forward` also pools: one launch from the images to the maxima and their places, which
 `max_pool2d_backward` takes; the convolution's result is stored nowhere. `conv2d_max_pool2d_pays` says where gpucnn
@@ -110,7 +111,8 @@ and a pooling, which is so of first layers and small images. That is arithmetic,
 
 `conv2d_backward_filter(..., bias_out=...)` makes the bias's gradient with the weight's, in the same pass over dy
 where its way allows that, and `max_pool2d_backward(..., y=, activation=)` goes back through the activation, too.
-Batch norm takes a `residual` and an `activation`, and gives the gradients of both.
+Batch norm takes a `residual` and an `activation`, and gives the gradients of both; `with_mask=` leaves a bit a
+number that backward reads in the place of the result.
 
 ## Fully connected layers
 
