@@ -84,7 +84,9 @@ def test_the_counts_are_of_the_sources_as_they_are() -> None:
             assert numbers[0] >= sum(numbers[1:]), (title, kernel)
             assert numbers[4] > 0, (title, kernel)  # no kernel leaves memory alone
             # Products on tensor cores are where they are said to be, and nowhere else.
-            tensor = title.startswith(("conv2d_tensor", "conv2d_wgmma")) and "pack" not in title
+            tensor = (
+                title.startswith(("conv2d_tensor", "conv2d_wgmma", "conv2d_first_layer")) and "pack" not in title
+            )
             assert (numbers[2] > 0) == tensor, (title, kernel)
 
 
@@ -112,9 +114,13 @@ def test_a_prediction_by_hand() -> None:
     assert entry["memory"] == pytest.approx(moved / 4.32e12, rel=1e-3)
     # Three products of tf32, of 2048 operations a clock of a multiprocessor; 58 % of that are reckoned with.
     blocks = positions // 128
-    arithmetic = -(-blocks // 132) * 2 * 64 * 128 * 576 / (0.58 * 2048 / 3 * 1.98e9)
+    busiest = -(-blocks // 132)
+    arithmetic = busiest * 2 * 64 * 128 * 576 / (0.58 * 2048 / 3 * 1.98e9)
+    # Four warps of a block: a thousand instructions before the loop, but for the first two blocks, and four for
+    # each of a thread's 64 numbers behind it; nine tenths of the clocks of four schedulers.
+    around = 4 * ((busiest - 2) * 1000 + busiest * 4 * 64) / (4 * 0.9 * 1.98e9)
     assert (entry["path"], entry["tile"]) == ("tensor", "conv2d_tensor_large")
-    assert entry["seconds"] == pytest.approx(arithmetic + 3e-6, rel=1e-3)
+    assert entry["seconds"] == pytest.approx(arithmetic + around + 3e-6, rel=1e-3)
     pool = rows["max-pool k2 64x56 N256 forward, bfloat16, libraries"]
     assert pool["limit_datasheet"] == pytest.approx(2 * 256 * 64 * 56 * 56 * 1.25 / 4.8e12, rel=1e-3)
     assert "seconds" not in pool
