@@ -2,11 +2,11 @@
 //
 //   y[position, k] = sum over (r, s, c) of x[position's row * stride + r, column * stride + s, c] * w[k, r, s, c]
 //
-// The implicit matrix product of conv2d_tensor.cu fetches each pixel once for every tap that meets it, filled up to
-// 16 bytes: of a 7x7 filter at stride 2 that is 12 times, through L2, which is then what limits. Here a block brings
-// the rows of the image that its positions meet into shared memory once, pixel by pixel with four channels each,
-// from wherever they lie, and reads all taps there: no copy of the image is made, and the filter, too, is read once
-// for all of the blocks' tiles, through which it goes one after another.
+// The implicit matrix product of conv2d_tensor.cu fetches each pixel once for every tap that meets it, filled up
+// to 16 bytes: of a 7x7 filter at stride 2 that is 12 times, through L2, which is then what limits. Here a block
+// brings the rows of the image that its positions meet into shared memory once, pixel by pixel with four channels
+// each, from wherever they lie, and reads all taps there: no copy of the image is made, and the filter, too, is
+// read once for all of the blocks' tiles, through which it goes one after another.
 //
 // Seen from a position, the taps of one row of the filter are neighbouring pixels, so that (s, c) is one run of
 // numbers in shared memory. The sum goes through it in steps of 32 bytes, a product of tensor cores each: four
@@ -14,22 +14,29 @@
 // factors agree: lane t of four takes the 8 bytes at 8 t of its positions' and of its channels' runs, which is one
 // load for both words of a fragment, whatever the stride, and neighbouring positions, whose runs overlap, meet
 // different banks or the same word. A row's last step may reach pixels beyond the window: they are masked to zero,
-// for an infinite number there is not to become NaN; the filter is zero there, and in the channels that there are not.
+// for an infinite number there is not to become NaN; the filter is zero there, and in the channels that there are
+// not.
 //
-// A warp makes 64 positions, four runs of 16 in a row, x 64, 32 or 16 channels; a block of four warps 256 positions.
-// The sums leave as those of conv2d_tensor.cu, with its epilogue.
+// A warp makes 64 positions, four runs of 16 in a row, x 64, 32 or 16 channels; a block of four warps 256
+// positions. The sums leave as those of conv2d_tensor.cu, with its epilogue.
 //
 // Limit: input and output once through memory, or 2 * N * P * Q * K * R * S' * 4 operations at the tensor cores'
-// rate, S' being S filled up to whole steps. Of the stem of a ResNet in bfloat16, 256 images, that is 113 us for the
-// bytes and, at the 63 % of the datasheet's rate that mma.sync is known to reach, 148 us for the products.
+// rate, S' being S filled up to whole steps. Of the stem of a ResNet in bfloat16, 256 images, that is 113 us for
+// the bytes and, at the 63 % of the datasheet's rate that mma.sync is known to reach, 148 us for the products.
+//
+// Counted in the code compiled for sm_90, not measured: a step of a wide block's warp takes 75 instructions for 32
+// products in 16 bits, 107 in tf32, where each number is rounded; a pixel that is brought 39 of its thread. A
+// product keeps the tensor core busy for 6.3 clocks of that rate, so that the stem's steps are limited by it, and
+// what comes before and after them is for the other block of the multiprocessor to fill. Registers, wide, medium
+// and narrow: 206, 142 and 110 in 16 bits, 198, 125 and 96 in tf32.
 #include "conv2d_first_layer.cuh"
 #include "conv2d_tensor_output.cuh"
 
 template <int OUTPUTS>
 __device__ __forceinline__ void convolve(
-    const scalar_t *input, Strides input_strides, const scalar_t *filter, FilterStrides filter_strides, Terms terms,
-    scalar_t *output, Strides output_strides, Channels channels, Axis vertical, Axis horizontal, Epilogue epilogue,
-    int vectors, Patch patch, int tiles, unsigned char *shared, long long *places
+    const scalar_t *input, Strides input_strides, const scalar_t *filter, FilterStrides filter_strides,
+    Terms terms, scalar_t *output, Strides output_strides, Channels channels, Axis vertical, Axis horizontal,
+    Epilogue epilogue, int vectors, Patch patch, int tiles, unsigned char *shared, long long *places
 ) {
     constexpr int DOWN = 4, ACROSS = OUTPUTS / 8;  // tiles of a warp
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -62,8 +69,8 @@ __device__ __forceinline__ void convolve(
 #pragma unroll
     for (int i = 0; i < DOWN; ++i) {
         const int run = warp * DOWN + i, row = run / patch.runs;
-        lefts[i] = row < patch.rows ? row * vertical.stride * pitch + (run % patch.runs * RUN + group) * advance + part
-                                    : part;
+        const int column = run % patch.runs * RUN + group;
+        lefts[i] = row < patch.rows ? row * vertical.stride * pitch + column * advance + part : part;
     }
     const int right_part = group * STEP + part;
     const int kept = horizontal.kernel - part / PIXEL;  // pixels of the lane that the first step's window has left
@@ -89,12 +96,12 @@ __device__ __forceinline__ void convolve(
 
         const scalar_t *source = input + image * input_strides.n;
         const Corner corner_of_patch = {
-            first_row * vertical.stride - vertical.pad + thread_row, first_column * horizontal.stride - horizontal.pad,
-            thread_column
+            first_row * vertical.stride - vertical.pad + thread_row,
+            first_column * horizontal.stride - horizontal.pad, thread_column
         };
         bring_image(
-            source, input_strides, channels.source, vertical.source, horizontal.source, patch, corner_of_patch, area,
-            pixels, 0
+            source, input_strides, channels.source, vertical.source, horizontal.source, patch, corner_of_patch,
+            area, pixels, 0
         );
 #pragma unroll
         for (int i = 0; i < LOOKED_UP; ++i) {

@@ -1,5 +1,5 @@
-// What the first layer's kernels share: the rows of an image that a tile of positions meets, brought to shared memory
-// pixel by pixel with four channels each, from wherever they lie.
+// What the first layer's kernels share: the rows of an image that a tile of positions meets, brought to shared
+// memory pixel by pixel with four channels each, from wherever they lie.
 #include "conv2d_tensor.cuh"
 
 #if PRODUCTS != 1
@@ -20,12 +20,12 @@ struct Patch { int rows, runs, height, width, down_by, across_by, down, across, 
 
 constexpr int TOGETHER = 8;  // pixels of a thread that are on their way at a time
 
-// The image's row and column at a patch's upper left corner, but the row of the thread's first pixel, and that one's
-// column in the patch.
+// The image's row and column at a patch's upper left corner, but the row of the thread's first pixel, and that
+// one's column in the patch.
 struct Corner { int row, left, across; };
 
-// Fills a patch, of ``area`` pixels, with zeros where there is no image and no channel; and where ``second`` is not
-// 0 also one that begins so many pixels behind it.
+// Fills a patch, of ``area`` pixels, with zeros where there is no image and no channel; and where ``second`` is
+// not 0 also one that begins so many pixels behind it.
 template <int MOST_CHANNELS>
 __device__ __forceinline__ void bring(
     const scalar_t *source, Strides strides, int channels, int height, int width, Patch patch, Corner at, int area,
@@ -34,9 +34,11 @@ __device__ __forceinline__ void bring(
     const scalar_t *planes[MOST_CHANNELS];
 #pragma unroll
     for (int c = 0; c < MOST_CHANNELS; ++c) planes[c] = source + (c < channels ? c : 0) * strides.c;
-    int row_step = (int)strides.h, column_step = (int)strides.w, down_by = patch.down_by, across_by = patch.across_by;
+    int row_step = (int)strides.h, column_step = (int)strides.w;
+    int down_by = patch.down_by, across_by = patch.across_by;
     int patch_width = patch.width, left = at.left, row = at.row, across = at.across;
-    keep(row_step), keep(column_step), keep(down_by), keep(across_by), keep(patch_width), keep(height), keep(width);
+    keep(row_step), keep(column_step), keep(down_by), keep(across_by);
+    keep(patch_width), keep(height), keep(width);
     Pack<scalar_t, DEPTH> *to = reinterpret_cast<Pack<scalar_t, DEPTH> *>(pixels) + threadIdx.x;
 #pragma unroll 1
     for (int over = area - (int)threadIdx.x; over > 0; over -= TOGETHER * THREADS) {
