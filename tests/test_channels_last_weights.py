@@ -159,7 +159,8 @@ def test_captured_steps_have_the_bits_of_plain_ones(precision, counts):
     assert_equal(left_behind(captured), left_behind(plain))
     assert is_channels_last(plain.model[5].weight.data)
     assert is_channels_last(plain.model[3].weight.data)
-    assert packed == {1}, "an image in pieces was packed"
+    # In tf32 the filter's gradient of the first layer packs its image; in 16 bits it is read as it lies.
+    assert packed == ({1} if precision == "tf32" else set()), "an image in pieces was packed"
 
 
 def test_a_run_goes_on_from_its_checkpoint_with_the_same_bits(tmp_path):
