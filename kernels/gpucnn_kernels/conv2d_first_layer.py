@@ -36,7 +36,8 @@ _THREADS, _RUNS, _RUN = 128, 16, 16  # of a block: threads, runs of positions, a
 _STEP = 32  # bytes of the sum that a product takes
 _TOGETHER = 8  # pixels of a thread that are on their way at a time
 _OUTPUT_PART, _OUTPUT_PADDING = 64, 8  # positions whose sums are in shared memory at a time, numbers between them
-SHARED_KIB = {(8, 0): 164, (8, 6): 100, (8, 9): 100, (9, 0): 228, (12, 0): 100}
+_MORE_BYTES = 3072  # of shared memory a block: its positions' places, and what the system takes
+_SHARED_KIB = {(8, 0): 164, (8, 6): 100, (8, 9): 100, (9, 0): 228, (12, 0): 100}
 
 # Instructions of a warp, counted in the code for sm_90.
 _OF_A_STEP = 57  # beside its products: both factors, masks, the loop
@@ -115,6 +116,14 @@ def fits_in_integers(problem: Conv2dProblem) -> bool:
     return max(problem.N * problem.P * problem.Q, problem.C * problem.H * problem.W) < 1 << 31
 
 
+def resident_blocks(kernel: Kernel, shared_bytes: int, gpu: Gpu | None) -> int:
+    """Of a multiprocessor, which has registers and shared memory for them; without a GPU, registers alone."""
+    if gpu is None:
+        return kernel.resident
+    most = max((size for size in _SHARED_KIB if size <= gpu.capability), default=(8, 6))
+    return max(1, min(kernel.resident, (_SHARED_KIB[most] << 10) // (shared_bytes + _MORE_BYTES)))
+
+
 def patch_of(
     problem: Conv2dProblem, rows: int, runs: int, step_pixels: int, *, even: bool = False
 ) -> dict[str, int]:
@@ -165,10 +174,6 @@ def _made(kernel: Kernel, problem: Conv2dProblem, rows: int, runs: int, item: in
     shared_bytes = weights + max(area * pixel, sums)
     if shared_bytes > MOST_BYTES:
         return None
-    resident = kernel.resident
-    if gpu is not None:
-        most = max((size for size in SHARED_KIB if size <= gpu.capability), default=(8, 6))
-        resident = min(resident, (SHARED_KIB[most] << 10) // (shared_bytes + 3072))
     products_of_a_warp = problem.R * steps * 4 * kernel.outputs / 8
     pixels = -(-area // (_TOGETHER * _THREADS)) * _TOGETHER
     return Plan(
@@ -177,7 +182,7 @@ def _made(kernel: Kernel, problem: Conv2dProblem, rows: int, runs: int, item: in
         shared_bytes,
         max(1, problem.N) * patch["down"] * patch["across"],
         -(-problem.K // kernel.outputs),
-        max(1, resident),
+        resident_blocks(kernel, shared_bytes, gpu),
         products_of_a_warp,
         products_of_a_warp
         + problem.R * steps * _OF_A_STEP

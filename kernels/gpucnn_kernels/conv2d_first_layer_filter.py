@@ -15,10 +15,11 @@ from gpucnn_kernels.conv2d_first_layer import (
     MOST_BYTES,
     OVERLAP,
     PRODUCT_SHARE,
-    SHARED_KIB,
+    Kernel,
     fits_in_integers,
     in_vectors,
     patch_of,
+    resident_blocks,
 )
 from gpucnn_kernels.conv2d_forward_paths import axes, strides
 from gpucnn_kernels.conv2d_tiles import tensor_rate
@@ -46,15 +47,6 @@ _OF_A_RUN = 90  # beside its products
 _OF_A_PIXEL = 40  # of each thread
 _OF_A_PACK = 40  # of dy, of each thread
 _OF_A_TILE = 500
-
-
-@dataclass(frozen=True, slots=True)
-class Kernel:
-    """How many channels a block of a kernel makes, and how many blocks a multiprocessor's registers hold."""
-
-    name: str
-    outputs: int
-    resident: int
 
 
 KERNELS = (Kernel("first_layer_filter_wide", 64, 2), Kernel("first_layer_filter_narrow", 16, 3))
@@ -127,10 +119,7 @@ def _made(kernel: Kernel, problem: Conv2dProblem, runs: int, gpu: Gpu | None) ->
     shared_bytes = 2 * slopes + area * _PIXEL
     if shared_bytes > MOST_BYTES:
         return None
-    resident = kernel.resident
-    if gpu is not None:
-        most = max((size for size in SHARED_KIB if size <= gpu.capability), default=(8, 6))
-        resident = max(1, min(resident, (SHARED_KIB[most] << 10) // (shared_bytes + 3072)))
+    resident = resident_blocks(kernel, shared_bytes, gpu)
     columns = problem.R * patch["steps"]
     warps = -(-columns // _COLUMNS)
     here = 4 if warps > 2 else warps
