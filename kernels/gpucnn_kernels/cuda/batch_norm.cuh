@@ -1,5 +1,6 @@
 // What the kernels of batch normalization share: the walk's numbers, moments, and what is done to a number.
 #include "activation.cuh"
+#include "fused.cuh"
 
 struct BatchNormWalk {
     int channels, width, parts;
@@ -65,9 +66,6 @@ __device__ __forceinline__ accumulate_t gradient_before(
 struct GradientSums {
     accumulate_t gradients, products, distances;  // the sums of dy, of dy * (x - mean), and of x - mean
 };
-
-__device__ __forceinline__ float fused(float a, float b, float sum) { return fmaf(a, b, sum); }
-__device__ __forceinline__ double fused(double a, double b, double sum) { return fma(a, b, sum); }
 
 // dx = dy * factor + (x - mean) * slant + offset.
 struct Slope {

@@ -22,6 +22,7 @@
 // By the counting in conv2d_max_pool.py an H200 takes 8.3 us for LeNet's first layer and 512 images, of which a
 // launch is 3, and 13 us for its second.
 #include "conv2d_direct.cuh"
+#include "fused.cuh"
 #include "pooling_windows.cuh"
 
 // The pooling's windows over the convolution's result; P and Q are how many there are.
@@ -53,9 +54,6 @@ __device__ __forceinline__ accumulate_t least_of_all() { return -__int_as_float(
 
 // As stored: the value that max_pool_forward would read.
 __device__ __forceinline__ accumulate_t rounded(accumulate_t value) { return load(store(value)); }
-
-__device__ __forceinline__ float fused(float x, float y, float z) { return fmaf(x, y, z); }
-__device__ __forceinline__ double fused(double x, double y, double z) { return fma(x, y, z); }
 
 // ---------------------------------------------------------------- 2 x 2, in registers
 

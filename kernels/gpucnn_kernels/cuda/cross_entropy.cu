@@ -24,6 +24,7 @@
 //
 // "Time for" is what an H200 can start while its memory moves the number's bytes. A warp has 2 KiB of a row of
 // float32 under way, where it had 128 bytes.
+#include "fused.cuh"
 #include "last_block.cuh"
 #include "rows.cuh"
 
@@ -38,8 +39,6 @@ struct CrossEntropyTargets {
 
 __device__ __forceinline__ float logarithm(float x) { return logf(x); }
 __device__ __forceinline__ double logarithm(double x) { return log(x); }
-__device__ __forceinline__ float fused(float a, float b, float sum) { return fmaf(a, b, sum); }
-__device__ __forceinline__ double fused(double a, double b, double sum) { return fma(a, b, sum); }
 __device__ __forceinline__ accumulate_t not_a_number() { return __int_as_float(0x7fffffff); }
 
 __device__ __forceinline__ long long label_of(
