@@ -49,10 +49,15 @@ def whole_text(text: str) -> str:
 
 
 @cache
-def module(text: str, sanitize: bool) -> HostModule:
-    """The text compiled, once a session."""
+def module(text: str, sanitize: bool, ptx: str | None = None, kernels: tuple[str, ...] = ()) -> HostModule:
+    """The text, or its PTX for an architecture, compiled once a session; ``kernels``: not all that it has."""
     source = source_from_text(text)
-    return HostModule(source.text, kernel_names(text), sanitize=sanitize)
+    return HostModule(source.text, kernels or kernel_names(text), sanitize=sanitize, ptx=ptx)
+
+
+def of_ptx(*values: Any, name: str) -> Any:
+    """A parameter of a test that runs what NVRTC makes of a text."""
+    return pytest.param(*values, id=name, marks=pytest.mark.nvrtc)
 
 
 def kernel_names(text: str) -> list[str]:

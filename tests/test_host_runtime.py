@@ -16,7 +16,7 @@ import pytest
 from gpucnn_kernels.runtime import host_build, nvrtc
 from gpucnn_kernels.runtime.host import HostCompileError, HostModule, KernelFault, Memory, order, order_independent
 from gpucnn_kernels.source import source_from_text
-from tests.host_modules import launch, module, nothing_from_outside, poisoned, reads, writes  # noqa: F401
+from tests.host_modules import launch, module, nothing_from_outside, of_ptx, poisoned, reads, writes  # noqa: F401
 
 TEXT = r"""
 // The comment mentions __shared__ int nothing[3]; and must not count.
@@ -186,9 +186,9 @@ extern "C" __global__ void bits(const unsigned *x, unsigned *y, float *f) {
 ORDERS = (0, -1, 1, 20)
 
 
-@pytest.fixture(params=[False, True], ids=["plain", "sanitized"])
+@pytest.fixture(params=["plain", "sanitized", of_ptx("ptx", name="ptx")])
 def compiled(request):
-    return module(TEXT, request.param)
+    return module(TEXT, request.param == "sanitized", "sm_90" if request.param == "ptx" else None)
 
 
 @pytest.fixture(params=ORDERS)

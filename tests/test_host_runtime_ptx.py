@@ -11,9 +11,8 @@ import pytest
 
 from gpucnn_kernels.errors import CompileError
 from gpucnn_kernels.runtime import nvrtc
-from gpucnn_kernels.runtime.host import HostModule
 from gpucnn_kernels.source import source_from_text
-from tests.host_modules import launch, poisoned, reads, writes
+from tests.host_modules import launch, module, of_ptx, poisoned, reads, writes
 
 TEXT = r"""
 #include "ptx.cuh"
@@ -139,15 +138,14 @@ PRODUCTS = {
 }
 OTHERS = [f"load_{count}{how}" for count in (1, 2, 4) for how in ("", "_transposed")]
 OTHERS += ["copy_4", "copy_8", "copy_16", "copy_all", "copy_too_early", "round_all", "tile_of_product"]
-MODULES = {}
 
 
-@pytest.fixture(params=[False, True], ids=["plain", "sanitized"])
+@pytest.fixture(
+    params=["plain", "sanitized", of_ptx("ptx", name="ptx"), of_ptx("ptx sanitized", name="ptx-sanitized")]
+)
 def compiled(request):
-    if request.param not in MODULES:
-        names = [f"{name}_kernel" for name in PRODUCTS] + OTHERS
-        MODULES[request.param] = HostModule(source_from_text(TEXT).text, names, sanitize=request.param)
-    return MODULES[request.param]
+    names = (*(f"{name}_kernel" for name in PRODUCTS), *OTHERS)
+    return module(TEXT, "sanitized" in request.param, "sm_90" if "ptx" in request.param else None, names)
 
 
 @pytest.mark.parametrize("architecture", nvrtc.ARCHITECTURES)
@@ -280,11 +278,11 @@ def test_rounding_to_tf32(compiled):
     nan = numpy.isnan(x)
     assert (y[nan] == 0x7FFFFFFF).all()
     finite = numpy.isfinite(x)
-    # The definition: the nearest multiple of the last place, 10 bits below the leading one, ties away from zero.
+    # The definition: the nearest multiple of the last place, 10 bits below the leading one, of two the even one.
     exact = numpy.abs(x[finite].astype("float64"))
     exponent = numpy.maximum(numpy.frexp(exact)[1] - 1, -126)
     place = numpy.ldexp(1.0, exponent - 10)
-    nearest = numpy.floor(exact / place + 0.5) * place
+    nearest = numpy.rint(exact / place) * place
     with numpy.errstate(over="ignore"):
         expected = numpy.copysign(nearest, x[finite]).astype("float32")
     assert numpy.array_equal(y[finite].view("float32"), expected)

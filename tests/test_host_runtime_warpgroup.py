@@ -11,9 +11,9 @@ import pytest
 
 from gpucnn_kernels.errors import CompileError
 from gpucnn_kernels.runtime import nvrtc
-from gpucnn_kernels.runtime.host import HostModule, KernelFault
+from gpucnn_kernels.runtime.host import KernelFault
 from gpucnn_kernels.source import Source, source_from_text
-from tests.host_modules import launch, poisoned, reads, writes
+from tests.host_modules import launch, module, of_ptx, poisoned, reads, writes
 
 # A warpgroup, or two, each with 64 rows of A; rows of 64 numbers come as they lie in memory and are put where they
 # belong. FAULT says what is done wrong.
@@ -82,23 +82,26 @@ KERNEL(odd_depth, multiply_warpgroup_half, 64, 32, ODD_DEPTH)
 TYPES = {"half": numpy.dtype("float16"), "bfloat16": numpy.dtype(ml_dtypes.bfloat16)}
 RIGHT = [f"{name}_{columns}" for name in TYPES for columns in (64, 128, 256)]
 WRONG = ["not_shown", "not_begun", "not_waited", "overwritten", "disagreeing", "misaligned", "odd_depth"]
-MODULES: dict[bool, HostModule] = {}
+CODE = pytest.mark.parametrize(
+    ("sanitize", "ptx"),
+    [
+        pytest.param(False, None, id="plain"),
+        pytest.param(True, None, id="sanitized"),
+        of_ptx(False, "sm_90a", name="ptx"),
+        of_ptx(True, "sm_90a", name="ptx-sanitized"),
+    ],
+)
 
 
-def compiled(sanitize=False):
-    if sanitize not in MODULES:
-        MODULES[sanitize] = HostModule(source_from_text(TEXT).text, [*RIGHT, *WRONG], sanitize=sanitize)
-    return MODULES[sanitize]
-
-
-def run(kernel, columns=64, dtype=TYPES["half"], depth=64, warpgroups=1, sanitize=False):
+def run(kernel, columns=64, dtype=TYPES["half"], depth=64, warpgroups=1, sanitize=False, ptx=None):
     """(A @ B.T + 1 as the kernel makes it, the same by NumPy)."""
     generator = numpy.random.default_rng(columns + depth)
     rows = 64 * warpgroups
     a, b = (generator.standard_normal((count, 64)).astype(dtype) for count in (rows, columns))
     made = poisoned((128 * warpgroups, columns // 2), "float32")
     arguments = reads(a.view("u1")), reads(b.view("u1")), writes(made), depth
-    launch(compiled(sanitize), kernel, 1, 128 * warpgroups, *arguments, shared_bytes=(rows + columns) * 128)
+    code = module(TEXT, sanitize, ptx, (*RIGHT, *WRONG))
+    launch(code, kernel, 1, 128 * warpgroups, *arguments, shared_bytes=(rows + columns) * 128)
     result = numpy.empty((rows, columns))
     for thread in range(128 * warpgroups):
         warp, lane = thread // 32, thread % 32
@@ -109,12 +112,12 @@ def run(kernel, columns=64, dtype=TYPES["half"], depth=64, warpgroups=1, sanitiz
     return result, a[:, :depth].astype("f8") @ b[:, :depth].astype("f8").T + 1
 
 
-@pytest.mark.parametrize("sanitize", [False, True], ids=["plain", "sanitized"])
+@CODE
 @pytest.mark.parametrize("kernel", RIGHT)
-def test_products(kernel, sanitize):
+def test_products(kernel, sanitize, ptx):
     name, _, columns = kernel.rpartition("_")
     for depth, warpgroups in ((16, 1), (64, 1), (48, 2)):
-        result, expected = run(kernel, int(columns), TYPES[name], depth, warpgroups, sanitize)
+        result, expected = run(kernel, int(columns), TYPES[name], depth, warpgroups, sanitize, ptx)
         assert numpy.abs(result - expected).max() <= 2.0**-20 * numpy.abs(expected).max()
 
 

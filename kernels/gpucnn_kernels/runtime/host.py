@@ -111,7 +111,10 @@ class _Launch(ctypes.Structure):  # gpucnn_host::Launch
     )
 
 
-_KINDS = {"p": "a pointer", "i": "an integer", "f": "a floating-point number", "s": "a struct"}
+_KINDS = {
+    "p": "a pointer", "i": "an integer", "f": "a floating-point number", "s": "a struct",
+    "w": "a pointer or an integer",
+}  # fmt: skip
 
 # Signal handlers and their stack are the process's, so one launch runs at a time, whatever the module.
 _launching = threading.Lock()
@@ -122,13 +125,17 @@ class HostModule:
 
     ``text`` is a whole CUDA C++ translation unit and ``kernels`` the names of its ``extern "C" __global__``
     functions to launch. ``sanitize`` asks for address and undefined-behaviour checks; None:
-    ``$GPUCNN_KERNELS_HOST_SANITIZE`` is "1". Raises HostCompileError.
+    ``$GPUCNN_KERNELS_HOST_SANITIZE`` is "1". ``ptx`` names an architecture, such as "sm_90": then what runs is the
+    PTX that NVRTC makes of the text for it. Raises HostCompileError; CompileError of NVRTC, or of PTX that is not
+    known.
     """
 
-    def __init__(self, text: str, kernels: Sequence[str], *, sanitize: bool | None = None) -> None:
+    def __init__(
+        self, text: str, kernels: Sequence[str], *, sanitize: bool | None = None, ptx: str | None = None
+    ) -> None:
         self.sanitize = os.environ.get(SANITIZE_VARIABLE) == "1" if sanitize is None else sanitize
         self._lines = text.splitlines()
-        self._path = build(text, kernels, self.sanitize)
+        self._path = build(text, kernels, self.sanitize, ptx)
         self._title = title_of(kernels)
         self._library = ctypes.CDLL(str(self._path))
         self._launch = self._library.gpucnn_host_launch
@@ -251,7 +258,7 @@ def _checked_arguments(name: str, kernel: _Kernel, arguments: Sequence[Any]) -> 
             )
         size = int(kernel.sizes[position])
         # A 16-bit float is a struct to C++ and a c_uint16 of its bits to ctypes.
-        if given != kind and not (kind == "s" and given == "i"):
+        if given != kind and (kind, given) not in (("s", "i"), ("w", "p"), ("w", "i")):
             raise TypeError(f"{where} must be {_KINDS[kind]} of {size} bytes, got {_KINDS[given]} ({argument!r})")
         if ctypes.sizeof(value) != size:
             raise TypeError(

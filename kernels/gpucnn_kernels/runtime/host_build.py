@@ -38,6 +38,7 @@ COMMON_FLAGS = (
     "-std=c++17",
     "-g1",
     "-gdwarf-4",  # addr2line (binutils 2.40) mistakes the first file of version 5
+    "-fno-var-tracking",  # where variables are, which -g1 does not say: with sanitizers, half of the time
     "-fPIC",
     "-fvisibility=hidden",
     "-fno-exceptions",
@@ -49,6 +50,7 @@ COMMON_FLAGS = (
     "-w",
 )
 KERNEL_FLAGS = ("-O2", "-nostdinc", f"-I{INCLUDE}")
+PTX_FLAGS = ("-O1", "-nostdinc", f"-I{INCLUDE}")  # thousands of statements and jumps: -O2 takes minutes
 SANITIZED_FLAGS = (
     "-O1",
     "-nostdinc",
@@ -78,25 +80,30 @@ CLANG_SANITIZED_FLAGS = (
 LINK_FLAGS = ("-shared", "-Wl,--no-undefined")
 
 
-def build(text: str, kernels: Sequence[str], sanitize: bool) -> Path:
-    """The shared library of this text, from the cache or compiled now. Raises HostCompileError."""
+def build(text: str, kernels: Sequence[str], sanitize: bool, ptx: str | None = None) -> Path:
+    """The shared library of this text, from the cache or compiled now; of its PTX for the architecture ``ptx``.
+
+    Raises HostCompileError, and for ``ptx`` CompileError.
+    """
     if not kernels:
         raise ValueError("kernels must name at least one kernel of the text, got none")
     compiler = find_compiler()
     title = title_of(kernels)
-    unit = translation_unit(text, kernels)
+    unit = translation_unit(text, kernels) if ptx is None else ""
     flags = [*COMMON_FLAGS, *machine_flags(), *_poison_flags(compiler)]
     if sanitize:
         flags += SANITIZED_FLAGS
         flags += CLANG_SANITIZED_FLAGS if is_clang(compiler) else GCC_SANITIZED_FLAGS
     else:
-        flags += KERNEL_FLAGS
-    key = _key(compiler, flags, unit)
+        flags += KERNEL_FLAGS if ptx is None else PTX_FLAGS
+    key = _key(compiler, flags, unit if ptx is None else _identity_of_ptx(text, ptx))
     library = cache_folder("host") / f"{re.sub(r'[^A-Za-z0-9_]', '', kernels[0])[:40]}-{key}.so"
     if library.is_file():
         return library
     with announced(f"{title} for the host"):
         runtime = _runtime_object(compiler)
+        if ptx is not None:
+            unit = _unit_of_ptx(text, kernels, ptx)
         with tempfile.TemporaryDirectory(dir=library.parent, prefix="compiling-") as scratch:
             unit_path = Path(scratch) / "unit.cpp"
             unit_path.write_text(unit, encoding="utf-8")
@@ -104,6 +111,23 @@ def build(text: str, kernels: Sequence[str], sanitize: bool) -> Path:
             _compile(compiler, [*flags, *LINK_FLAGS, "-o", str(made), str(unit_path), str(runtime)], title)
             os.replace(made, library)
     return library
+
+
+def _identity_of_ptx(text: str, architecture: str) -> str:
+    """What its translation unit depends on, without making it."""
+    from gpucnn_kernels.runtime import nvrtc
+
+    modules = sorted(Path(__file__).with_name("ptx").glob("*.py"))
+    translation = [module.read_text(encoding="utf-8") for module in modules]
+    return "\n".join([architecture, nvrtc.available()[1], *translation, text])
+
+
+def _unit_of_ptx(text: str, kernels: Sequence[str], architecture: str) -> str:
+    from gpucnn_kernels.runtime import nvrtc
+    from gpucnn_kernels.runtime.ptx import translate
+    from gpucnn_kernels.source import Source
+
+    return translate(nvrtc.compile_to_ptx(Source(kernels[0], (), text), architecture), kernels, title_of(kernels))
 
 
 def title_of(kernels: Sequence[str]) -> str:

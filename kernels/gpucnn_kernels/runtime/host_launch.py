@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -11,12 +12,14 @@ from typing import Any
 import numpy
 
 from gpucnn_kernels.arrays import numpy_dtype
-from gpucnn_kernels.errors import CompileError, DeviceError, DtypeError
+from gpucnn_kernels.errors import ArgumentError, CompileError, DeviceError, DtypeError
 from gpucnn_kernels.recording import recording
 from gpucnn_kernels.runtime import Graph, Module, Pointer, Result, Take, host_graph
 from gpucnn_kernels.runtime.host import HostCompileError, HostModule, Memory
+from gpucnn_kernels.runtime.nvrtc import ARCHITECTURES
 from gpucnn_kernels.source import Source
 
+PTX_VARIABLE = "GPUCNN_KERNELS_HOST_PTX"
 _ALIGNMENT = 512  # of memory in parts, as a GPU's
 
 
@@ -73,9 +76,10 @@ class HostRuntime:
         return 0
 
     def capability(self, device: int) -> tuple[int, int]:
-        """9.0: the host compiles kernels with __CUDA_ARCH__ at 900."""
+        """9.0: the host compiles kernels with __CUDA_ARCH__ at 900. Of PTX, that of its architecture."""
         del device
-        return 9, 0
+        number = int((ptx_architecture() or "sm_90").removeprefix("sm_"))
+        return divmod(number, 10)
 
     def empty(self, shape: Sequence[int], dtype: str, like: Any) -> Any:
         """A new array, of the subclass of ``like`` if it is one, filled with 0xFF so that a gap shows as NaN."""
@@ -140,6 +144,14 @@ class HostRuntime:
             return host_graph.capture(run, keep)
 
 
+def ptx_architecture() -> str | None:
+    """The architecture whose PTX runs in place of the kernels' text, by the environment; None: the text itself."""
+    chosen = os.environ.get(PTX_VARIABLE) or None
+    if chosen is not None and chosen not in ARCHITECTURES:
+        raise ArgumentError(f"{PTX_VARIABLE} must be one of {', '.join(ARCHITECTURES)}, got '{chosen}'")
+    return chosen
+
+
 class _Part:
     """A piece of memory as NumPy takes it: an array made of it keeps ``owner`` alive, too."""
 
@@ -153,7 +165,10 @@ class _Part:
 class _HostLaunchModule:
     def __init__(self, source: Source) -> None:
         try:
-            self._module = HostModule(source.text, list(source.kernels))
+            architecture = ptx_architecture()
+            if architecture is not None:
+                architecture = source.architecture or architecture
+            self._module = HostModule(source.text, list(source.kernels), ptx=architecture)
         except HostCompileError as error:
             raise CompileError(f"{source.title}: {error}") from error
 

@@ -75,6 +75,18 @@ def available() -> tuple[bool, str]:
 
 def compile_source(source: Source, architecture: str, options: Sequence[str] = ()) -> tuple[bytes, str]:
     """(cubin, log) of ``source`` for an ``architecture`` such as "sm_90". Raises CompileError with its lines."""
+    return _compiled(source, source.architecture or architecture, ["--ptxas-options=-v", *options], "CUBIN")
+
+
+def compile_to_ptx(source: Source, architecture: str) -> str:
+    """The PTX of ``source`` for an ``architecture``, with the places in the source; raises CompileError."""
+    virtual = (source.architecture or architecture).replace("sm_", "compute_")
+    ptx, _ = _compiled(source, virtual, ["-lineinfo"], "PTX")
+    return ptx.rstrip(b"\0").decode()
+
+
+def _compiled(source: Source, architecture: str, options: Sequence[str], what: str) -> tuple[bytes, str]:
+    """(CUBIN or PTX, log)."""
     library, headers = _library()
     program = ctypes.c_void_p()
     _check(
@@ -84,12 +96,7 @@ def compile_source(source: Source, architecture: str, options: Sequence[str] = (
         ),
     )
     try:
-        arguments = [
-            f"-arch={source.architecture or architecture}",
-            "-std=c++17",
-            "-ftz=true",
-            "--ptxas-options=-v",
-        ]
+        arguments = [f"-arch={architecture}", "-std=c++17", "-ftz=true"]
         arguments += [f"-I{folder}" for folder in headers] + list(options)
         encoded = (ctypes.c_char_p * len(arguments))(*(argument.encode() for argument in arguments))
         status = library.nvrtcCompileProgram(program, len(arguments), encoded)
@@ -97,10 +104,10 @@ def compile_source(source: Source, architecture: str, options: Sequence[str] = (
         if status != 0:
             raise CompileError(f"{source.title} does not compile for {architecture}:\n{log}")
         size = ctypes.c_size_t()
-        _check(library, library.nvrtcGetCUBINSize(program, ctypes.byref(size)))
-        cubin = ctypes.create_string_buffer(size.value)
-        _check(library, library.nvrtcGetCUBIN(program, cubin))
-        return cubin.raw, log
+        _check(library, library[f"nvrtcGet{what}Size"](program, ctypes.byref(size)))
+        made = ctypes.create_string_buffer(size.value)
+        _check(library, library[f"nvrtcGet{what}"](program, made))
+        return made.raw, log
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
 

@@ -43,11 +43,12 @@ inline void load_matrix_transposed(unsigned (&fragment)[COUNT], const void *row,
     gpucnn_host::load_matrices(fragment, row, COUNT, true, line);
 }
 
-// Rounds to the nearest number with 10 fraction bits, ties away from zero; a NaN becomes the canonical one.
+// Rounds to the nearest number with 10 fraction bits, ties to even, as compute capability 9.0 does; a NaN becomes
+// the canonical one.
 inline unsigned round_to_tf32(float value) {
     const unsigned bits = __float_as_uint(value);
     if ((bits & 0x7f800000u) == 0x7f800000u) return bits & 0x007fffffu ? 0x7fffffffu : bits;
-    return (bits + 0x1000u) & 0xffffe000u;
+    return (bits + 0xfffu + (bits >> 13 & 1)) & 0xffffe000u;
 }
 
 #define GPUCNN_HOST_MULTIPLY(NAME, A_WORDS, B_WORDS, FORMAT, DEPTH) \

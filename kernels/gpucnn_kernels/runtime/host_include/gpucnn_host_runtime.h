@@ -43,7 +43,7 @@ struct Kernel {
     void (*call)(void **arguments);
     int parameter_count;
     const unsigned long *sizes;
-    const char *kinds;  // a letter a parameter: p pointer, i integer, f floating, s struct
+    const char *kinds;  // a letter a parameter: p pointer, i integer, f floating, s struct, w 8 bytes of either
 };
 
 struct Memory {
@@ -121,8 +121,14 @@ GPUCNN_HOST_HIDDEN void begin_products(int line);
 GPUCNN_HOST_HIDDEN void multiply_warpgroup(
     float *sums, int columns, unsigned long long left, unsigned long long right, MatrixFormat format, int line
 );
+GPUCNN_HOST_HIDDEN void multiply_warpgroup_at_once(
+    float *sums, int columns, unsigned long long left, unsigned long long right, MatrixFormat format, int line
+);
 GPUCNN_HOST_HIDDEN void commit_products(int line);
 GPUCNN_HOST_HIDDEN void wait_for_products(int groups_left, int line);
+
+// A load by the way of constants (ld.global.nc): a fault where an argument that may be written to has these bytes.
+GPUCNN_HOST_HIDDEN void check_unwritten(const void *address, unsigned long size, int line);
 
 // While one lives, the accesses of its thread are one atomic operation: no race with another such.
 #if defined(GPUCNN_HOST_SANITIZE)

@@ -276,6 +276,22 @@ static void mark_arena(uintptr_t begin, uintptr_t end, bool writable) {
     }
 }
 
+void check_unwritten(const void *address, unsigned long size, int line) {
+    const Launch *launch = schedule.launch;
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(address);
+    for (size_t index = 0; index < launch->memory_count; ++index) {
+        const Memory &memory = launch->memory[index];
+        if (!memory.writable) continue;
+        const uintptr_t there = *static_cast<const uintptr_t *>(launch->arguments[memory.argument]);
+        if (begin < there + memory.size && there < begin + size) {
+            fault(
+                line, "a load by the way of constants (ld.global.nc) from argument %d, which the kernel may write to",
+                memory.argument
+            );
+        }
+    }
+}
+
 // Copies what the pointer arguments point to into the arena, each array (with those that overlap it) alone between
 // red zones at least as long as itself, at the same offset from a 256-byte boundary. False: out of memory.
 static bool copy_in(Launch *launch) {

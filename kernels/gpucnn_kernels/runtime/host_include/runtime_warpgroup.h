@@ -109,6 +109,27 @@ void multiply_warpgroup(
     }
 }
 
+static void do_product(const PendingProduct &product, int warp_of_group);
+
+// The same, done when it is asked for: where the sums are registers, which no pointer can name.
+void multiply_warpgroup_at_once(
+    float *sums, int columns, unsigned long long left, unsigned long long right, MatrixFormat format, int line
+) {
+    const unsigned long long factors[] = {left, right};
+    for (const unsigned long long factor : factors) {
+        if ((factor & ~0x3fffull) != FACTOR_FORM) {
+            fault(line, "wgmma: the descriptor 0x%016llx is not of rows of 128 bytes with exchanged chunks", factor);
+        }
+        const unsigned behind = unsigned((factor & 0x3fff) << 4) % EIGHT_ROWS;
+        if (behind % 32 || behind >= ROW_BYTES) {
+            fault(line, "the rows of a factor begin at multiples of 1024 bytes, these 0x%03x behind", behind);
+        }
+    }
+    multiply_warpgroup(sums, columns, left, right, format, line);
+    ProductsOfThread &products = products_of_thread();
+    do_product(products.pending[--products.count], int(schedule.current / WARP_LANES % 4));
+}
+
 void commit_products(int line) {
     warp_operation("wgmma.commit_group", ALL_LANES, line, nullptr, [](void *const *, unsigned) {});
     ++products_of_thread().group;
