@@ -5,6 +5,7 @@ import numpy
 import pytest
 
 from gpucnn_kernels import runtime
+from gpucnn_kernels.runtime.host_launch import ptx_architecture
 from tests.accuracy import channels_last
 
 DTYPES = {
@@ -23,6 +24,11 @@ def on_the_host():
     """Import this into a test module, and its kernels run on the host runtime."""
     with runtime.using("host"):
         yield
+
+
+def flushes_subnormals():
+    """Whether subnormal numbers of float32 are made 0, as NVRTC's code does, and the host's own does not."""
+    return ptx_architecture() is not None
 
 
 def epsilon(dtype):

@@ -58,7 +58,10 @@ def forward_bound(name, x, expected):
     """The rounding of the storage; four of the arithmetic, and four of the input seen through the derivative."""
     derivative = oracle.elementwise(FUNCTIONS[name][1], x)
     arithmetic = 4 * epsilon(wide(x.dtype)) * (abs(expected) + abs(x.astype(float) * derivative))
-    return epsilon(x.dtype) * abs(expected) + arithmetic + smallest(x.dtype)
+    # What multiplies x last is made 0 where it is subnormal.
+    return (
+        epsilon(x.dtype) * abs(expected) + arithmetic + smallest(x.dtype) * numpy.maximum(1, abs(x.astype(float)))
+    )
 
 
 @NAMES

@@ -20,7 +20,7 @@ from gpucnn_kernels.gpu import H200
 from gpucnn_kernels.runtime.host import order_independent
 from tests.accuracy import channels_last, max_error
 from tests.kernel_accuracy import on_the_host
-from tests.kernel_arrays import DTYPES, LAYOUTS, accumulated, cast, error_bound, wide
+from tests.kernel_arrays import DTYPES, EPSILON, LAYOUTS, accumulated, cast, error_bound, wide
 from tests.oracles import activations, convolution
 from tests.problems import ALL, SMALL, arrays, geometry, options
 
@@ -285,9 +285,11 @@ def test_activations(dtype, algorithm):
         sums, plain_sums = truth_and_plain(problem, dtype, "forward")
         for function, oracle in ACTIVATIONS.items():
             truth, plain = (activations.elementwise(oracle, array) for array in (sums, plain_sums))
+            # A GPU's tanh and exp have up to two units of error in the last place, the plain ones hardly any.
+            bound = error_bound(plain, truth, dtype) + 2 * EPSILON[accumulated(dtype)] * abs(truth).max()
             for arrange in LAYOUTS.values():
                 y = forward(problem, dtype, algorithm, arrange, activation=function, negative_slope=0.2)
-                assert max_error(wide(y), truth) <= error_bound(plain, truth, dtype), f"{name}, {function}"
+                assert max_error(wide(y), truth) <= bound, f"{name}, {function}"
 
 
 @pytest.mark.parametrize("algorithm", FORWARD)

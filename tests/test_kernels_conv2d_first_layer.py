@@ -21,9 +21,9 @@ from gpucnn_kernels.runtime.host import order_independent
 from tests.accuracy import max_error
 from tests.kernel_accuracy import on_the_host
 from tests.kernel_arrays import LAYOUTS, cast, error_bound, wide
-from tests.oracles import activations, convolution
+from tests.oracles import activations, convolution, tf32
 from tests.problems import ALL, arrays, geometry, options
-from tests.test_kernels_conv2d_tensor import rounded_to_tf32
+from tests.test_kernels_conv2d_tensor import ties_to_even
 
 __all__ = ["on_the_host"]
 
@@ -51,7 +51,7 @@ def sums(problem, form, kind):
     dtype, precision = FORMS[form]
     x, weight, bias, _ = (wide(cast(array, dtype)) for array in arrays(problem))
     if precision == "tf32":
-        x, weight = rounded_to_tf32(x), rounded_to_tf32(weight)
+        x, weight = (tf32.rounded(array, ties_to_even()) for array in (x, weight))
     return convolution.plain_forward(x, weight, geometry(problem), bias, kind)
 
 

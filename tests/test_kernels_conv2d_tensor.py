@@ -25,11 +25,12 @@ from gpucnn_kernels.conv2d_tiles import (
     tensor_tile,
 )
 from gpucnn_kernels.gpu import H200
+from gpucnn_kernels.runtime import current
 from gpucnn_kernels.runtime.host import order_independent
 from tests.accuracy import channels_last, max_error
 from tests.kernel_accuracy import on_the_host
 from tests.kernel_arrays import LAYOUTS, cast, error_bound, wide
-from tests.oracles import activations, convolution
+from tests.oracles import activations, convolution, tf32
 from tests.problems import ALL, LARGE, arrays, geometry, options
 
 __all__ = ["on_the_host"]
@@ -60,11 +61,9 @@ WIDE = {
 }
 
 
-def rounded_to_tf32(array):
-    """To 10 fraction bits, to nearest, ties away from zero."""
-    fraction, exponent = numpy.frexp(array.astype(numpy.float64))
-    scaled = numpy.ldexp(fraction, 11)
-    return numpy.ldexp(numpy.sign(scaled) * numpy.floor(numpy.abs(scaled) + 0.5), exponent - 11)
+def ties_to_even():
+    """Whether numbers between two of tf32 become the even one, as from sm_90 on, or the larger."""
+    return current().capability(0) >= (9, 0)
 
 
 @cache
@@ -79,7 +78,7 @@ def truth_and_plain(problem, form, direction):
     dtype, precision = FORMS[form]
     x, weight, bias, dy = (wide(array) for array in inputs(problem, dtype))
     if precision == "tf32":
-        x, weight, dy = (rounded_to_tf32(array) for array in (x, weight, dy))
+        x, weight, dy = (tf32.rounded(array, ties_to_even()) for array in (x, weight, dy))
     where = geometry(problem)
     if direction == "forward":
         return tuple(convolution.plain_forward(x, weight, where, bias, kind) for kind in ("float64", "float32"))
@@ -215,13 +214,23 @@ def test_three_products_are_as_exact_as_float32():
 
 
 def test_one_product_rounds_to_nearest_and_three_do_not_round():
-    """2049 needs 11 fraction bits: in tf32 it becomes 2050, ties going away from zero."""
-    x, weight = numpy.full((1, 1, 1, 1), 2049, numpy.float32), numpy.ones((1, 1, 1, 1), numpy.float32)
-    assert conv2d_forward(x, weight, algorithm="tensor", precision="tf32").item() == 2050
-    assert conv2d_forward(-x, weight, algorithm="tensor", precision="tf32").item() == -2050
-    assert conv2d_forward(x, weight, algorithm="tensor").item() == 2049
-    precise = numpy.float32(1 + 2.0**-20)
-    assert conv2d_forward(x * precise, weight, algorithm="tensor").item() == numpy.float32(2049) * precise
+    """2049 needs 11 fraction bits, 2051 and 2051.5 more than tf32's 10."""
+
+    def product(number, precision=None):
+        x, weight = numpy.full((1, 1, 1, 1), number, numpy.float32), numpy.ones((1, 1, 1, 1), numpy.float32)
+        return conv2d_forward(x, weight, algorithm="tensor", precision=precision).item()
+
+    for number, nearest in (
+        (2049, 2048 if ties_to_even() else 2050),
+        (2051, 2052),
+        (2050.5, 2050),
+        (2051.5, 2052),
+    ):
+        assert product(number, "tf32") == nearest
+        assert product(-number, "tf32") == -nearest
+        assert product(number) == number
+    precise = numpy.float32(2049) * numpy.float32(1 + 2.0**-20)
+    assert product(precise) == precise
 
 
 @pytest.mark.parametrize("value", [numpy.inf, numpy.nan])
