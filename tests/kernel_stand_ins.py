@@ -151,6 +151,11 @@ StandInArray.__module__ = "cupy"
 StandInArray.__qualname__ = "ndarray"
 
 
+def gpu(values: Any, device: int = 0) -> Any:
+    """An array on the GPU of a stand-in for CuPy."""
+    return StandInArray(numpy.asarray(values), device)
+
+
 class StandInStream:
     """cupy.cuda.Stream: making it current is remembered."""
 

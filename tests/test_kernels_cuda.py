@@ -17,13 +17,9 @@ import pytest
 
 import gpucnn_kernels
 from gpucnn_kernels.errors import DeviceError, DtypeError
-from tests.kernel_stand_ins import StandInArray, StandInCupy, StandInStream, stand_in_cupy
+from tests.kernel_stand_ins import StandInCupy, StandInStream, gpu, stand_in_cupy
 
 __all__ = ["stand_in_cupy"]
-
-
-def gpu(values: Any, device: int = 0) -> Any:
-    return StandInArray(numpy.asarray(values), device)
 
 
 def test_the_first_launch_of_a_thread(stand_in_cupy: StandInCupy) -> None:
