@@ -86,6 +86,7 @@ class Plan:
         return busy * -(-self.tiles // blocks) * warps / OVERLAP / gpu.clock
 
 
+@functools.lru_cache(maxsize=1024)
 def takes(problem: Conv2dProblem, dtype: str) -> bool:
     """Whether the kernels are for this: 16 bits, and a row's taps are neighbours."""
     return (

@@ -35,8 +35,9 @@ python3 scripts/run.py setup
 ```
 
 With `--output` in this folder this page is written anew, too. `--seed` repeats a run's numbers; `--runtime host`
-is a rehearsal without a GPU. Exit status: 0 all passed; 1 something failed; 2 there is no GPU to run on, for the
-reason given; 3 nothing failed, but the time was over before everything had run.
+is a rehearsal without a GPU, with `GPUCNN_KERNELS_HOST_PTX=sm_90` of the code that such a GPU is given. Exit
+status: 0 all passed; 1 something failed; 2 there is no GPU to run on, for the reason given; 3 nothing failed, but
+the time was over before everything had run.
 """
 
 
