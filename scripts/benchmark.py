@@ -164,6 +164,7 @@ def arguments() -> argparse.Namespace:
     gpu = parser.add_argument_group("with --device cuda")
     gpu.add_argument("--runtime", choices=("cuda", "host"), default="cuda", help="host: rehearse without a GPU")
     gpu.add_argument("--minutes", type=float, default=8.0, help="stop after this time (default 8)")
+    gpu.add_argument("--retry-blanks", action="store_true", help="measure rows again of which a peer stayed blank")
     gpu.add_argument("--precisions", help="some of float32,tf32,bfloat16,float16 (default: all)")
     return parser.parse_args()
 

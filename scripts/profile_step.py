@@ -104,6 +104,7 @@ def main(given: list[str] | None = None) -> int:
             "seconds": whole,
             "kernels": [dataclasses.asdict(entry) | {"seconds": entry.seconds} for entry in entries],
         }
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 0
 

@@ -59,6 +59,9 @@ class PlayedCupy:
             def malloc(self, size: int) -> Any:
                 return self._allocator(size)
 
+            def free_all_blocks(self) -> None:
+                played.events.append("give back")
+
         self.cuda = SimpleNamespace(
             Device=self._noted("device"),
             Stream=Stream,
@@ -117,6 +120,7 @@ def test_a_capture_and_its_launches() -> None:
     graph.launch()
     assert cupy.events[-2:] == ["launch", "launch"]
     del graph
+    assert cupy.events[-4:] == ["launch", "device 3", "give back", "device left"], "CuPy's pool would keep it"
     assert alive() is None
     assert all(made() is None for made in cupy.made)
 
@@ -135,6 +139,9 @@ def test_a_capture_that_breaks_off_is_ended(error: BaseException, refuses: bool)
     assert caught.value is error
     assert cupy.events[3:6] == ["begin", "end", "stream left"]
     assert cupy.allocators == []
+    del caught
+    error.__traceback__ = None  # which holds what the capture had
+    assert "give back" in cupy.events
 
 
 def test_a_graph_that_cuda_refuses() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import weakref
 from typing import Any
 
@@ -136,6 +137,53 @@ def test_every_new_array_lies_where_an_arena_says_and_its_views_hold_its_place()
     del view
     assert tokens[0]() is None
     assert tokens[-1]() is not None
+
+
+def test_an_arena_records_what_cupy_makes_of_cupys_own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``alloc`` asks the allocator in force: while one is put in its place, that of before has to serve it."""
+    from gpucnn_kernels.arena import Arena
+    from gpucnn_kernels.runtime.cuda import CudaRuntime
+
+    runtime = CudaRuntime.__new__(CudaRuntime)  # without a GPU
+    runtime._cupy = cupy
+    arena = Arena.__new__(Arena)
+    arena._runtime, arena._device, arena._lifetimes = runtime, 0, None
+    monkeypatch.setattr(cupy.cuda, "Device", lambda number: contextlib.nullcontext())
+    made: list[int] = []
+
+    def own(size: int) -> Any:
+        made.append(size)
+        return cupy.cuda.MemoryPointer(cupy.cuda.UnownedMemory(len(made) << 20, size, None, 0), 0)
+
+    with cupy.cuda.using_allocator(own):
+        with arena.recorded():
+            kept = cupy.empty(300, "float32")
+            assert kept.data.ptr == 1 << 20
+        assert made == [1200, arena.size]
+        with arena.in_use():
+            assert cupy.empty(300, "float32").data.ptr == 2 << 20
+    assert len(made) == 2
+
+
+def test_a_pool_that_is_dropped_keeps_what_was_freed() -> None:
+    """Why a graph's memory is given back by hand (runtime/cuda_graph.py)."""
+    from cupy.cuda import memory
+
+    class Owner:
+        """What the memory under test keeps alive."""
+
+    owner = Owner()
+    alive = weakref.ref(owner)
+    pool = memory.SingleDeviceMemoryPool.__new__(memory.SingleDeviceMemoryPool)
+    arena = memory._Arena()
+    chunk = memory._Chunk(memory.UnownedMemory(1 << 20, 1024, owner, 0), 0, 1024, arena)
+    pooled = memory.PooledMemory(chunk, weakref.ref(pool))
+    del owner, arena, chunk
+    pooled.free()  # as an array's memory is when the array is dropped
+    del pooled, pool
+    gc.collect()
+    assert alive() is not None
+    assert callable(cupy.cuda.MemoryPool.free_all_blocks)
 
 
 def test_a_new_array_like_another_lies_as_it_does_and_views_know_their_owner() -> None:

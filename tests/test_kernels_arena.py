@@ -172,8 +172,12 @@ def test_every_array_that_cupy_makes_lies_in_the_arena(stand_in_cupy, monkeypatc
         made.data = (allocators or [pool])[-1](array.nbytes)
         return made
 
+    def get_allocator():
+        return (allocators or [pool])[-1]
+
     names = {
-        "alloc": pool,
+        "alloc": lambda size: get_allocator()(size),  # by the allocator in force, as CuPy's
+        "get_allocator": get_allocator,
         "MemoryPointer": MemoryPointer,
         "UnownedMemory": Memory,
         "using_allocator": using_allocator,

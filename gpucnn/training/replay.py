@@ -37,11 +37,14 @@ class Replay:
 
     def forget(self) -> None:
         """Give up the graph and its memory, and what was seen: the function has changed."""
-        self._graph: Any = None
+        self._drop()
         self._form: Any = None
         self._inputs: list[Array] = []
-        self._result: Any = None
         self._seen.clear()
+
+    def _drop(self) -> None:
+        self._result: Any = None  # first: what lies beside it in memory can only go back when it is gone
+        self._graph: Any = None
 
     def is_captured(self, *inputs: Array) -> bool:
         """Whether a launch would do for such inputs."""
@@ -64,7 +67,7 @@ class Replay:
         """
         from gpucnn_kernels.runtime import current
 
-        self._graph = self._result = None  # its memory may be needed
+        self._drop()  # its memory may be needed
         place = device_of(inputs[0])
         with on_device(place):
             self._inputs = [array_module(array).empty_like(array) for array in inputs]

@@ -84,7 +84,7 @@ class Jax:
         import jax
 
         self._jax = jax
-        self._key = jax.random.key(0)
+        self._numbers = numpy.random.default_rng(0).standard_normal(1 << 20, numpy.float32)
 
     def versions(self) -> dict[str, str]:
         """What ran."""
@@ -96,8 +96,7 @@ class Jax:
         return WallClock(self._jax.block_until_ready)
 
     def forget(self) -> None:
-        """Give the compiled programs back."""
-        self._jax.clear_caches()
+        """Nothing: arrays are freed with their names, and programs take little."""
 
     def synchronize(self) -> None:
         """Do a little on the GPU. Raises where it can do no more work for this process."""
@@ -108,8 +107,9 @@ class Jax:
         return {}
 
     def _normal(self, precision: str, *shape: int) -> Any:
-        self._key, key = self._jax.random.split(self._key)
-        return self._jax.random.normal(key, shape, precision if precision in _NARROW else "float32")
+        # The same numbers again and again, from the host: a program that draws them would be one a shape.
+        numbers = self._jax.numpy.asarray(self._numbers, precision if precision in _NARROW else "float32")
+        return self._jax.device_put(numpy.resize(numpy.asarray(numbers), shape))
 
     def _convolve(self, precision: str, **options: Any) -> Callable[..., Any]:
         """lax's convolution of (N, C, H, W), its float32 products exact or rounded to tf32."""

@@ -153,8 +153,8 @@ def in_turns(found: Iterable[Measurement]) -> list[Measurement]:
     """The most telling first: one row of each class of goals in each precision, then another of each, and so on.
 
     So a file that is not done has something of everything. Of a class the largest convolutions come first, whose
-    times say most of a kernel. Later come compiled programs, which take minutes each, and float16, which seldom
-    differs from bfloat16.
+    times say most of a kernel. Later come compiled programs, which take minutes each, but for the small networks'
+    that have a goal, and float16, which seldom differs from bfloat16.
     """
     classes: dict[tuple[str, str, str], list[Measurement]] = {}
     for each in found:
@@ -168,7 +168,9 @@ def in_turns(found: Iterable[Measurement]) -> list[Measurement]:
 
 def _stage(measurement: Measurement) -> int:
     if measurement.against == COMPILED:
-        return 1 if measurement.goal.name == "small step, compiled" else 3
+        if measurement.goal.name != "small step, compiled":
+            return 3
+        return 0 if measurement.precision == "float32" else 1
     return 2 if measurement.precision == "float16" else 0
 
 
@@ -179,7 +181,7 @@ def _exists_in_16_bits(row: Row) -> bool:
 
 def _gains_by_fusion(row: Row) -> bool:
     """What a compiler writes a kernel of its own for, once of each kind."""
-    return row.kind in ("batch_norm", "cross_entropy", "gelu") or "count" in row.sizes
+    return row.kind in ("batch_norm", "cross_entropy", "gelu")
 
 
 def _scaled(measurement: Measurement) -> Row:

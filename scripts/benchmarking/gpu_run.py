@@ -27,13 +27,15 @@ from benchmarking.gpu_worker import LIBRARY_NAMES
 OURS = "gpucnn"
 FORMAT = 1
 PATIENCE_SECONDS = 150.0  # for one library's preparation of one row: compiled networks take long
-_RESERVE_SECONDS = 10.0  # of a call: a row is not begun with less left
+ANSWER_SECONDS = 60.0  # for one measurement, which takes moments
+# Of a call: a row is not begun with less left. Large networks take long to build, compiled ones to compile.
+_RESERVE_SECONDS = {"operation": 10.0, "step": 40.0, COMPILED: PATIENCE_SECONDS}
 _CEILINGS = {"copy": 1 << 30, "float32": 8192, "tf32": 8192, "bfloat16": 16384, "float16": 16384}
 _TINY_CEILINGS = {"copy": 1 << 16, "float32": 64, "tf32": 64, "bfloat16": 64, "float16": 64}
 # The relative error that a convolution of 576 terms may have against float64: float32's is some 3e-7, tf32's 3e-4;
 # in 16 bits it is the rounding of the result.
 _PROOFS = {"float32": 5e-6, "tf32": 2e-3, "bfloat16": 5e-3, "float16": 1e-3}
-_SAME = ("gpu", "driver", "format", "runtime", "kernels")
+_SAME = ("gpu", "format", "runtime", "kernels")
 
 
 class Mismatch(Exception):
@@ -105,14 +107,14 @@ class Session:
         """The call's entry: when, the ceilings and each library's proof of its precisions."""
         entry: dict[str, Any] = {"date": datetime.date.today().isoformat(), "ceilings": {}, "proofs": {}}
         for name, size in sizes.items():
-            answer = self._ask(ours, "ceiling", name=name, size=size)
+            answer = self._ask(ours, PATIENCE_SECONDS, "ceiling", name=name, size=size)
             if "error" not in answer:
                 work = 2.0 * size if name == "copy" else 2.0 * size**3
                 entry["ceilings"][name] = work / median(answer["seconds"])
         for library in self.libraries:
             proofs = entry["proofs"][library.name] = {}
             for precision in PRECISIONS:
-                answer = self._ask(library, "proof", precision=precision)
+                answer = self._ask(library, PATIENCE_SECONDS, "proof", precision=precision)
                 if "late" in answer:
                     self.unproved[library.name] = dict.fromkeys(PRECISIONS, answer["error"])
                     break
@@ -125,14 +127,14 @@ class Session:
                     )
         return entry
 
-    def _ask(self, library: Library, do: str, **what: Any) -> dict[str, Any]:
+    def _ask(self, library: Library, patience: float, do: str, **what: Any) -> dict[str, Any]:
         """The answer, "late" where it does not come; raises TooLateError where the call's time is over."""
         try:
-            return library.ask(min(self.deadline, time.monotonic() + PATIENCE_SECONDS), do, **what)
+            return library.ask(min(self.deadline, time.monotonic() + patience), do, **what)
         except TooLateError:
             if self.left <= 0:
                 raise
-            return {"error": f"its {do} was not ready after {PATIENCE_SECONDS:.0f} s", "late": True}
+            return {"error": f"its {do} was not ready after {patience:.0f} s", "late": True}
 
     def measure(self, measurement: Measurement) -> dict[str, Any] | None:
         """A row's entry; None where the call's time was over before it was whole."""
@@ -161,7 +163,7 @@ class Session:
                 if column in entry["blank"]:
                     continue
                 try:
-                    answer = library.ask(self.deadline, "measure", variant=variant)
+                    answer = self._ask(library, ANSWER_SECONDS, "measure", variant=variant)
                 except TooLateError:
                     return None
                 if "error" in answer:
@@ -297,19 +299,19 @@ def _fill(options: argparse.Namespace, started: list[Library], deadline: float) 
     for name, why in about["missing"].items():
         print(f"left blank: {name}: {why}", file=sys.stderr)
     plan = planned(options)
-    left = [each for each in plan if each.key not in results["rows"]]
+    left = [each for each in plan if _is_left(results["rows"].get(each.key), options.retry_blanks)]
     session = Session(libraries, deadline, options.rounds)
     if left:
         sizes = _TINY_CEILINGS if options.runtime == "host" else _CEILINGS
-        results["calls"].append(session.start(ours, sizes))
-    while left and session.left > _RESERVE_SECONDS:
-        measurement = left[0]
+        results["calls"].append({**session.start(ours, sizes), "driver": facts.get("driver")})
+    while fitting := [each for each in left if session.left > _reserve(each)]:
+        measurement = fitting[0]
         entry = session.measure(measurement)
         if entry is None:
             break
         entry = {**describe(measurement), "call": len(results["calls"]) - 1, **entry}
         results["rows"][measurement.key] = entry
-        del left[0]
+        left.remove(measurement)
         if options.json is not None:
             write(options.json, results)
             _write_page(options.json, results)
@@ -328,6 +330,18 @@ def _fill(options: argparse.Namespace, started: list[Library], deadline: float) 
         )
         return 3
     return 0
+
+
+def _is_left(entry: dict[str, Any] | None, retry_blanks: bool) -> bool:
+    """Whether a row is to be measured, or once more because a column of it stayed blank."""
+    return entry is None or (retry_blanks and bool(entry["blank"]))
+
+
+def _reserve(measurement: Measurement) -> float:
+    """Seconds that a call must have left for the row."""
+    if measurement.against == COMPILED:
+        return _RESERVE_SECONDS[COMPILED]
+    return _RESERVE_SECONDS["step" if measurement.row.kind == "step" else "operation"]
 
 
 def _write_page(path: Path, results: dict[str, Any]) -> Path:

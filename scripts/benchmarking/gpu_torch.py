@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,21 +12,25 @@ from torch.nn import functional as F
 from benchmarking.gpu_clock import FLUSH_BYTES, Clock, EventClock, WallClock
 from benchmarking.torch_peer import MODELS, TorchPeer
 
+CAPTURED = "none, captured whole"
+"""A step that is not compiled, all of it one CUDA graph: the counterpart of ours that is captured."""
+
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class TorchOnGpu(TorchPeer):
-    """PyTorch, whose best is taken: both memory formats, cuDNN's own choice of algorithms and its measured one.
+    """PyTorch, whose best is taken: both memory formats, cuDNN choosing its algorithms by measuring.
 
-    On a CPU, rehearsing, it is the same program without CUDA's events.
+    By measuring always: the plan that its heuristics once chose for a problem would be taken again, whatever the
+    switch says then. On a CPU, rehearsing, it is the same program without CUDA's events.
     """
 
     def __init__(self, device: str, compiled: bool = False) -> None:
         super().__init__(device, "compile" if compiled else "eager")
-        self.variants = ("max-autotune",) if compiled else ("", "channels-last")
+        self.variants = ("max-autotune", CAPTURED) if compiled else ("", "channels-last")
         self._precision = "float32"
-        self.settings: dict[str, Any] = {}
-        """What was taken for the row: "cudnn.benchmark" True or False."""
+        self._graphs = False
+        torch.backends.cudnn.benchmark = device == "cuda"
 
     def versions(self) -> dict[str, str]:
         """What ran."""
@@ -77,7 +80,10 @@ class TorchOnGpu(TorchPeer):
         return tensor.to(_DTYPES.get(self._precision, torch.float32))
 
     def _compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return torch.compile(function, dynamic=False, mode="max-autotune") if self._compiled else function
+        # Graphs are for steps, which many short kernels make up. An operation's would copy its inputs to places of
+        # their own each time, and a backward that is called again and again never replays one.
+        mode = "max-autotune" if self._graphs else "max-autotune-no-cudagraphs"
+        return torch.compile(function, dynamic=False, mode=mode) if self._compiled else function
 
     # ------------------------------------------------------------ rows
 
@@ -87,35 +93,16 @@ class TorchOnGpu(TorchPeer):
             return None  # no images
         self._use(precision)
         self._format = torch.channels_last if variant == "channels-last" else torch.contiguous_format
-        self.settings = {}
-        work = self.prepare(row)
-        if self._device.type == "cuda" and row["kind"] in ("convolution", "chain", "step") and not self._compiled:
-            return self._by_the_faster_choice(work)
-        return work
-
-    def _by_the_faster_choice(self, work: Callable[[], Any]) -> Callable[[], Any]:
-        """The work with cuDNN choosing by its heuristics or by measuring, whichever is faster here.
-
-        The switch is the process's, and other variants may want it otherwise: each call sets it.
-        """
-        seconds = {}
-        for measured in (False, True):
-            torch.backends.cudnn.benchmark = measured
-            for repeats in (2, 5):  # the first warms up, and measures
-                torch.cuda.synchronize()
-                began = time.perf_counter()
-                for _ in range(repeats):
-                    work()
-                torch.cuda.synchronize()
-                seconds[measured] = (time.perf_counter() - began) / repeats
-        best = seconds[True] < seconds[False]
-        self.settings = {"cudnn.benchmark": best}
-
-        def run() -> Any:
-            torch.backends.cudnn.benchmark = best
-            return work()
-
-        return run
+        self._graphs = row["kind"] == "step"
+        if variant != CAPTURED:
+            return self.prepare(row)
+        if row["kind"] != "step" or precision == "float16" or self._device.type != "cuda":
+            return None  # a scaler looks at its gradients, which a graph cannot
+        self._compiled = False
+        try:
+            return _captured(self.prepare(row))
+        finally:
+            self._compiled = True
 
     def _chain(self, direction: str, s: dict[str, Any]) -> Callable[[], Any]:
         del direction
@@ -188,3 +175,17 @@ class TorchOnGpu(TorchPeer):
         dtype = _DTYPES.get(precision, torch.float32)
         given = [torch.from_numpy(values).to(self._device, dtype) for values in (x, weight)]
         return F.conv2d(*given, padding=1).double().cpu().numpy()
+
+
+def _captured(step: Callable[[], Any]) -> Callable[[], Any]:
+    """A step's graph, as PyTorch's manual has one made: warmed up on a stream beside the one in use."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay

@@ -221,8 +221,7 @@ def check_libraries(bench: Bench) -> None:
 
         if jax.default_backend() == "gpu":
             check("JAX", "just being computed", by_jax)
-    if numba is not None:
-        cuda = importlib.import_module("numba.cuda")
+    if numba is not None and (cuda := _imported("numba.cuda")) is not None:
 
         def by_numba() -> Any:
             stream = cuda.stream()

@@ -189,9 +189,11 @@ class CudaRuntime:
     def allocating(self, take: Take, device: int) -> contextlib.AbstractContextManager[Any]:
         """Of all arrays that CuPy makes in this thread."""
         cuda = self._cupy.cuda
+        outside = cuda.get_allocator()
 
         def allocate(size: int) -> Any:
-            memory, offset, owner = take(size)
+            with cuda.using_allocator(outside):  # what is taken may be made now, by whom it would have been before
+                memory, offset, owner = take(size)
             return cuda.MemoryPointer(
                 cuda.UnownedMemory(int(memory.ptr) + offset, size, (memory, owner), device), 0
             )

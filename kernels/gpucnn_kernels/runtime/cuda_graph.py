@@ -15,7 +15,7 @@ from gpucnn_kernels.runtime import Result
 
 
 class CudaGraph:
-    """A captured graph, and all the memory that it uses."""
+    """A captured graph, and all the memory that it uses, which goes after it."""
 
     def __init__(self, graph: Any, memory: list[Any]) -> None:
         self._graph, self._memory = graph, memory
@@ -25,23 +25,39 @@ class CudaGraph:
         self._graph.launch()
 
 
+class _Memory:
+    """A memory pool of a graph's own, which gives all back when it is dropped.
+
+    CuPy's pool holds what was freed in a circle that neither it nor Python's collector breaks: dropped alone, it
+    would keep the memory for as long as the process lives.
+    """
+
+    def __init__(self, cupy: Any, device: int) -> None:
+        self._cupy, self._device = cupy, device
+        blocks = self._blocks = []  # type: list[Any]
+
+        def allocate(size: int) -> Any:
+            # Held here too, for a pool that runs out of memory gives back blocks that captured kernels will use.
+            pointer = cupy.cuda.MemoryPointer(cupy.cuda.Memory(size), 0)
+            blocks.append(pointer)
+            return pointer
+
+        self.pool = cupy.cuda.MemoryPool(allocate)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception), self._cupy.cuda.Device(self._device):  # there may be no CUDA any more
+            self.pool.free_all_blocks()
+
+
 def capture(cupy: Any, run: Callable[[], Result], keep: Iterable[Any], device: int) -> tuple[CudaGraph, Result]:
     """(the graph of what ``run`` starts on ``device``, what it returns), without doing any of it.
 
     Raises what ``run`` raises, and RuntimeError where CUDA refuses: all arrays are then as they were.
     """
-    blocks: list[Any] = []
-
-    def allocate(size: int) -> Any:
-        # Held here too, for a pool that runs out of memory gives back blocks that captured kernels will use.
-        pointer = cupy.cuda.MemoryPointer(cupy.cuda.Memory(size), 0)
-        blocks.append(pointer)
-        return pointer
-
     with cupy.cuda.Device(device):
         cupy.get_default_memory_pool().free_all_blocks()  # what the warm-up used is needed once more, in this pool
-        pool, stream = cupy.cuda.MemoryPool(allocate), cupy.cuda.Stream(non_blocking=True)
-        with cupy.cuda.using_allocator(pool.malloc), stream:
+        memory, stream = _Memory(cupy, device), cupy.cuda.Stream(non_blocking=True)
+        with cupy.cuda.using_allocator(memory.pool.malloc), stream:
             stream.begin_capture()
             try:
                 result = run()
@@ -50,4 +66,4 @@ def capture(cupy: Any, run: Callable[[], Result], keep: Iterable[Any], device: i
                     stream.end_capture()
                 raise
             graph = stream.end_capture()
-    return CudaGraph(graph, [*keep, blocks, pool, stream]), result
+    return CudaGraph(graph, [*keep, memory, stream]), result
