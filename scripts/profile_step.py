@@ -87,6 +87,10 @@ def main(given: list[str] | None = None) -> int:
     if host:
         row = tiny(Measurement(row, options.precision)).row
     ours = OursOnGpu()
+    if not host:
+        from benchmarking.gpu_run import compile_ahead
+
+        compile_ahead(argparse.Namespace(runtime="cuda", precisions=options.precision))
     try:
         step = ours.prepare_in(dataclasses.asdict(row), options.precision, "")
     except DeviceError as error:
