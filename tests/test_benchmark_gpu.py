@@ -330,10 +330,10 @@ def test_a_library_that_hangs_is_a_blank_and_not_the_end(
     fakes.costs = {"torch": 1000.0}
     assert gpu_run.main(_options(path, rows="lenet c1"), ["torch"]) == 3
     rows = json.loads(path.read_text())["rows"]
-    assert len(rows) == 3  # of 150 seconds each; the fourth, of another precision, ran into the end of the call
+    assert len(rows) == 3  # of 150 seconds each; the fourth ran into the end of the call
     assert all(entry["blank"]["torch"] == "not ready after 150 s" for entry in rows.values())
     assert all(entry["seconds"] == {"gpucnn": [2e-3] * 3} for entry in rows.values())
-    assert "15 of 18 rows are left, from 'lenet c1 1->6 k5 28 N512 forward, tf32, libraries' on" in (
+    assert "15 of 18 rows are left, from 'lenet c1 1->6 k5 28 N512 input gradient, float32, libraries' on" in (
         capsys.readouterr().err
     )
 

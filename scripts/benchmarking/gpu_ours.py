@@ -115,11 +115,11 @@ class OursOnGpu(Ours):
             return None
         if variant == "autotuned" and row["kind"] != "convolution":
             return None
-        if variant == "captured" and row["kind"] != "step":
+        if variant == "captured" and row["kind"] not in ("step", "inference"):
             return None
         if variant == "channels-last" and (row["kind"] == "cross_entropy" or "count" in row["sizes"]):
             return None  # no images
-        if variant == "channels-last" and row["kind"] == "step":
+        if variant == "channels-last" and row["kind"] in ("step", "inference", "time_to_accuracy"):
             return None  # a model chooses for its images by itself
         self._precision, self._variant, self._way_taken = precision, variant, None
         return self.prepare(row)
@@ -298,6 +298,70 @@ class OursOnGpu(Ours):
         for _ in range(3):  # plain, captured, launched
             step()
         return step
+
+    def _inference(self, direction: str, s: dict[str, Any]) -> Callable[[], Any]:
+        """A pass of the compiled network in its planned memory, waited for; captured: by one launch."""
+        del direction
+        from gpucnn import models
+        from gpucnn_kernels.runtime import current
+
+        options = s.get("options", {})
+        model = models.create(
+            s["model"], num_classes=s["classes"], in_channels=s["c"], image_size=s["size"], **options
+        )
+        compiled = model.to("cuda").eval().compute_in(self._precision).compile_for_inference()
+        x = self._master(s["n"], s["c"], s["size"], s["size"])
+        plan = compiled.plan(x.shape)
+        start = plan.run
+        if self._variant == "captured":
+            plan.run()  # what is captured must have run
+            graph, _ = current().capture(plan.run, plan.arrays(), 0)
+            start = graph.launch
+
+        def run() -> Any:
+            plan.input[...] = x
+            start()
+            self.synchronize()
+            return plan.output
+
+        return run
+
+    def _time_to_accuracy(self, direction: str, s: dict[str, Any]) -> Callable[[], Any]:
+        """``fit``, as a user calls it, until the accuracy is reached; the function returns the epochs it took."""
+        del direction
+        from gpucnn import data, models
+        from gpucnn.random import manual_seed
+        from gpucnn.training import Callback
+
+        class ReachedError(Exception):
+            """Ends the run."""
+
+        class Watch(Callback):
+            def on_epoch_end(self, trainer: Any, record: Any) -> None:
+                if record.validation_accuracy >= s["accuracy"]:
+                    raise ReachedError(record.epoch)
+
+        splits = data.load(s["data"], validation_fraction=0.0)
+        train, test = (
+            (part.images(range(count)), part.labels[:count])
+            for part in (splits.train, splits.test)
+            for count in [s.get("images", len(part))]
+        )
+        recipe = {"optimizer": "adam", "lr": 1e-3, "schedule": "constant", "weight_decay": 0.0}
+
+        def run() -> int:
+            manual_seed(0)
+            model = models.create(s["model"], num_classes=s["classes"], in_channels=s["c"], image_size=s["size"])
+            try:
+                model.fit(
+                    train, test, epochs=30, batch_size=s["n"], device="cuda", precision=self._precision,
+                    evaluation_batch_size=1000, verbose=False, callbacks=[Watch()], **recipe,
+                )  # fmt: skip
+            except ReachedError as reached:
+                return int(reached.args[0])
+            raise RuntimeError("30 epochs were not enough")
+
+        return run
 
     # ------------------------------------------------------------ ceilings and proofs
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarking.gpu_rows import COMPILED, GOALS, LIBRARIES, PRECISIONS, measurements
+from benchmarking.gpu_rows import COMPILED, GOALS, LIBRARIES, NETWORKS, PRECISIONS, measurements
 from benchmarking.report import geometric_mean, shown, spread
 
 OURS = ("gpucnn", "gpucnn channels-last", "gpucnn captured")
@@ -222,12 +222,12 @@ def page(results: dict[str, Any]) -> str:
     lines += ["", "## Summary", "", summary(rows), ""]
     for against, title in ((LIBRARIES, ""), (COMPILED, ", beside compiled programs")):
         for precision in PRECISIONS:
-            for kind, what in ((True, "Training steps"), (False, "Operations")):
+            for kind, what in ((True, "Networks"), (False, "Operations")):
                 entries = [
                     entry
                     for entry in rows
                     if (entry["against"], entry["precision"]) == (against, precision)
-                    and (entry["kind"] == "step") == kind
+                    and (entry["kind"] in NETWORKS) == kind
                 ]
                 if entries:
                     lines += [f"## {what}, {precision}{title}", "", table(entries, results), ""]

@@ -21,6 +21,9 @@ training steps the weights, the optimizer and the loss stay float32."""
 
 LIBRARIES, COMPILED = "libraries", "compiled"
 
+NETWORKS = ("step", "inference", "time_to_accuracy")
+"""The kinds of rows that are of whole networks: by the wall clock, Python's time counted."""
+
 
 @dataclass(frozen=True)
 class Goal:
@@ -89,7 +92,7 @@ def _goal(measurement: Measurement) -> str:
         if sizes["model"] not in _SMALL_MODELS:
             return "none"
         return "small step, compiled" if measurement.against == COMPILED else "small step, eager"
-    if row.kind == "chain":
+    if row.kind in ("chain", "inference", "time_to_accuracy"):
         return "none"
     if row.kind != "convolution":
         return "memory-bound"
@@ -132,18 +135,32 @@ def column_rows() -> Iterator[Row]:
         yield Row(f"{direction} k3 64x56 N64", "columns", direction, sizes, 0, image * (1 + 9))
 
 
+def inference_rows() -> Iterator[Row]:
+    """What somebody waits for: one image, from the call of a trained network to the result."""
+    for model in ("resnet18", "resnet50"):
+        sizes = {"model": model, "n": 1, "c": 3, "size": 224, "classes": 1000, "options": {"stem": "imagenet"}}
+        yield Row(f"{model} 224 N1", "inference", "latency", sizes)
+
+
+def accuracy_rows() -> Iterator[Row]:
+    """From new weights to an accuracy on images that were not trained on, with the data on the GPU."""
+    sizes = {"data": "fashion-mnist", "model": "vgg-small", "n": 128, "c": 1, "size": 28, "classes": 10}
+    yield Row("vgg-small on Fashion-MNIST to 0.92", "time_to_accuracy", "training", {**sizes, "accuracy": 0.92})
+
+
 def measurements() -> list[Measurement]:
     """All, by precision, those that have to be compiled last: as a page lists them."""
     convolutions = [*convolution_rows("cuda"), *chain_rows()]
     others = [*other_rows("cuda"), *column_rows()]
-    steps = list(step_rows("cuda"))
-    found = [Measurement(row, "float32") for row in (*steps, *convolutions, *others)]
+    steps, inference = list(step_rows("cuda")), list(inference_rows())
+    found = [Measurement(row, "float32") for row in (*steps, *inference, *convolutions, *others)]
     for precision in PRECISIONS[1:]:
-        found += [Measurement(row, precision) for row in (*steps, *convolutions)]
+        found += [Measurement(row, precision) for row in (*steps, *inference, *convolutions)]
+    found += [Measurement(row, precision) for row in accuracy_rows() for precision in ("float32", "bfloat16")]
     found += [Measurement(row, "bfloat16") for row in others if _exists_in_16_bits(row)]
     compiled = [row for row in steps if row.sizes["model"] in _SMALL_ENOUGH_TO_COMPILE]
     for precision in ("float32", "bfloat16"):
-        found += [Measurement(row, precision, COMPILED) for row in (*compiled, *chain_rows())]
+        found += [Measurement(row, precision, COMPILED) for row in (*compiled, *chain_rows(), *inference)]
     found += [Measurement(row, "float32", COMPILED) for row in others if _gains_by_fusion(row)]
     found += [Measurement(row, "bfloat16", COMPILED) for row in steps if row not in compiled]
     return [dataclasses.replace(each, row=_scaled(each)) for each in found]
@@ -224,6 +241,10 @@ def _tiny(row: Row) -> dict[str, Any]:
     if "classes" in sizes and "model" not in sizes:
         return {"n": 4, "classes": 10}
     sizes["n"] = 2
+    if row.kind == "inference":
+        return sizes | {"model": "lenet5", "c": 1, "size": 28, "classes": 10, "options": {}}
+    if row.kind == "time_to_accuracy":
+        return sizes | {"data": "digits", "model": "lenet5", "n": 32, "images": 64, "accuracy": 0.0}
     if row.kind == "step":
         # The others have linear layers that fix the size of an image.
         return sizes | ({"size": 32} if sizes["model"].startswith("resnet") else {}) | {"classes": 10}

@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarking import gpu_report
 from benchmarking.gpu_process import Library, TooLateError
-from benchmarking.gpu_rows import COMPILED, PRECISIONS, Measurement, in_turns, measurements, tiny
+from benchmarking.gpu_rows import COMPILED, NETWORKS, PRECISIONS, Measurement, in_turns, measurements, tiny
 from benchmarking.gpu_worker import LIBRARY_NAMES
 
 OURS = "gpucnn"
@@ -220,7 +220,7 @@ def planned(options: argparse.Namespace) -> list[Measurement]:
         found = [each for each in found if each.precision in options.precisions.split(",")]
     found = [each for each in found if options.rows in each.key]
     if options.suite != "all":
-        found = [each for each in found if (each.row.kind == "step") == (options.suite == "steps")]
+        found = [each for each in found if (each.row.kind in NETWORKS) == (options.suite == "steps")]
     return [tiny(each) for each in found] if options.runtime == "host" else found
 
 
@@ -341,7 +341,7 @@ def _reserve(measurement: Measurement) -> float:
     """Seconds that a call must have left for the row."""
     if measurement.against == COMPILED:
         return _RESERVE_SECONDS[COMPILED]
-    return _RESERVE_SECONDS["step" if measurement.row.kind == "step" else "operation"]
+    return _RESERVE_SECONDS["step" if measurement.row.kind in NETWORKS else "operation"]
 
 
 def _write_page(path: Path, results: dict[str, Any]) -> Path:

@@ -93,16 +93,26 @@ class TorchOnGpu(TorchPeer):
             return None  # no images
         self._use(precision)
         self._format = torch.channels_last if variant == "channels-last" else torch.contiguous_format
-        self._graphs = row["kind"] == "step"
+        self._graphs = row["kind"] in ("step", "inference")
         if variant != CAPTURED:
-            return self.prepare(row)
-        if row["kind"] != "step" or precision == "float16" or self._device.type != "cuda":
+            work = self.prepare(row)
+            return self._waited_for(work) if row["kind"] == "inference" else work
+        if not self._graphs or self._device.type != "cuda" or (row["kind"], precision) == ("step", "float16"):
             return None  # a scaler looks at its gradients, which a graph cannot
-        self._compiled = False
+        self._compiled, self._format = False, torch.channels_last
         try:
-            return _captured(self.prepare(row))
+            work = _captured(self.prepare(row))
         finally:
             self._compiled = True
+        return self._waited_for(work) if row["kind"] == "inference" else work
+
+    def _waited_for(self, work: Callable[[], Any]) -> Callable[[], Any]:
+        def run() -> Any:
+            result = work()
+            self.synchronize()
+            return result
+
+        return run
 
     def _chain(self, direction: str, s: dict[str, Any]) -> Callable[[], Any]:
         del direction
@@ -166,6 +176,58 @@ class TorchOnGpu(TorchPeer):
             return loss
 
         return step
+
+    def _inference(self, direction: str, s: dict[str, Any]) -> Callable[[], Any]:
+        """A pass of a network whose weights are of the precision's dtype."""
+        del direction
+        model = MODELS[s["model"]](s["classes"], s["c"], s["size"]).eval()
+        dtype = _DTYPES.get(self._precision, torch.float32)
+        model = model.to(self._device, dtype).to(memory_format=self._format)
+        x = self._image(s)
+        forward = self._compile(model)
+
+        def run() -> Any:
+            with torch.inference_mode():
+                return forward(x)
+
+        return run
+
+    def _time_to_accuracy(self, direction: str, s: dict[str, Any]) -> Callable[[], Any]:
+        """The same recipe as ours, with all images on the device; the function returns the epochs it took."""
+        del direction
+        (x, labels), (test_x, test_labels) = self._labelled(s["data"], s.get("images"))
+        narrow = _DTYPES.get(self._precision)
+
+        def context() -> Any:
+            return contextlib.nullcontext() if narrow is None else torch.autocast(self._device.type, dtype=narrow)
+
+        def rightly(model: torch.nn.Module) -> float:
+            model.eval()
+            found = torch.zeros((), device=self._device)
+            with torch.no_grad(), context():
+                for images, wanted in zip(test_x.split(1000), test_labels.split(1000), strict=True):
+                    found += (model(images.to(memory_format=self._format)).argmax(1) == wanted).sum()
+            return found.item() / len(test_x)
+
+        def run() -> int:
+            torch.manual_seed(0)
+            model = MODELS[s["model"]](s["classes"], s["c"], s["size"]).to(
+                self._device, memory_format=self._format
+            )
+            optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+            for epoch in range(1, 31):
+                model.train()
+                for rows in torch.randperm(len(x), device=self._device).split(s["n"]):
+                    optimizer.zero_grad(set_to_none=True)
+                    with context():
+                        loss = F.cross_entropy(model(x[rows].to(memory_format=self._format)), labels[rows])
+                    loss.backward()
+                    optimizer.step()
+                if rightly(model) >= s["accuracy"]:
+                    return epoch
+            raise RuntimeError("30 epochs were not enough")
+
+        return run
 
     # ------------------------------------------------------------ proofs
 

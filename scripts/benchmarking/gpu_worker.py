@@ -77,7 +77,11 @@ class Worker:
         self._peer.forget()
         failed: dict[str, str] = {}
         settings: dict[str, Any] = {}
-        whole = row["kind"] == "step"
+        whole = row["kind"] in (
+            "step",
+            "inference",
+            "time_to_accuracy",
+        )  # gpu_rows.NETWORKS, which imports our kernels
         for variant in self._peer.variants:
             if variant in without:
                 continue

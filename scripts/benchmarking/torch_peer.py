@@ -188,20 +188,23 @@ class TorchPeer:
 
         return epoch
 
-    def _digits(self, direction: str, s: dict[str, Any]) -> Callable[[], Any]:
-        del direction
+    def _labelled(self, name: str, most: int | None = None) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The images and labels of a data set's two parts, normalized, on the device; of each ``most`` at most."""
         from gpucnn import data
         from gpucnn.data import Preprocessing
 
-        splits = data.load("digits", validation_fraction=0.0)
+        splits = data.load(name, validation_fraction=0.0)
         prepared = Preprocessing.for_dataset(splits.train, (28, 28), "float32")
         parts = []
         for part in (splits.train, splits.test):
-            images = prepared.apply(part.images(range(len(part))))
-            parts.append(
-                (torch.from_numpy(images).to(self._device), torch.as_tensor(part.labels).to(self._device))
-            )
-        (x, labels), (test_x, test_labels) = parts
+            images = prepared.apply(part.images(range(most or len(part))))
+            labels = torch.as_tensor(part.labels[:most])
+            parts.append((torch.from_numpy(images).to(self._device), labels.to(self._device)))
+        return parts
+
+    def _digits(self, direction: str, s: dict[str, Any]) -> Callable[[], Any]:
+        del direction
+        (x, labels), (test_x, test_labels) = self._labelled("digits")
 
         def train() -> int:
             torch.manual_seed(0)
