@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from benchmarking.gpu_rows import LIBRARIES, Measurement, measurements
+from benchmarking.gpu_rows import LIBRARIES, NETWORKS, Measurement, measurements
 
 from gpucnn_kernels import conv2d_choose, conv2d_tiles
 from gpucnn_kernels.conv2d_cost import estimate
@@ -89,10 +89,14 @@ def predicted(measurement: Measurement) -> dict[str, Any]:
 
 
 def table() -> dict[str, dict[str, Any]]:
-    """By the benchmark's keys, every row but training steps and chains; seconds to four digits."""
+    """By the benchmark's keys, every row but whole networks and chains; seconds to four digits."""
     found = {}
     for each in measurements():
-        if each.against == LIBRARIES and each.precision in PRECISIONS and each.row.kind not in ("step", "chain"):
+        if (
+            each.against == LIBRARIES
+            and each.precision in PRECISIONS
+            and each.row.kind not in (*NETWORKS, "chain")
+        ):
             numbers = predicted(each)
             found[each.key] = {
                 name: float(f"{value:.4g}") if isinstance(value, float) else value
