@@ -80,6 +80,7 @@ NUMBERS = {
     "rcp": ("rcp.rn.f32 %0, %1;", lambda a, b, c: 1 / a, "near"),
     "saturated": ("add.sat.f32 %0, %1, %2;", lambda a, b, c: min(max(a + b, Fraction(0)), Fraction(1)), "near"),
     "whole": ("cvt.rni.f32.f32 %0, %1;", lambda a, b, c: Fraction(round(a)), "near"),
+    "copysign": ("copysign.f32 %0, %1, %2;", lambda a, b, c: abs(b) * (1 if a >= 0 else -1), "near"),
     "half": ("{ .reg .b16 h; cvt.rn.f16.f32 h, %1; cvt.f32.f16 %0, h; }", lambda a, b, c: of_bits(a, 11), "near"),
     "bfloat16": (
         "{ .reg .b16 h; cvt.rn.bf16.f32 h, %1; cvt.f32.bf16 %0, h; }",

@@ -233,6 +233,9 @@ GPUCNN_NUMBER_1(negate_number, -a)
 inline float magnitude(float a) { return __builtin_fabsf(a); }
 inline double magnitude(double a) { return __builtin_fabs(a); }
 GPUCNN_NUMBER_1(absolute_number, magnitude(a))
+template <class T> inline T with_sign(T sign, T value) {
+    return __builtin_signbit(sign) ? -magnitude(value) : magnitude(value);
+}
 // Of a NaN and a number, the number; of zeros, the one whose sign says it.
 template <class T> inline T smaller(T a, T b) {
     if (a != a) return b;

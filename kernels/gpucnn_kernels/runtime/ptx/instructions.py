@@ -126,7 +126,7 @@ class Instructions(Collective):
         rest = list(modifiers)
         kind = rest.pop()
         count = 1
-        if rest and rest[-1] in ("v2", "v4"):
+        if rest and rest[-1] in ("v2", "v4", "v8"):
             count = int(rest.pop()[1])
         space = "generic"
         constant = False
@@ -175,6 +175,10 @@ class Instructions(Collective):
         else:
             raise ValueError(kind)
         return self.write(operands[0], kind, f"saturated({value})" if saturates else value)
+
+    def do_copysign(self, modifiers: list[str], operands: list[str]) -> str:
+        (kind,) = modifiers
+        return self.write(operands[0], kind, f"with_sign<{TYPES[kind]}>({self.all_read(operands[1:], kind)})")
 
     def do_mul(self, modifiers: list[str], operands: list[str]) -> str:
         kind = modifiers[-1]
